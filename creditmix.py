@@ -1,0 +1,357 @@
+"""CreditMix: raw rows to canonical feature strings, prompts and labels; used by prepare, eval, infer and the server.
+
+Apart from common.py because it knows one task. Everything that turns a feature string into what the model sees is
+here once, so that a request meets what was trained.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import (
+    Calibration,
+    InputError,
+    LabelScorer,
+    PromptEncoder,
+    calibration_path,
+    check_model_name,
+    compute_dtype,
+    label_prior,
+    load_model,
+    model_fingerprint,
+    read_fitted,
+    read_jsonl,
+    read_text,
+    read_verbalizers,
+)
+
+LABELS = ("Good", "Standard", "Bad")
+UNKNOWN = "Unknown"
+CSV_COLUMNS = {
+    "Age": "Age",
+    "Occupation": "Occupation",
+    "Annual_Income": "Annual Income",
+    "Outstanding_Debt": "Outstanding Debt",
+    "Credit_Utilization_Ratio": "Credit Utilization Ratio",
+    "Payment_Behaviour": "Payment Behaviour",
+}
+CREDIT_FIELDS = tuple(CSV_COLUMNS.values())
+# Outside these ranges a value is an entry error of the published data (ages of -500 and 8000, incomes of 24 million).
+PLAUSIBLE = {
+    "Age": (1, 110),
+    "Annual Income": (0, 1_000_000),
+    "Outstanding Debt": (0, 1_000_000),
+    "Credit Utilization Ratio": (0, 100),
+}
+_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+
+def canonical_number(value: float) -> str:
+    """Three significant digits, no exponent, whole from 10 up: 19114.12 -> 19100, 35.27 -> 35, 0.3503 -> 0.35."""
+    rounded = float(f"{value:.3g}")
+    if abs(rounded) >= 10:
+        rounded = float(round(rounded))
+    return str(int(rounded)) if rounded.is_integer() else f"{rounded:.12f}".rstrip("0")
+
+
+def clean_field(field: str, value: str, notes: Counter | None = None) -> str:
+    """One value in canonical form; `Unknown` where the published data's marks stand for a missing value.
+
+    `notes`, if given, counts what was changed (beyond rounding), by a description for people.
+    """
+    note = (lambda text: notes.update([text])) if notes is not None else (lambda text: None)
+    text = value.strip()
+    bare = text.strip("_ ")
+    if bare in ("", "!@9#%8", "NM", "nan", "NaN", UNKNOWN):
+        if bare != UNKNOWN:
+            note(f"{field}: missing ({text or 'empty'}) -> {UNKNOWN}")
+        return UNKNOWN
+    if not _NUMBER.fullmatch(bare):
+        if field in PLAUSIBLE:
+            note(f"{field}: not a number -> {UNKNOWN}")
+            return UNKNOWN
+        return text
+    number = float(bare.replace(",", ""))
+    low, high = PLAUSIBLE.get(field, (-math.inf, math.inf))
+    if not low <= number <= high or not math.isfinite(number):
+        note(f"{field}: outside {low:g}..{high:g} -> {UNKNOWN}")
+        return UNKNOWN
+    if bare != text:
+        note(f"{field}: stray _ removed")
+    return canonical_number(number)
+
+
+def parse_features(text: str) -> dict[str, str] | None:
+    """'Age: 23, Occupation: Lawyer' -> {'Age': '23', 'Occupation': 'Lawyer'}; None where it is not such a list."""
+    pairs: dict[str, str] = {}
+    for part in re.split(r",\s+|\s*[;\n]\s*", text.strip().rstrip(".,;")):
+        key, colon, value = part.partition(":")
+        if not colon or not key.strip() or len(key) > 60:
+            return None
+        key = key.strip()
+        known = key.replace("_", " ").title()
+        pairs[known if known in CREDIT_FIELDS else key] = value.strip()
+    return pairs
+
+
+def canonical_features(text: str, notes: Counter | None = None) -> str:
+    """The feature string as the models see it in training, evaluation and serving: known fields first, in one order
+    and complete (missing: Unknown), numbers in one short form. Text that is no field list keeps its words."""
+    pairs = parse_features(text)
+    if pairs is None:
+        return _NUMBER.sub(lambda match: canonical_number(float(match[0].replace(",", ""))), text.strip())
+    if any(field in pairs for field in CREDIT_FIELDS):
+        pairs = {field: pairs.get(field, UNKNOWN) for field in CREDIT_FIELDS} | pairs
+    return ", ".join(f"{field}: {clean_field(field, value, notes)}" for field, value in pairs.items())
+
+
+def creditmix_prompt(features: str) -> str:
+    """The user turn for a feature string (made canonical here, so no caller can forget it)."""
+    return f"Rate the credit mix of this customer as Good, Standard or Bad.\n{canonical_features(features)}"
+
+
+# Content-free inputs after Zhao et al. 2021 (Calibrate Before Use): what the template alone makes the model say.
+NULL_FEATURES = (
+    ", ".join(f"{field}: {UNKNOWN}" for field in CREDIT_FIELDS),
+    "N/A",
+    "[MASK]",
+    UNKNOWN,
+    "-",
+    ", ".join(f"{field}: -" for field in CREDIT_FIELDS),
+    "...",
+)
+
+
+def null_prompts(count: int = len(NULL_FEATURES)) -> list[str]:
+    """User turns without content, for the prior. They go past the clean-up that would make some of them equal."""
+    if not 1 <= count <= len(NULL_FEATURES):
+        raise InputError(f"--null_prompts {count}: 1 to {len(NULL_FEATURES)} are available")
+    head = creditmix_prompt("x").removesuffix("x")
+    return [head + text for text in NULL_FEATURES[:count]]
+
+
+@dataclass(frozen=True)
+class CreditRow:
+    """One labelled customer-month: canonical feature string, label in LABELS, and the key that the split hashes."""
+
+    customer: str
+    features: str
+    label: str
+
+
+def _raw_creditmix(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """(where, customer or '', feature string, label) of each row of a CSV, JSON list or JSONL file."""
+    text = read_text(path)
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(text.splitlines())
+        missing = [
+            name for name in (*CSV_COLUMNS, "Credit_Mix", "Customer_ID") if name not in (reader.fieldnames or [])
+        ]
+        if missing:
+            raise InputError(
+                f"{path}: column {', '.join(missing)} missing; found {', '.join(reader.fieldnames or [])}"
+            )
+        for row in reader:
+            where = f"{path}: line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(f"{where} has another number of cells than the header")
+            features = ", ".join(f"{field}: {row[column]}" for column, field in CSV_COLUMNS.items())
+            yield where, row["Customer_ID"], features, row["Credit_Mix"]
+        return
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{path}: not a JSON list ({error})") from None
+        named = [(f"{path}: item {number}", row) for number, row in enumerate(rows)]
+    else:
+        named = [(f"{path}: row {number}", row) for number, row in enumerate(read_jsonl(path, ()), 1)]
+    for where, row in named:
+        for field in ("question", "answer"):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise InputError(f'{where} needs "question" and "answer" as strings, found {json.dumps(row)[:80]}')
+        yield where, str(row.get("customer_id") or ""), row["question"], row["answer"]
+
+
+def read_creditmix(path: str | Path) -> tuple[list[CreditRow], Counter]:
+    """Cleaned, labelled rows of a raw CreditMix file (Kaggle CSV, JSON list or JSONL) and counts of what was cleaned.
+
+    An unknown label (`_`) is filled from the customer's other rows where they agree, else the row is dropped. A row
+    without a customer id is its own customer, keyed by its canonical text. Raises InputError (file, line, found).
+    """
+    notes: Counter = Counter()
+    raw = []
+    for where, customer, question, answer in _raw_creditmix(Path(path)):
+        features = canonical_features(question, notes)
+        label = answer.strip()
+        if label not in LABELS and label.strip("_"):
+            raise InputError(f"{where}: unknown label {label!r}; expected {', '.join(LABELS)} or _")
+        raw.append((customer or features, features, label if label in LABELS else None))
+    known: dict[str, set[str]] = defaultdict(set)
+    for customer, _, label in raw:
+        if label:
+            known[customer].add(label)
+    rows = []
+    for customer, features, label in raw:
+        if label is None:
+            filled = len(known[customer]) == 1
+            notes["label _: filled from the customer's other rows" if filled else "label _: row dropped"] += 1
+            if not filled:
+                continue
+            label = next(iter(known[customer]))
+        rows.append(CreditRow(customer, features, label))
+    if not rows:
+        raise InputError(f"{path}: no labelled rows")
+    return rows, notes
+
+
+def balanced_sample(rows: Sequence[CreditRow], per_class: int, seed: int) -> list[CreditRow]:
+    """`per_class` rows of each label, shuffled. Raises InputError where a class has fewer."""
+    rng = random.Random(seed)
+    chosen = []
+    for label in LABELS:
+        members = [row for row in rows if row.label == label]
+        if len(members) < per_class:
+            raise InputError(f"{per_class} rows a class asked for, but only {len(members)} are {label}")
+        chosen += rng.sample(members, per_class)
+    rng.shuffle(chosen)
+    return chosen
+
+
+def tabular_features(features: Sequence[str]) -> Any:
+    """Feature strings [N] as a DataFrame for tabular models: numbers as float (Unknown: NaN), words as category."""
+    import pandas as pd
+
+    frame = pd.DataFrame([parse_features(text) or {"text": text} for text in features])
+    for column in frame:
+        numbers = pd.to_numeric(frame[column], errors="coerce")
+        is_number = column in PLAUSIBLE or numbers.notna().mean() > 0.5
+        frame[column] = numbers.astype(float) if is_number else frame[column].fillna(UNKNOWN).astype("category")
+    return frame
+
+
+def gradient_boosting(seed: int = 0) -> Any:
+    """The tabular teacher and ceiling: scikit-learn's gradient boosting with the settings of the published ceiling."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    return HistGradientBoostingClassifier(
+        categorical_features="from_dtype", learning_rate=0.05, max_iter=150, max_leaf_nodes=15, random_state=seed
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- using a model
+
+
+def add_scoring_flags(parser: Any) -> None:
+    """Flags of every script that scores CreditMix rows."""
+    add = parser.add_argument_group("scoring").add_argument
+    add("--bias", metavar="LABEL=B,...", help="add to calibrated scores, such as Standard=0.3 (default: none)")
+    add(
+        "--null_prompts", type=int, default=len(NULL_FEATURES), help="content-free prompts for the prior (%(default)s)"
+    )
+    add("--verbalizers", metavar="FILE", help='JSON {"Standard": ["Standard", "Average"]}: surface forms of labels')
+    add("--aggregate", choices=("max", "mean", "logsumexp"), default="max", help="of surface forms (%(default)s)")
+    add = parser.add_argument_group("model loading").add_argument
+    add("--quantization", choices=("nf4", "none"), default="nf4", help="of the base model (%(default)s)")
+    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
+    add("--batch_size", type=int, default=32, help="rows a forward (%(default)s)")
+    add(
+        "--offload_folder",
+        default=os.environ.get("OFFLOAD_FOLDER"),
+        help="for what does not fit the GPU ($OFFLOAD_FOLDER)",
+    )
+
+
+def parse_label_numbers(text: str | None) -> dict[str, float]:
+    """'Standard=0.3,Bad=-0.1' -> {'Standard': 0.3, 'Bad': -0.1}. Raises InputError."""
+    pairs = {}
+    for part in (text or "").split(",") if text else []:
+        label, _, number = part.partition("=")
+        try:
+            pairs[label.strip()] = float(number)
+        except ValueError:
+            raise InputError(f"--bias {text}: {part!r} is not LABEL=NUMBER") from None
+        if label.strip() not in LABELS or not math.isfinite(pairs[label.strip()]):
+            raise InputError(f"--bias {text}: labels are {', '.join(LABELS)}, numbers finite")
+    return pairs
+
+
+@dataclass
+class CreditModel:
+    """A loaded model with its scorer and calibration: the same object in infer, eval and the server."""
+
+    name: str
+    scorer: LabelScorer
+    prior: np.ndarray
+    calibration: Calibration
+
+    @classmethod
+    def load(cls, model_dir: str, args: Any) -> CreditModel:
+        """Load a base, folder or adapter with the flags of `add_scoring_flags` and `args.calibration` (none,
+        contextual, fitted; None: fitted where calibration.json is there, else contextual). Raises InputError."""
+        forms = read_verbalizers(args.verbalizers, LABELS)
+        bias = parse_label_numbers(args.bias)
+        turns = null_prompts(args.null_prompts)
+        check_model_name(model_dir)
+        fitted = None
+        if args.calibration in (None, "fitted"):
+            fitted = read_fitted(model_dir, forms, args.aggregate, args.null_prompts)
+            if args.calibration == "fitted" and not fitted:
+                raise InputError(f"{calibration_path(model_dir)}: not there; fit it with eval_creditmix.py --fit")
+        model, tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
+        examples = [creditmix_prompt("Age: 1"), creditmix_prompt("-")]
+        scorer = LabelScorer(model, PromptEncoder(tokenizer), forms, args.aggregate, args.batch_size, examples)
+        prior = np.zeros(len(LABELS))
+        if args.calibration != "none":
+            key = f"{model_fingerprint(model_dir)} {args.quantization} {compute_dtype(args.compute_dtype)}"
+            prior = label_prior(scorer, key, turns)
+        given = np.array([bias.get(label, 0.0) for label in LABELS])
+        if fitted:
+            given = given + np.array([fitted["bias"][label] for label in LABELS])
+        method = "fitted" if fitted else args.calibration or "contextual"
+        temperature = fitted["temperature"] if fitted else 1.0
+        return cls(model_dir, scorer, prior, Calibration(method, prior, given, temperature))
+
+    def fits(self, features: str) -> bool:
+        """Whether the feature string's prompt fits the model's context."""
+        return self.scorer.fits(creditmix_prompt(features))
+
+    def raw_scores(self, features: Sequence[str], progress: str | None = None) -> np.ndarray:
+        """Raw scores [N, labels] of feature strings."""
+        return self.scorer.raw_scores([creditmix_prompt(text) for text in features], progress)
+
+    def responses(self, raw: np.ndarray) -> list[dict]:
+        """The whitepaper's response (section 7) for each row of raw scores [N, labels]."""
+        scores, probabilities = self.calibration.scores(raw), self.calibration.probabilities(raw)
+        prior = _by_label(self.calibration.prior)
+        results = []
+        for row_scores, row_raw, row_probabilities in zip(scores, raw, probabilities, strict=True):
+            second, best = np.sort(row_scores)[-2:]
+            results.append(
+                {
+                    "model_name": self.name,
+                    "prediction": LABELS[int(row_scores.argmax())],
+                    "scores": _by_label(row_scores),
+                    "raw_scores": _by_label(row_raw),
+                    "prior": prior,
+                    "probabilities": _by_label(row_probabilities),
+                    "top2_margin": round(float(best - second), 6),
+                }
+            )
+        return results
+
+
+def _by_label(values: np.ndarray) -> dict[str, float]:
+    return {label: round(float(value), 6) for label, value in zip(LABELS, values, strict=True)}

@@ -1,0 +1,149 @@
+"""CreditMix data for the three trainers: cleaned, split by customer, balanced, written from training rows only.
+
+Departures from a plain conversion: numbers are rounded to one short form that inference applies too; the rejected
+label of a preference pair is the most plausible wrong one, and KD rows carry class probabilities, both by gradient
+boosting that never saw the row's customer.
+
+    python creditmix_prepare.py --src data/creditmix_dataset.json --outdir data
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common import InputError, run_script, split_of, write_jsonl
+from creditmix import (
+    LABELS,
+    CreditRow,
+    balanced_sample,
+    creditmix_prompt,
+    gradient_boosting,
+    read_creditmix,
+    tabular_features,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("files").add_argument
+    add(
+        "--src",
+        default="data/creditmix_dataset.json",
+        help='raw rows: JSON list or JSONL of {"question", "answer", "customer_id"}, or the Kaggle "Credit score '
+        'classification" CSV (%(default)s)',
+    )
+    add("--outdir", default="data", help="where creditmix_{sft,kd,dpo}.jsonl are written (%(default)s)")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--per_class", type=int, default=0, help="training rows a class; 0: as many as the rarest has (%(default)s)")
+    add(
+        "--hard_standard",
+        type=float,
+        default=0.0,
+        help="share 0..1 of the Standard rows that are near misses (%(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of sampling and order (%(default)s)")
+    add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def cross_fitted_probabilities(rows: Sequence[CreditRow], seed: int) -> np.ndarray:
+    """Class probabilities [rows, labels] by gradient boosting, each row by a model that never saw its customer,
+    under equal class weights. Raises InputError where there are too few customers for five folds."""
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.utils.class_weight import compute_sample_weight
+
+    groups = [row.customer for row in rows]
+    answers = np.array([LABELS.index(row.label) for row in rows])
+    fewest = min(len({row.customer for row in rows if row.label == label}) for label in LABELS)
+    if fewest < 5:
+        raise InputError(f"a class has {fewest} training customers; at least 5 are needed to find hard negatives")
+    return cross_val_predict(
+        gradient_boosting(seed),
+        tabular_features([row.features for row in rows]),
+        answers,
+        groups=groups,
+        cv=StratifiedGroupKFold(5, shuffle=True, random_state=seed),
+        method="predict_proba",
+        params={"sample_weight": compute_sample_weight("balanced", answers)},
+    )
+
+
+def enrich_standard(
+    sample: list[CreditRow],
+    pool: Sequence[CreditRow],
+    probabilities: dict[CreditRow, np.ndarray],
+    share: float,
+    seed: int,
+) -> list[CreditRow]:
+    """Replace `share` of the sample's Standard rows by near misses: Standard rows of the pool for which another label
+    is more plausible, the narrowest first. The class sizes stay as they are."""
+    standard = LABELS.index("Standard")
+    margin = {row: np.delete(probabilities[row], standard).max() - probabilities[row][standard] for row in pool}
+    near = sorted({row for row in pool if row.label == "Standard" and margin[row] > 0}, key=lambda row: margin[row])
+    rng = random.Random(seed)
+    rows = [row for row in sample if row.label == "Standard"]
+    wanted = round(share * len(rows))
+    if wanted > len(near):
+        raise InputError(f"--hard_standard {share}: {wanted} near misses wanted, {len(near)} found; lower it")
+    hard = near[:wanted]
+    ordinary = [row for row in rows if row not in set(hard)]
+    chosen = hard + rng.sample(ordinary, min(len(ordinary), len(rows) - wanted))
+    chosen += rng.choices(ordinary, k=len(rows) - len(chosen)) if len(chosen) < len(rows) else []
+    result = [row for row in sample if row.label != "Standard"] + chosen
+    rng.shuffle(result)
+    return result
+
+
+def show_counts(title: str, rows: Sequence[CreditRow]) -> None:
+    counts = Counter(row.label for row in rows)
+    print(f"{title:<34}{len(rows):>7}  " + "  ".join(f"{label} {counts[label]}" for label in LABELS))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if not 0 <= args.hard_standard <= 1 or args.per_class < 0:
+        raise InputError("--hard_standard is a share from 0 to 1, --per_class 0 or more")
+    if Path(args.outdir).exists() and not Path(args.outdir).is_dir():
+        raise InputError(f"--outdir {args.outdir}: is a file, a folder is needed")
+    rows, notes = read_creditmix(args.src)
+    for text, count in notes.most_common():
+        print(f"cleaned {count:>6} x {text}")
+    show_counts("rows with a label", rows)
+    for split in ("train", "calibration", "validation"):
+        show_counts(f"  {split}", [row for row in rows if split_of(row.customer, args.split_seed) == split])
+    pool = [row for row in rows if split_of(row.customer, args.split_seed) == "train"]
+    per_class = args.per_class or min(
+        Counter({label: 0 for label in LABELS} | Counter(r.label for r in pool)).values()
+    )
+    sample = balanced_sample(pool, per_class, args.seed)
+    print(f"gradient boosting on {len(pool)} training rows, cross-fitted by customer ...", file=sys.stderr)
+    by_row = dict(zip(pool, cross_fitted_probabilities(pool, args.seed), strict=True))
+    if args.hard_standard:
+        sample = enrich_standard(sample, pool, by_row, args.hard_standard, args.seed)
+    show_counts("balanced training rows written", sample)
+
+    sft, kd, dpo = [], [], []
+    for row in sample:
+        prompt, probabilities = creditmix_prompt(row.features), by_row[row]
+        wrong = max((label for label in LABELS if label != row.label), key=lambda x: probabilities[LABELS.index(x)])
+        soft = {label: round(float(p), 4) for label, p in zip(LABELS, probabilities, strict=True)}
+        sft.append({"input": prompt, "output": row.label})
+        kd.append({"input": prompt, "teacher_output": row.label, "label_probs": soft})
+        dpo.append({"prompt": prompt, "chosen": row.label, "rejected": wrong})
+    for name, lines in (("sft", sft), ("kd", kd), ("dpo", dpo)):
+        path = Path(args.outdir) / f"creditmix_{name}.jsonl"
+        write_jsonl(path, lines)
+        print(f"wrote {len(lines)} rows to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,342 @@
+"""Measure CreditMix models on balanced validation rows of customers that no training saw.
+
+Departures from a plain accuracy script: intervals come from resampling customers (a customer's months are alike),
+probabilities are measured as well as labels, and `--fit` finds bias and temperature on calibration customers only.
+
+    python eval_creditmix.py --model_dir runs/creditmix_sft --val_per_class 1500 --fit --baselines
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import (
+    Calibration,
+    InputError,
+    calibration_path,
+    check_model_name,
+    file_sha256,
+    fit_calibration,
+    model_fingerprint,
+    read_text,
+    run_script,
+    split_of,
+    write_json,
+    write_jsonl,
+)
+from creditmix import (
+    LABELS,
+    CreditModel,
+    CreditRow,
+    add_scoring_flags,
+    balanced_sample,
+    gradient_boosting,
+    read_creditmix,
+    tabular_features,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("models and data").add_argument
+    add("--model_dir", nargs="+", required=True, help="base ids, model folders or adapter folders, side by side")
+    add(
+        "--data",
+        default="data/creditmix_dataset.json",
+        help="raw rows, as creditmix_prepare.py reads them (%(default)s)",
+    )
+    add("--val_per_class", type=int, help="validation rows a class (default: as many as the rarest class has)")
+    add("--val_frac", type=float, help="or: share 0..1 of all rows to validate on, balanced")
+    add("--seed", type=int, default=0, help="of the sample and the bootstrap (%(default)s)")
+    add("--split_seed", type=int, default=0, help="of the split by customer; the training's own (%(default)s)")
+    add = parser.add_argument_group("calibration").add_argument
+    add(
+        "--calibration",
+        choices=("none", "contextual", "fitted"),
+        help="default: fitted if there is one, else contextual",
+    )
+    add("--fit", action="store_true", help="fit bias and temperature on calibration rows; writes calibration.json")
+    add("--fit_per_class", type=int, default=300, help="calibration rows a class at most (%(default)s)")
+    add = parser.add_argument_group("report").add_argument
+    add("--baselines", action="store_true", help="add majority, logistic regression and gradient boosting")
+    add("--report_dir", help="write metrics.json, predictions.jsonl and plots there")
+    add("--bootstrap", type=int, default=1000, help="resamples for the 95 %% intervals (%(default)s)")
+    add("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
+    add_scoring_flags(parser)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def check_split_seed(model_dir: str, split_seed: int) -> None:
+    """Refuse an adapter that was trained under another split: its training rows would be in the validation set."""
+    run = Path(model_dir) / "run.json"
+    trained = json.loads(read_text(run)).get("split_seed") if run.is_file() else split_seed
+    if trained != split_seed:
+        raise InputError(
+            f"{model_dir}: trained with --split_seed {trained}, evaluated with {split_seed}: rows would leak"
+        )
+
+
+def draw(rows: Sequence[CreditRow], split: str, per_class: int | None, args: argparse.Namespace) -> list[CreditRow]:
+    """A balanced sample of one split; `per_class` None: as many as the rarest class has."""
+    pool = [row for row in rows if split_of(row.customer, args.split_seed) == split]
+    counts = Counter(row.label for row in pool)
+    try:
+        return balanced_sample(pool, per_class or min(counts[label] for label in LABELS), args.seed)
+    except InputError as error:
+        raise InputError(f"{args.data}: {split} rows: {error}") from None
+
+
+def point_metrics(answers: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    """Accuracy, macro-F1, recall per label; NLL (natural log), Brier (sum over labels), ECE (15 equal-width bins)."""
+    from sklearn.metrics import accuracy_score, f1_score, recall_score
+
+    right = predicted == answers
+    confidence = probabilities[np.arange(len(answers)), predicted]
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = [abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(15)]
+    chosen = np.clip(probabilities[np.arange(len(answers)), answers], 1e-12, 1)
+    recalls = recall_score(answers, predicted, labels=range(len(LABELS)), average=None, zero_division=0)
+    return {
+        "accuracy": float(accuracy_score(answers, predicted)),
+        "macro_f1": float(f1_score(answers, predicted, labels=range(len(LABELS)), average="macro", zero_division=0)),
+        **{f"recall_{label}": float(recall) for label, recall in zip(LABELS, recalls, strict=True)},
+        "nll": float(-np.log(chosen).mean()),
+        "brier": float(((probabilities - np.eye(len(LABELS))[answers]) ** 2).sum(axis=1).mean()),
+        "ece": float(sum(gaps) / len(answers)),
+    }
+
+
+def intervals(
+    answers: np.ndarray, predicted: np.ndarray, customers: Sequence[str], resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile bootstrap of accuracy, macro-F1 and recalls, resampling customers with all their rows."""
+    index = {customer: i for i, customer in enumerate(dict.fromkeys(customers))}
+    size = len(LABELS)
+    tables = np.zeros((len(index), size * size))
+    np.add.at(tables, ([index[c] for c in customers], answers * size + predicted), 1)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=resamples)
+    confusion = (weights @ tables).reshape(resamples, size, size)
+    hits, actual, claimed = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1)
+    f1 = 2 * hits / np.maximum(actual + claimed, 1)
+    samples = {"accuracy": hits.sum(axis=1) / confusion.sum(axis=(1, 2)), "macro_f1": f1.mean(axis=1)}
+    samples |= {f"recall_{label}": hits[:, i] / np.maximum(actual[:, i], 1) for i, label in enumerate(LABELS)}
+    return {name: tuple(np.percentile(values, [2.5, 97.5]).tolist()) for name, values in samples.items()}
+
+
+def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
+    """Metrics and intervals of one model's probabilities [N, labels]."""
+    answers = np.array([LABELS.index(row.label) for row in rows])
+    predicted = probabilities.argmax(axis=1)
+    result: dict[str, Any] = point_metrics(answers, predicted, probabilities)
+    result["interval_95"] = intervals(answers, predicted, [r.customer for r in rows], args.bootstrap, args.seed)
+    result["predicted"] = [LABELS[i] for i in predicted]
+    return result
+
+
+def fit(model: CreditModel, model_dir: str, rows: list[CreditRow], args: argparse.Namespace) -> CreditModel:
+    """Fit bias and temperature on calibration rows and store them; returns the model with that calibration."""
+    raw = model.raw_scores([row.features for row in rows], "calibration rows")
+    answers = np.array([LABELS.index(row.label) for row in rows])
+    fitted = fit_calibration(raw, model.prior, answers)
+    digest = hashlib.sha256(json.dumps([[row.features, row.label] for row in rows]).encode()).hexdigest()
+    path = calibration_path(model_dir)
+    write_json(
+        path,
+        {
+            "calibration": "fitted",
+            "bias": dict(zip(LABELS, fitted.bias.tolist(), strict=True)),
+            "temperature": fitted.temperature,
+            "labels": list(LABELS),
+            "model": model_fingerprint(model_dir),
+            "forms": model.scorer.forms,
+            "aggregate": args.aggregate,
+            "null_prompts": args.null_prompts,
+            "fitted_on": {"rows": len(rows), "sha256": digest, "data": args.data, "split_seed": args.split_seed},
+        },
+    )
+    print(f"wrote {path}", file=sys.stderr)
+    bias = fitted.bias + model.calibration.bias  # what --bias gave comes on top
+    return replace(model, calibration=replace(fitted, bias=bias))
+
+
+def evaluate_model(
+    model_dir: str, rows: list[CreditRow], calibration_rows: list[CreditRow], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Score one model once and measure it under each calibration that it has."""
+    if args.fit:
+        args = argparse.Namespace(**{**vars(args), "calibration": "contextual"})
+    model = CreditModel.load(model_dir, args)
+    if args.fit:
+        model = fit(model, model_dir, calibration_rows, args)
+    raw = model.raw_scores([row.features for row in rows], model_dir)
+    zero = np.zeros(len(LABELS))
+    used = model.calibration
+    choices = {"none": Calibration("none", zero, zero), "contextual": Calibration("contextual", model.prior, zero)}
+    choices = {name: choice for name, choice in choices.items() if name == "none" or model.prior.any()}
+    choices[used.method] = used
+    compared = {name: measure(rows, choice.probabilities(raw), args) for name, choice in choices.items()}
+    result = compared[used.method] | {
+        "model": model_dir,
+        "calibration": used.method,
+        "responses": model.responses(raw),
+    }
+    result["calibrations"] = {
+        name: {key: value for key, value in metrics.items() if isinstance(value, float)}
+        for name, metrics in compared.items()
+    }
+    result["probabilities"] = used.probabilities(raw)
+    return result
+
+
+def baselines(train: list[CreditRow], rows: list[CreditRow], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Majority, logistic regression and gradient boosting (the ceiling), trained on all balanced training rows."""
+    import pandas as pd
+    from sklearn.compose import make_column_selector, make_column_transformer
+    from sklearn.dummy import DummyClassifier
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    frame = tabular_features([row.features for row in train + rows])
+    answers = [LABELS.index(row.label) for row in train]
+    numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
+    columns = make_column_transformer(
+        (numbers, make_column_selector(dtype_include="number")),
+        (OneHotEncoder(handle_unknown="ignore"), make_column_selector(dtype_include=pd.CategoricalDtype)),
+    )
+    models = {
+        "majority": DummyClassifier(strategy="prior"),
+        "logistic regression": make_pipeline(columns, LogisticRegression(max_iter=2000)),
+        "gradient boosting": gradient_boosting(args.seed),
+    }
+    results = []
+    for name, model in models.items():
+        model.fit(frame[: len(train)], answers)
+        probabilities = model.predict_proba(frame[len(train) :])
+        results.append(measure(rows, probabilities, args) | {"model": name, "probabilities": probabilities})
+    return results
+
+
+def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any) -> None:
+    """Side-by-side table with intervals, calibrators, and scikit-learn's report and confusion matrix per model."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    answers = [row.label for row in rows]
+    for result in results:
+        print(f"\n{result['model']} ({result.get('calibration', 'baseline')})", file=out)
+        print(classification_report(answers, result["predicted"], labels=LABELS, digits=4, zero_division=0), file=out)
+        print(f"confusion matrix (rows: truth, columns: prediction; {', '.join(LABELS)})", file=out)
+        print(confusion_matrix(answers, result["predicted"], labels=LABELS), file=out)
+        for name, metrics in result.get("calibrations", {}).items():
+            shown = ", ".join(f"{key} {metrics[key]:.4f}" for key in ("accuracy", "macro_f1", "nll", "brier", "ece"))
+            print(f"  calibration {name:<11}{shown}", file=out)
+    width = max(len(result["model"]) for result in results)
+    print(
+        f"\n{len(rows)} validation rows, {len(rows) // len(LABELS)} a class; 95 % intervals by customer bootstrap",
+        file=out,
+    )
+    print(f"{'model':<{width}}  {'accuracy':<24}{'macro-F1':<24}{'Standard recall':<24}NLL     ECE", file=out)
+    for result in results:
+        cells = []
+        for name in ("accuracy", "macro_f1", "recall_Standard"):
+            low, high = result["interval_95"][name]
+            cells.append(f"{result[name]:.4f} [{low:.4f}, {high:.4f}]  ")
+        print(f"{result['model']:<{width}}  {''.join(cells)}{result['nll']:.4f}  {result['ece']:.4f}", file=out)
+
+
+def plots(result: dict[str, Any], rows: list[CreditRow], folder: Path) -> None:
+    """confusion_matrix.png and reliability.png of one model."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    answers = [row.label for row in rows]
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    axis = figure.subplots()
+    ConfusionMatrixDisplay.from_predictions(
+        answers, result["predicted"], labels=LABELS, ax=axis, colorbar=False, cmap="Blues"
+    )
+    axis.set_title(result["model"])
+    figure.savefig(folder / "confusion_matrix.png", dpi=120)
+    probabilities = result["probabilities"]
+    confidence = probabilities.max(axis=1)
+    right = np.array([a == p for a, p in zip(answers, result["predicted"], strict=True)])
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    used = [b for b in range(15) if (bins == b).any()]
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="tab:gray", linestyle=":")
+    axis.plot([confidence[bins == b].mean() for b in used], [right[bins == b].mean() for b in used], marker="o")
+    axis.set(
+        xlabel="probability of the predicted label",
+        ylabel="share right",
+        title=f"{result['model']}, ECE {result['ece']:.3f}",
+    )
+    figure.savefig(folder / "reliability.png", dpi=120)
+
+
+def write_report(results: list[dict[str, Any]], rows: list[CreditRow], summary: dict, report_dir: Path) -> None:
+    for result in results:
+        folder = report_dir / Path(result["model"].replace(" ", "_")).name
+        folder.mkdir(parents=True, exist_ok=True)
+        plots(result, rows, folder)
+        responses = result.get("responses") or [{"prediction": label} for label in result["predicted"]]
+        lines = ({"features": r.features, "answer": r.label} | a for r, a in zip(rows, responses, strict=True))
+        write_jsonl(folder / "predictions.jsonl", lines)
+    write_json(report_dir / "metrics.json", summary)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.val_per_class and args.val_frac:
+        raise InputError("give --val_per_class or --val_frac, not both")
+    if (args.val_per_class is not None and args.val_per_class < 1) or args.bootstrap < 1 or args.fit_per_class < 1:
+        raise InputError("--val_per_class, --fit_per_class and --bootstrap are at least 1")
+    if args.val_frac is not None and not 0 < args.val_frac <= 0.3:
+        raise InputError("--val_frac is a share above 0 and at most 0.3, the validation part")
+    if args.fit and args.calibration in ("none", "contextual"):
+        raise InputError(f"--fit measures the fitted calibration; leave --calibration {args.calibration} out")
+    for model_dir in args.model_dir:
+        check_model_name(model_dir)
+        check_split_seed(model_dir, args.split_seed)
+    rows, _ = read_creditmix(args.data)
+    per_class = round(args.val_frac * len(rows) / len(LABELS)) if args.val_frac else args.val_per_class
+    validation = draw(rows, "validation", per_class, args)
+    calibration_rows = []
+    if args.fit:
+        calibration_rows = draw(rows, "calibration", None, args)
+        if len(calibration_rows) > args.fit_per_class * len(LABELS):
+            calibration_rows = draw(rows, "calibration", args.fit_per_class, args)
+    results = [evaluate_model(model_dir, validation, calibration_rows, args) for model_dir in args.model_dir]
+    if args.baselines:
+        results += baselines(draw(rows, "train", None, args), validation, args)
+    hidden = ("predicted", "responses", "probabilities")
+    summary = {
+        "data": {"file": args.data, "sha256": file_sha256(args.data), "validation_rows": len(validation)},
+        "split_seed": args.split_seed,
+        "seed": args.seed,
+        "models": [{key: value for key, value in result.items() if key not in hidden} for result in results],
+    }
+    print_tables(results, validation, sys.stderr if args.json else sys.stdout)
+    if args.report_dir:
+        write_report(results, validation, summary, Path(args.report_dir))
+        print(f"report written to {args.report_dir}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

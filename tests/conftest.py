@@ -1,0 +1,116 @@
+"""A tokenizer and a random two-layer Qwen2 built here, so that no test needs a network or a downloaded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build_tokenizer():
+    """Byte-level BPE with ChatML: Good, Standard and Bad are one token each, Typical is several, digits are single."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from common import SYSTEM_PROMPT
+    from creditmix import CREDIT_FIELDS
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=448,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = ["Good", "Standard", "Bad", "system\n", "user\n", "assistant\n", *CREDIT_FIELDS, SYSTEM_PROMPT]
+    raw.train_from_iterator([" ".join(words), "\n".join(["Good", "Standard", "Bad"])] * 20, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer) -> str:
+    """Folder of a random Qwen2 whose projections satisfy the 4-bit CPU kernel (multiples of 64 in, 32 out)."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("model") / "tiny-qwen2"
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch, request):
+    """Priors of one test never meet another; slow tests keep the user's cache, where the converted model is."""
+    if not request.node.get_closest_marker("slow"):
+        monkeypatch.setenv("DISTIL_SLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def credit_rows(customers: int = 240, months: int = 2, seed: int = 0) -> list[dict]:
+    """Raw CreditMix rows with the published data's damage; debt decides the label, so models can learn it."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(customers):
+        label = ("Good", "Standard", "Bad")[number % 3]
+        debt = {"Good": 500, "Standard": 1200, "Bad": 2600}[label] * rng.uniform(0.6, 1.4)
+        for _ in range(months):
+            fields = {
+                "Age": rng.choice([f"{rng.randint(18, 60)}.0", "-500", "31_"]),
+                "Occupation": rng.choice(["Lawyer", "Teacher", "_______"]),
+                "Annual Income": f"{rng.uniform(1e4, 1e5):.2f}",
+                "Outstanding Debt": f"{debt:.2f}",
+                "Credit Utilization Ratio": f"{rng.uniform(20, 45):.4f}",
+                "Payment Behaviour": rng.choice(["Low_spent_Small_value_payments", "!@9#%8"]),
+            }
+            question = ", ".join(f"{field}: {value}" for field, value in fields.items())
+            answer = label if rng.random() > 0.1 else "_"
+            rows.append({"question": question, "answer": answer, "customer_id": f"C{number}"})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def credit_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("raw") / "credit.json"
+    path.write_text(json.dumps(credit_rows()))
+    return str(path)
+
+
+def run_cli(script: str, *flags: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user would; text output captured."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=timeout
+    )

@@ -1,0 +1,334 @@
+"""What the three trainers share beyond their flags: datasets, the completion loss, memory, checkpoints, run folder.
+
+Apart from common.py because inference never needs it, and because it imports torch and TRL at once: trainers import
+it inside `main`, after their flags and files are checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
+
+from common import (
+    InputError,
+    PromptEncoder,
+    compute_dtype,
+    file_sha256,
+    lora_config,
+    package_versions,
+    parameter_count,
+    write_json,
+)
+
+# Students below this size learn well with larger steps and need no gradient checkpointing.
+SMALL_STUDENT = 1e9
+# Own loss only where the supervised logits stay below this; above, TRL's fused head computes them in tiles.
+MAX_LOGITS_BYTES = 2**29
+
+
+def fill_defaults(args: argparse.Namespace, small: dict[str, Any], large: dict[str, Any], parameters: int) -> None:
+    """Set each flag left at None from the recipe for the student's size."""
+    for name, value in (small if parameters < SMALL_STUDENT else large).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.gradient_checkpointing == "auto":
+        args.gradient_checkpointing = "off" if parameters < SMALL_STUDENT else "on"
+
+
+def completion_dataset(
+    rows: Sequence[dict], answer: str, encoder: PromptEncoder, max_length: int, source: str
+) -> Dataset:
+    """Token ids and labels (-100 on the prompt) of rows with `input` and `answer`; prompts just as scoring has them.
+
+    Raises InputError for rows longer than `max_length` (cutting them would cut the answer) and for an answer whose
+    tokens are not supervised, all of them and its end-of-turn token included.
+    """
+    examples, too_long = [], []
+    end = encoder.tokenizer.convert_tokens_to_ids(encoder.end_of_turn)
+    for number, row in enumerate(rows, 1):
+        prompt, completion = encoder.prompt(row["input"]), encoder.completion(row[answer])
+        if len(prompt) + len(completion) > max_length:
+            too_long.append((number, len(prompt) + len(completion)))
+            continue
+        labels = [-100] * len(prompt) + completion
+        supervised = sum(label != -100 for label in labels)
+        if not 1 < supervised < len(labels) or labels[-1] != end:
+            raise InputError(f"{source}: row {number}: {supervised} of {len(labels)} tokens supervised")
+        example = {"input_ids": prompt + completion, "labels": labels}
+        if "label_probs" in row:
+            example["label_probs"] = row["label_probs"]
+        examples.append(example)
+    if too_long:
+        number, length = max(too_long, key=lambda pair: pair[1])
+        raise InputError(
+            f"{source}: {len(too_long)} rows are longer than --max_length {max_length} tokens "
+            f"(row {number}: {length}); raise --max_length or shorten them"
+        )
+    return Dataset.from_list(examples)
+
+
+def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """Left-padded batches: answers end in the last column, so only the last columns go through the output head."""
+
+    def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+        width = max(len(example["input_ids"]) for example in examples)
+        pads = [width - len(example["input_ids"]) for example in examples]
+        pairs = list(zip(pads, examples, strict=True))
+        batch = {
+            "input_ids": torch.tensor([[pad_token_id] * pad + example["input_ids"] for pad, example in pairs]),
+            "labels": torch.tensor([[-100] * pad + example["labels"] for pad, example in pairs]),
+            "attention_mask": torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads]),
+            "position_ids": torch.tensor([[0] * pad + list(range(width - pad)) for pad in pads]),
+        }
+        if "label_probs" in examples[0]:
+            batch["label_probs"] = torch.tensor([example["label_probs"] for example in examples])
+        return batch
+
+    return collate
+
+
+def cross_entropy_sum(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Summed negative log-likelihood of the supervised tokens. logits: [batch, positions, vocabulary], float32;
+    batch["labels"]: [batch, positions], the token each position must predict, -100 for none."""
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+class CompletionTrainer(SFTTrainer):
+    """TRL's SFTTrainer with the loss on supervised columns alone and divided by the tokens of the whole step.
+
+    TRL's fused head projects every position on a CPU; for short answers that costs more than the rest of the model.
+    loss_sum(logits, batch) returns a sum over the batch. It is divided by `num_items_in_batch`, the supervised tokens
+    of all micro-batches of the step: a mean per micro-batch would step too far under gradient accumulation.
+    """
+
+    def __init__(
+        self, *args: Any, loss_sum: Callable = cross_entropy_sum, always_own_loss: bool = False, **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs)
+        self._loss_sum, self._always = loss_sum, always_own_loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        columns = (labels != -100).any(dim=0).nonzero()
+        keep = labels.shape[1] - int(columns[0])
+        logits_bytes = 4 * labels.shape[0] * keep * self.model.config.get_text_config().vocab_size
+        if return_outputs or (logits_bytes > MAX_LOGITS_BYTES and not self._always):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        extra = {"label_probs": inputs.pop("label_probs")} if "label_probs" in inputs else {}
+        del inputs["labels"]
+        logits = model(**inputs, use_cache=False, logits_to_keep=keep + 1).logits[:, :-1].float()
+        batch = {"labels": labels[:, -keep:], **extra}
+        items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = self._loss_sum(logits, batch) / items
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # items count every process, gradients are averaged
+        supervised = batch["labels"] != -100
+        right = (logits.detach().argmax(dim=-1) == batch["labels"])[supervised].float().mean()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["mean_token_accuracy"].append(right.item())
+        return loss
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of a loaded adapter's trainable weights by name; empty for a base model."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
+
+
+def adapters_to_float32(model: Any, exact: dict[str, torch.Tensor]) -> None:
+    """Undo TRL's cast of a 4-bit model's adapters to bf16, where the updates of small learning rates vanish.
+
+    exact: `adapter_weights` of before the trainer was built, so that going on from an adapter starts at its values.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = exact.get(name, parameter.data).float()
+
+
+def trainer_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments that SFTConfig and DPOConfig share."""
+    cuda = torch.cuda.is_available()
+    return {
+        "output_dir": str(Path(args.save_dir) / "checkpoints"),
+        "num_train_epochs": args.epochs,
+        "max_steps": args.max_steps if args.max_steps else -1,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": args.warmup_steps,
+        "per_device_train_batch_size": args.batch_size,
+        "gradient_accumulation_steps": args.grad_accum,
+        "gradient_checkpointing": args.gradient_checkpointing == "on",
+        "optim": args.optimizer,
+        "seed": args.seed,
+        "logging_steps": 10,
+        "logging_first_step": True,
+        "save_steps": args.save_steps,
+        "save_total_limit": 2,
+        "report_to": args.report_to,
+        "use_cpu": not cuda,
+        "bf16": compute_dtype() == torch.bfloat16,
+        "dataloader_pin_memory": False,  # pinned memory is scarce under WSL2
+        "remove_unused_columns": False,
+        "max_length": None,  # rows that are too long were refused: cutting would cut the answer
+    }
+
+
+def step_count(args: argparse.Namespace, rows: int) -> int:
+    """Optimiser steps of the run in one process."""
+    per_epoch = math.ceil(math.ceil(rows / args.batch_size) / args.grad_accum)
+    return args.max_steps or math.ceil(per_epoch * args.epochs)
+
+
+def estimate_memory(path: str, args: argparse.Namespace, longest: int, sequences: int = 1) -> dict[str, float]:
+    """Expected peak in GB by kind, by arithmetic: weights, adapter (float32 weight, gradient, two Adam moments),
+    activations of `sequences` x batch_size rows of `longest` tokens, logits of the supervised positions."""
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    from peft import get_peft_model
+
+    linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
+    total = parameter_count(path)
+    with torch.device("meta"):
+        adapter = get_peft_model(model, lora_config(args.lora_r)).get_nb_trainable_parameters()[0]
+    text = config.get_text_config()
+    tokens = sequences * args.batch_size * longest
+    width = 2 if compute_dtype() == torch.bfloat16 else 4
+    # Per token and layer: what autograd keeps of attention and MLP with their LoRA branches, or the layer's input.
+    kept = 12 * text.hidden_size + 6 * text.intermediate_size
+    layers = text.num_hidden_layers
+    per_token = layers * text.hidden_size + kept if args.gradient_checkpointing == "on" else layers * kept
+    linear_bytes = 0.52 if args.quantization == "nf4" else width
+    gb = {
+        "weights": (linear * linear_bytes + (total - linear) * width) / 1e9,
+        "adapter": adapter * (4 if args.optimizer == "sgd" else 16) / 1e9,
+        "activations": tokens * per_token * width / 1e9,
+        "logits": min(MAX_LOGITS_BYTES, 8 * 4 * args.batch_size * sequences * text.vocab_size) * 3 / 1e9,
+    }
+    return {**gb, "total": sum(gb.values()), "trainable_parameters": adapter}
+
+
+def check_memory(estimate: dict[str, float], max_memory_gb: float | None) -> None:
+    """Refuse a run that cannot fit. Raises InputError with what to change."""
+    if max_memory_gb is None:
+        if torch.cuda.is_available():
+            max_memory_gb = torch.cuda.mem_get_info()[0] / 1e9
+        else:
+            import psutil
+
+            max_memory_gb = psutil.virtual_memory().available / 1e9
+    if estimate["total"] > max_memory_gb:
+        raise InputError(
+            f"about {estimate['total']:.1f} GB needed, {max_memory_gb:.1f} GB to be had: lower --batch_size (raise "
+            "--grad_accum) or --max_length, use --gradient_checkpointing on, or say otherwise with --max_memory_gb"
+        )
+
+
+def load_tokenizer(path: str) -> Any:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def last_checkpoint(save_dir: str) -> str | None:
+    """The newest complete checkpoint of an unfinished run; incomplete ones (killed while writing) are removed."""
+    folders = sorted(Path(save_dir, "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    for folder in list(folders):
+        if not (folder / "trainer_state.json").is_file():  # the Trainer writes it last
+            shutil.rmtree(folder)
+            folders.remove(folder)
+    return str(folders[-1]) if folders else None
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak in GB: of CUDA tensors, or of the process's resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return {"device": "cuda", "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    import resource
+
+    return {"device": "cpu", "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
+def plot_curve(path: Path, history: list[dict], title: str) -> None:
+    """Loss over steps, and the learning rate on a second axis."""
+    from matplotlib.figure import Figure
+
+    points = [entry for entry in history if "loss" in entry]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([p["step"] for p in points], [p["loss"] for p in points], color="tab:blue")
+    axis.set(xlabel="optimiser step", ylabel="training loss per supervised token", title=title)
+    rate = axis.twinx()
+    rate.plot([p["step"] for p in points], [p["learning_rate"] for p in points], color="tab:gray", linestyle=":")
+    rate.set_ylabel("learning rate (dotted)")
+    figure.savefig(path, dpi=120)
+
+
+def train_and_save(
+    trainer: Any, args: argparse.Namespace, method: str, student: str, rows: int, estimate: dict[str, float]
+) -> None:
+    """Train (from the last complete checkpoint with --resume), then write the adapter folder, run.json last."""
+    save_dir = Path(args.save_dir)
+    if args.overwrite and not args.resume:
+        for name in ("run.json", "calibration.json"):
+            (save_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
+    # The one sign that a 4-bit CPU kernel without gradients is in use (see common.keep_autograd_kernels).
+    warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")
+    started = time.monotonic()
+    checkpoint = last_checkpoint(args.save_dir) if args.resume else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.accelerator.is_main_process:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(save_dir, selected_adapters=["default"])
+    trainer.processing_class.save_pretrained(save_dir)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    write_json(save_dir / "training_curve.json", history)
+    plot_curve(save_dir / "training_curve.png", history, f"{save_dir.name} ({method})")
+    run = {
+        "method": method,
+        "base_model": student,
+        "flags": vars(args),
+        "data": {"file": args.data, "sha256": file_sha256(args.data), "rows": rows},
+        "split_seed": args.split_seed,
+        "seed": args.seed,
+        "packages": package_versions(),
+        "metrics": {**result.metrics, "steps": trainer.state.global_step, "last_loss": history[-1]["loss"]},
+        "wall_seconds": round(time.monotonic() - started, 1),
+        "resumed_from": checkpoint and Path(checkpoint).name,
+        "memory": {**peak_memory(), "estimated_gb": round(estimate["total"], 2)},
+    }
+    write_json(save_dir / "run.json", run)
+    shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
+    memory = run["memory"]
+    print(
+        f"{save_dir}: adapter, tokenizer, run.json and training_curve.png written; {run['metrics']['steps']} steps in "
+        f"{run['wall_seconds'] / 60:.1f} min, peak memory {memory['peak_gb']:.2f} GB ({memory['device']})",
+        file=sys.stderr,
+    )
+
+
+def print_plan(args: argparse.Namespace, tokens: Sequence[int], estimate: dict[str, float]) -> None:
+    """What --dry_run prints. tokens: length of each row's training sequence."""
+    rows = len(tokens)
+    print(f"rows                 {rows} from {args.data}")
+    mean = sum(tokens) / len(tokens)
+    print(f"tokens               {sum(tokens)} in an epoch; {mean:.0f} a sequence, longest {max(tokens)}")
+    print(f"steps                {step_count(args, rows)} of {args.batch_size} x {args.grad_accum} rows")
+    print(f"learning rate        {args.learning_rate:g}, linear decay after {args.warmup_steps} warm-up steps")
+    print(f"trainable parameters {int(estimate['trainable_parameters']):,} (LoRA r={args.lora_r}, float32)")
+    parts = ", ".join(f"{name} {estimate[name]:.2f}" for name in ("weights", "adapter", "activations", "logits"))
+    print(f"estimated memory     {estimate['total']:.2f} GB ({parts})")
+    print(f"would write          {args.save_dir}")
