@@ -100,6 +100,14 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. Raises InputError if it cannot be read or is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
 def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
     """Objects of a JSONL file, each with the `required` fields as non-empty strings.
 
@@ -107,7 +115,7 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
     a count of the others. Blank lines are skipped.
     """
     rows, problems = [], []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -192,7 +200,7 @@ def embedded_model_dir() -> Path:
 def adapter_config(model_dir: str | Path) -> dict | None:
     """PEFT's adapter_config.json of an adapter folder, None for anything else."""
     path = Path(model_dir) / "adapter_config.json"
-    return json.loads(read_text(path)) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def base_of(model_dir: str) -> str:
@@ -342,18 +350,19 @@ def load_model(
     )
     if trainable:
         keep_autograd_kernels(model)
-    model.name_or_path = model.config.name_or_path = base  # adapters name their base as the user did
     tokenizer = AutoTokenizer.from_pretrained(path)
     align_special_tokens(model, tokenizer)
     if adapter_config(model_dir):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, model_dir, is_trainable=trainable)
+        # PEFT looks the base up at each save, on the hub if the name is no path.
+        model.active_peft_config.base_model_name_or_path = path
     return model.train(trainable), tokenizer
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries say at each load (a bar for every weight, an optional kernel package that is not there)."""
+    """Silence what libraries say at each load (a bar for every weight, an optional kernel package that is absent)."""
     import logging
 
     import transformers
@@ -403,8 +412,9 @@ def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05) -> LoraConf
 
 
 def model_fingerprint(model_dir: str) -> str:
-    """Hash of a model's content that survives copying: adapter weights whole, base by name, configuration and the
-    size and first MiB of each weight file. Another adapter or another base has another fingerprint."""
+    """Hash of a model's content that survives copying: adapter weights whole, base by name, configuration and, of each
+    weight file, the size and samples from its whole length (an adapter merged into a base leaves the embeddings at
+    the file's beginning as they were). Another adapter or another base has another fingerprint."""
     digest = hashlib.sha256()
     if adapter_config(model_dir):
         digest.update(file_sha256(Path(model_dir) / "adapter_model.safetensors").encode())
@@ -417,8 +427,12 @@ def model_fingerprint(model_dir: str) -> str:
 
         digest.update(str(getattr(AutoConfig.from_pretrained(base), "_commit_hash", "")).encode())
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]) if folder.is_dir() else []:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
         with open(file, "rb") as handle:
-            digest.update(f"{file.name}:{file.stat().st_size}".encode() + handle.read(2**20))
+            for start in range(0, size, max(2**16, size // 64)):
+                handle.seek(start)
+                digest.update(handle.read(2**16))
     return digest.hexdigest()[:16]
 
 
@@ -486,12 +500,10 @@ def read_verbalizers(path: str | Path | None, labels: Sequence[str]) -> dict[str
     """{label: surface forms} of a JSON file such as {"Standard": ["Standard", "Average"]}; itself where not named."""
     forms = {label: [label] for label in labels}
     if path:
-        try:
-            given = json.loads(read_text(path))
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error})") from None
+        given = read_json(path)
         for label, words in given.items() if isinstance(given, dict) else [("", None)]:
-            if label not in forms or not isinstance(words, list) or not words or not all(map(str.strip, words)):
+            strings = isinstance(words, list) and all(isinstance(word, str) and word.strip() for word in words)
+            if label not in forms or not strings or not words:
                 raise InputError(f"{path}: expected an object of label: [words] with labels {', '.join(labels)}")
         forms |= given
     return forms
@@ -527,7 +539,7 @@ class LabelScorer:
         self._body, self._head = getattr(causal, causal.base_model_prefix), causal.get_output_embeddings()
         self._device = next(self._body.parameters()).device
         self._context = text_config.max_position_embeddings
-        self._prefix: list[int] = []
+        self.prefix: list[int] = []
         self._prefix_cache: list[tuple[Any, Any]] = []
         if shared_by:
             self._run_prefix(shared_by)
@@ -536,10 +548,10 @@ class LabelScorer:
         import torch
 
         columns = zip(*(self.encoder.prompt(turn) for turn in user_turns), strict=False)
-        self._prefix = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
-        if self._prefix:
+        self.prefix = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
+        if self.prefix:
             with torch.inference_mode():
-                ids = torch.tensor([self._prefix], device=self._device)
+                ids = torch.tensor([self.prefix], device=self._device)
                 cache = self._body(input_ids=ids, use_cache=True).cache
             self._prefix_cache = [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -598,8 +610,8 @@ class LabelScorer:
         import torch
         from transformers import DynamicCache
 
-        shared = len(self._prefix)
-        if any(row[:shared] != self._prefix or len(row) - shared < positions for row in rows):
+        shared = len(self.prefix)
+        if any(row[:shared] != self.prefix or len(row) - shared < positions for row in rows):
             shared = 0
         width = max(map(len, rows)) - shared
         pads = [width + shared - len(row) for row in rows]
@@ -654,7 +666,7 @@ def label_prior(scorer: LabelScorer, fingerprint: str, turns: Sequence[str]) -> 
     key = json.dumps([fingerprint, prompts, scorer.forms, scorer.aggregate], sort_keys=True)
     path = cache_dir() / "priors" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
-        stored = json.loads(read_text(path))["prior"]
+        stored = read_json(path)["prior"]
         return np.array([float(stored[label]) for label in scorer.labels])
     prior = scorer.raw_scores(turns).mean(axis=0)
     with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
@@ -720,7 +732,7 @@ def read_fitted(model_dir: str, forms: dict[str, list[str]], aggregate: str, nul
     path = calibration_path(model_dir)
     if not path.is_file():
         return None
-    stored = json.loads(read_text(path))
+    stored = read_json(path)
     wanted = {"forms": forms, "aggregate": aggregate, "null_prompts": nulls, "model": model_fingerprint(model_dir)}
     for name, value in wanted.items():
         if stored.get(name) != value:

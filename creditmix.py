@@ -7,6 +7,7 @@ here once, so that a request meets what was trained.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -63,7 +64,13 @@ def canonical_number(value: float) -> str:
     rounded = float(f"{value:.3g}")
     if abs(rounded) >= 10:
         rounded = float(round(rounded))
-    return str(int(rounded)) if rounded.is_integer() else f"{rounded:.12f}".rstrip("0")
+    return str(int(rounded)) if rounded.is_integer() else f"{rounded:.12f}".rstrip("0").rstrip(".")
+
+
+def _short(digits: str) -> str:
+    """A number written in a text in canonical form; as it is where it is too large for a float."""
+    number = float(digits.replace(",", ""))
+    return canonical_number(number) if math.isfinite(number) else digits
 
 
 def clean_field(field: str, value: str, notes: Counter | None = None) -> str:
@@ -94,15 +101,21 @@ def clean_field(field: str, value: str, notes: Counter | None = None) -> str:
 
 
 def parse_features(text: str) -> dict[str, str] | None:
-    """'Age: 23, Occupation: Lawyer' -> {'Age': '23', 'Occupation': 'Lawyer'}; None where it is not such a list."""
+    """'Age: 23, Occupation: Lawyer' -> {'Age': '23', 'Occupation': 'Lawyer'}; None where it is not such a list.
+    A comma may belong to the value of a field of words: 'Occupation: Doctor, retired'."""
     pairs: dict[str, str] = {}
-    for part in re.split(r",\s+|\s*[;\n]\s*", text.strip().rstrip(".,;")):
+    field = ""
+    for part in re.split(r",\s+|,(?=[A-Za-z][\w ]*:)|\s*[;\n]\s*", text.strip().rstrip(".,;")):
         key, colon, value = part.partition(":")
+        if not colon and part and field in CREDIT_FIELDS and field not in PLAUSIBLE:
+            pairs[field] += f", {part.strip()}"
+            continue
         if not colon or not key.strip() or len(key) > 60:
             return None
-        key = key.strip()
-        known = key.replace("_", " ").title()
-        pairs[known if known in CREDIT_FIELDS else key] = value.strip()
+        field = key.strip()
+        known = field.replace("_", " ").title()
+        field = known if known in CREDIT_FIELDS else field
+        pairs[field] = value.strip()
     return pairs
 
 
@@ -111,7 +124,7 @@ def canonical_features(text: str, notes: Counter | None = None) -> str:
     and complete (missing: Unknown), numbers in one short form. Text that is no field list keeps its words."""
     pairs = parse_features(text)
     if pairs is None:
-        return _NUMBER.sub(lambda match: canonical_number(float(match[0].replace(",", ""))), text.strip())
+        return _NUMBER.sub(lambda match: _short(match[0]), text.strip())
     if any(field in pairs for field in CREDIT_FIELDS):
         pairs = {field: pairs.get(field, UNKNOWN) for field in CREDIT_FIELDS} | pairs
     return ", ".join(f"{field}: {clean_field(field, value, notes)}" for field, value in pairs.items())
@@ -155,7 +168,7 @@ def _raw_creditmix(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """(where, customer or '', feature string, label) of each row of a CSV, JSON list or JSONL file."""
     text = read_text(path)
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(text.splitlines())
+        reader = csv.DictReader(io.StringIO(text))
         missing = [
             name for name in (*CSV_COLUMNS, "Credit_Mix", "Customer_ID") if name not in (reader.fieldnames or [])
         ]
@@ -177,7 +190,8 @@ def _raw_creditmix(path: Path) -> Iterator[tuple[str, str, str, str]]:
             raise InputError(f"{path}: not a JSON list ({error})") from None
         named = [(f"{path}: item {number}", row) for number, row in enumerate(rows)]
     else:
-        named = [(f"{path}: row {number}", row) for number, row in enumerate(read_jsonl(path, ()), 1)]
+        rows = read_jsonl(path, ("question", "answer"))
+        named = [(f"{path}: row {number}", row) for number, row in enumerate(rows, 1)]
     for where, row in named:
         for field in ("question", "answer"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
@@ -239,7 +253,7 @@ def tabular_features(features: Sequence[str]) -> Any:
         numbers = pd.to_numeric(frame[column], errors="coerce")
         is_number = column in PLAUSIBLE or numbers.notna().mean() > 0.5
         frame[column] = numbers.astype(float) if is_number else frame[column].fillna(UNKNOWN).astype("category")
-    return frame
+    return frame.dropna(axis="columns", how="all")  # gradient boosting cannot bin a column without a value
 
 
 def gradient_boosting(seed: int = 0) -> Any:
@@ -304,6 +318,8 @@ class CreditModel:
         forms = read_verbalizers(args.verbalizers, LABELS)
         bias = parse_label_numbers(args.bias)
         turns = null_prompts(args.null_prompts)
+        if args.batch_size < 1:
+            raise InputError(f"--batch_size {args.batch_size}: at least 1")
         check_model_name(model_dir)
         fitted = None
         if args.calibration in (None, "fitted"):
@@ -323,6 +339,14 @@ class CreditModel:
         method = "fitted" if fitted else args.calibration or "contextual"
         temperature = fitted["temperature"] if fitted else 1.0
         return cls(model_dir, scorer, prior, Calibration(method, prior, given, temperature))
+
+    def settings(self) -> dict[str, Any]:
+        """What decides its answers beyond flags and weights: contents of files that flags or folders name."""
+        used = self.calibration
+        return {
+            "forms": self.scorer.forms,
+            "calibration_used": [used.method, used.bias.tolist(), used.temperature],
+        }
 
     def fits(self, features: str) -> bool:
         """Whether the feature string's prompt fits the model's context."""

@@ -87,7 +87,9 @@ def enrich_standard(
     is more plausible, the narrowest first. The class sizes stay as they are."""
     standard = LABELS.index("Standard")
     margin = {row: np.delete(probabilities[row], standard).max() - probabilities[row][standard] for row in pool}
-    near = sorted({row for row in pool if row.label == "Standard" and margin[row] > 0}, key=lambda row: margin[row])
+    # Each once and in the pool's order: the order of a set would differ from process to process where margins tie.
+    near = dict.fromkeys(row for row in pool if row.label == "Standard" and margin[row] > 0)
+    near = sorted(near, key=lambda row: margin[row])
     rng = random.Random(seed)
     rows = [row for row in sample if row.label == "Standard"]
     wanted = round(share * len(rows))

@@ -2,7 +2,8 @@
 
 Departures from TRL's own script: prompts are tokenised exactly as label scoring does it (TRL has no pre-tokenised
 path), adapters train in float32, and training can go on from an SFT adapter (--adapter), whose frozen copy is then the
-reference; without one the base model itself is.
+reference; without one the base model itself is. Dropout is off whatever --lora_dropout says, as TRL has it: policy and
+reference must be the same network at the start.
 
     python dpo_train.py --adapter runs/creditmix_sft --data data/creditmix_dpo.jsonl --save_dir runs/creditmix_dpo
 """
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", default="data/creditmix_dpo.jsonl", help='JSONL of {"prompt", "chosen", "rejected"} (%(default)s)')
     add("--save_dir", default="runs/creditmix_dpo", help="adapter folder to write (%(default)s)")
     add("--quantization", choices=("nf4", "none"), default="nf4", help="of the frozen base (%(default)s)")
+    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
     add("--max_steps", type=int, default=0, help="stop after so many optimiser steps; 0: after --epochs (%(default)s)")
@@ -148,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             return dataset
 
     training.fill_defaults(args, SMALL, LARGE, parameter_count(path))
+    training.check_flags(args)
     examples = preference_examples(rows, PromptEncoder(training.load_tokenizer(path)), args.max_length, args.data)
     lengths = [sequence_length(example) for example in examples]
     estimate = training.estimate_memory(path, args, max(lengths), sequences=2)
@@ -158,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     losses = {"loss_type": ["sigmoid"]}
     if args.sft_weight:
         losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, args.sft_weight]}
-    model, tokenizer = load_model(args.adapter or student, args.quantization, trainable=True)
+    model, tokenizer = load_model(args.adapter or student, args.quantization, args.compute_dtype, trainable=True)
     weights = training.adapter_weights(model)
     trainer = PairTrainer(
         model,

@@ -28,7 +28,7 @@ from common import (
     file_sha256,
     fit_calibration,
     model_fingerprint,
-    read_text,
+    read_json,
     run_script,
     split_of,
     write_json,
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_split_seed(model_dir: str, split_seed: int) -> None:
     """Refuse an adapter that was trained under another split: its training rows would be in the validation set."""
     run = Path(model_dir) / "run.json"
-    trained = json.loads(read_text(run)).get("split_seed") if run.is_file() else split_seed
+    trained = read_json(run).get("split_seed") if run.is_file() else split_seed
     if trained != split_seed:
         raise InputError(
             f"{model_dir}: trained with --split_seed {trained}, evaluated with {split_seed}: rows would leak"
@@ -92,7 +92,7 @@ def draw(rows: Sequence[CreditRow], split: str, per_class: int | None, args: arg
     pool = [row for row in rows if split_of(row.customer, args.split_seed) == split]
     counts = Counter(row.label for row in pool)
     try:
-        return balanced_sample(pool, per_class or min(counts[label] for label in LABELS), args.seed)
+        return balanced_sample(pool, per_class or max(1, min(counts[label] for label in LABELS)), args.seed)
     except InputError as error:
         raise InputError(f"{args.data}: {split} rows: {error}") from None
 
@@ -288,8 +288,11 @@ def plots(result: dict[str, Any], rows: list[CreditRow], folder: Path) -> None:
 
 
 def write_report(results: list[dict[str, Any]], rows: list[CreditRow], summary: dict, report_dir: Path) -> None:
+    taken: Counter[str] = Counter()
     for result in results:
-        folder = report_dir / Path(result["model"].replace(" ", "_")).name
+        name = Path(result["model"].replace(" ", "_")).resolve().name
+        taken[name] += 1
+        folder = report_dir / (name if taken[name] == 1 else f"{name}_{taken[name]}")  # runs/a/sft and runs/b/sft
         folder.mkdir(parents=True, exist_ok=True)
         plots(result, rows, folder)
         responses = result.get("responses") or [{"prediction": label} for label in result["predicted"]]
@@ -312,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         check_model_name(model_dir)
         check_split_seed(model_dir, args.split_seed)
     rows, _ = read_creditmix(args.data)
-    per_class = round(args.val_frac * len(rows) / len(LABELS)) if args.val_frac else args.val_per_class
+    per_class = max(1, round(args.val_frac * len(rows) / len(LABELS))) if args.val_frac else args.val_per_class
     validation = draw(rows, "validation", per_class, args)
     calibration_rows = []
     if args.fit:

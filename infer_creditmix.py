@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from common import InputError, model_fingerprint, read_text, run_script, write_json
+from common import InputError, model_fingerprint, read_json, run_script, write_json
 from creditmix import CreditModel, add_scoring_flags
 
 CHUNK = 512  # rows scored between two writes to the .part file
@@ -50,6 +50,7 @@ def read_line(line: str) -> tuple[dict, str | None]:
         return {
             "error": {"code": "not_an_object", "message": f"an object is needed, found {type(row).__name__}"}
         }, None
+    row.pop("error", None)  # of an earlier run, whose error lines were put right
     features = row.get("features", row.get("question"))
     if not isinstance(features, str) or not features.strip():
         message = 'a non-empty string "features" (or "question") is needed'
@@ -78,7 +79,7 @@ def resume_point(part: Path, settings: dict) -> int:
     if not part.exists():
         write_json(note, settings)
         return 0
-    if not note.exists() or json.loads(read_text(note)) != settings:
+    if not note.exists() or read_json(note) != settings:
         raise InputError(f"{part}: left by a run with another model, input or flags; --overwrite starts again")
     whole = part.read_bytes()
     whole = whole[: whole.rfind(b"\n") + 1]
@@ -106,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
     part = output.with_name(output.name + ".part")
     if not source.is_file():
         raise InputError(f"{source}: no such file")
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder, a file is needed")
     if output.exists() and not args.overwrite:
         raise InputError(f"{output}: exists; --overwrite replaces it")
     if args.overwrite:
@@ -120,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         "model": model_fingerprint(args.model_dir),
         "input_size": stat.st_size,
         "input_time": stat.st_mtime_ns,
+        **model.settings(),
     }
     done = resume_point(part, settings)
     if done:

@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--save_dir", default="runs/creditmix_kd", help="adapter folder to write (%(default)s)")
     add("--quantization", choices=("nf4", "none"), default="nf4", help="of the frozen base (%(default)s)")
+    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
     add("--max_steps", type=int, default=0, help="stop after so many optimiser steps; 0: after --epochs (%(default)s)")
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     import training
 
     training.fill_defaults(args, SMALL, LARGE, parameter_count(path))
+    training.check_flags(args)
     encoder = PromptEncoder(training.load_tokenizer(path))
     dataset = training.completion_dataset(rows, "teacher_output", encoder, args.max_length, args.data)
     lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -190,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         loss = functools.partial(
             distillation_loss_sum, label_ids=ids, alpha=args.kd_alpha, temperature=args.kd_temperature
         )
-    model, tokenizer = load_model(args.adapter or student, args.quantization, trainable=True)
+    model, tokenizer = load_model(args.adapter or student, args.quantization, args.compute_dtype, trainable=True)
     weights = training.adapter_weights(model)
     trainer = training.CompletionTrainer(
         model,

@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", default="data/creditmix_sft.jsonl", help='JSONL of {"input", "output"} (%(default)s)')
     add("--save_dir", default="runs/creditmix_sft", help="adapter folder to write (%(default)s)")
     add("--quantization", choices=("nf4", "none"), default="nf4", help="of the frozen base (%(default)s)")
+    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
     add("--max_steps", type=int, default=0, help="stop after so many optimiser steps; 0: after --epochs (%(default)s)")
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     import training
 
     training.fill_defaults(args, SMALL, LARGE, parameter_count(path))
+    training.check_flags(args)
     encoder = PromptEncoder(training.load_tokenizer(path))
     dataset = training.completion_dataset(rows, "output", encoder, args.max_length, args.data)
     lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         training.print_plan(args, lengths, estimate)
         return 0
     training.check_memory(estimate, args.max_memory_gb)
-    model, tokenizer = load_model(args.student, args.quantization, trainable=True)
+    model, tokenizer = load_model(args.student, args.quantization, args.compute_dtype, trainable=True)
     trainer = training.CompletionTrainer(
         model,
         SFTConfig(**training.trainer_arguments(args)),

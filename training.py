@@ -47,6 +47,25 @@ def fill_defaults(args: argparse.Namespace, small: dict[str, Any], large: dict[s
         args.gradient_checkpointing = "off" if parameters < SMALL_STUDENT else "on"
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse shared flags out of range, all at once. Raises InputError."""
+    least = {"epochs": 0, "max_steps": 0, "learning_rate": 0, "warmup_steps": 0, "lora_dropout": 0, "batch_size": 1}
+    least |= dict.fromkeys(("grad_accum", "max_length", "lora_r", "lora_alpha", "save_steps"), 1)
+    problems = [
+        f"--{name} {getattr(args, name)} (at least {low})"
+        for name, low in least.items()
+        if not getattr(args, name) >= low
+    ]
+    if args.epochs == 0 and not args.max_steps:
+        problems.append("--epochs 0 without --max_steps")
+    if args.lora_dropout >= 1:
+        problems.append(f"--lora_dropout {args.lora_dropout} (below 1)")
+    if problems:
+        raise InputError(f"out of range: {', '.join(problems)}")
+    if getattr(args, "adapter", None) and Path(args.adapter).resolve() == Path(args.save_dir).resolve():
+        raise InputError(f"--save_dir {args.save_dir} is the --adapter to go on from; choose another --save_dir")
+
+
 def completion_dataset(
     rows: Sequence[dict], answer: str, encoder: PromptEncoder, max_length: int, source: str
 ) -> Dataset:
@@ -179,7 +198,7 @@ def trainer_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "save_total_limit": 2,
         "report_to": args.report_to,
         "use_cpu": not cuda,
-        "bf16": compute_dtype() == torch.bfloat16,
+        "bf16": compute_dtype(args.compute_dtype) == torch.bfloat16,
         "dataloader_pin_memory": False,  # pinned memory is scarce under WSL2
         "remove_unused_columns": False,
         "max_length": None,  # rows that are too long were refused: cutting would cut the answer
@@ -206,7 +225,7 @@ def estimate_memory(path: str, args: argparse.Namespace, longest: int, sequences
         adapter = get_peft_model(model, lora_config(args.lora_r)).get_nb_trainable_parameters()[0]
     text = config.get_text_config()
     tokens = sequences * args.batch_size * longest
-    width = 2 if compute_dtype() == torch.bfloat16 else 4
+    width = 2 if compute_dtype(args.compute_dtype) == torch.bfloat16 else 4
     # Per token and layer: what autograd keeps of attention and MLP with their LoRA branches, or the layer's input.
     kept = 12 * text.hidden_size + 6 * text.intermediate_size
     layers = text.num_hidden_layers
@@ -281,7 +300,8 @@ def train_and_save(
     """Train (from the last complete checkpoint with --resume), then write the adapter folder, run.json last."""
     save_dir = Path(args.save_dir)
     if args.overwrite and not args.resume:
-        for name in ("run.json", "calibration.json"):
+        # The old adapter too: a run killed before its first checkpoint must not leave it as the new one.
+        for name in ("run.json", "calibration.json", "adapter_config.json", "adapter_model.safetensors"):
             (save_dir / name).unlink(missing_ok=True)
         shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
     # The one sign that a 4-bit CPU kernel without gradients is in use (see common.keep_autograd_kernels).
@@ -292,7 +312,8 @@ def train_and_save(
     if not trainer.accelerator.is_main_process:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(save_dir, selected_adapters=["default"])
+    model.peft_config["default"].base_model_name_or_path = student  # as the user named it, not this machine's path
+    model.save_pretrained(save_dir, selected_adapters=["default"], save_embedding_layers=False)
     trainer.processing_class.save_pretrained(save_dir)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     write_json(save_dir / "training_curve.json", history)

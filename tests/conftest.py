@@ -112,5 +112,28 @@ def credit_file(tmp_path_factory) -> str:
 def run_cli(script: str, *flags: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; text output captured."""
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=timeout
+        [sys.executable, str(ROOT / script), *map(str, flags)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
+
+
+def save_adapter(folder: Path, model_dir: str, seed: int = 0, split_seed: int = 0) -> str:
+    """A finished CreditMix adapter folder with random LoRA weights (both matrices, so it changes the model)."""
+    import torch
+    from peft import get_peft_model
+
+    from common import load_model, lora_config, write_json
+
+    model, tokenizer = load_model(model_dir, "none", "float32")
+    model = get_peft_model(model, lora_config(r=4, alpha=8, dropout=0.0))
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(Path(folder) / "run.json", {"method": "sft", "base_model": model_dir, "split_seed": split_seed})
+    return str(folder)

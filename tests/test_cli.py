@@ -1,0 +1,319 @@
+"""What a user meets at the command line: help at once, one line and the right exit status for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import creditmix_prepare
+import eval_creditmix
+import infer_creditmix
+import sft_train
+from common import InputError, run_script
+from conftest import ROOT, credit_rows, run_cli, save_adapter
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text())
+ENTRY_POINTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
+GOOD_ROW = {"question": "Age: 30, Occupation: Lawyer", "answer": "Good", "customer_id": "C1"}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+def test_every_entry_point_maps_its_exit_status():
+    assert {"creditmix_prepare.py", "eval_creditmix.py", "infer_creditmix.py", "sft_train.py"} <= set(SCRIPTS)
+    assert SCRIPTS == ENTRY_POINTS
+
+
+HELP = """
+import runpy, sys
+heavy = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "sklearn", "pandas", "matplotlib"}
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    print("STATUS", stop.code, "HEAVY", *sorted(heavy & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_comes_without_a_heavy_import(script):
+    command = [sys.executable, "-c", HELP, str(ROOT / script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    *shown, last = done.stdout.splitlines()
+    assert last == "STATUS 0 HEAVY", done.stderr
+    text = "\n".join(shown)
+    assert text.startswith("usage: ") and script in text
+    assert f"python {script} " in text  # one command that works
+    assert "None)" not in text and "%(default)" not in text  # defaults are told in words
+
+
+# ------------------------------------------------------------------------------------------- exit status and one line
+
+
+def status_of(monkeypatch, main, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/script.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    return stop.value.code
+
+
+def raising(error: BaseException):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "line"),
+    [
+        (lambda argv: 0, 0, ""),
+        (lambda argv: None, 0, ""),
+        (lambda argv: 1, 1, ""),
+        (raising(InputError("x.json: no such file")), 2, "script.py: error: x.json: no such file\n"),
+        (
+            raising(RuntimeError("two\n  lines")),
+            1,
+            "script.py: failed: RuntimeError: two lines (--debug shows the traceback)\n",
+        ),
+        (raising(KeyboardInterrupt()), 130, "script.py: interrupted\n"),
+    ],
+    ids=["done", "none", "failed lines", "wrong input", "failure", "ctrl-c"],
+)
+def test_exit_status(monkeypatch, capsys, main, status, line):
+    assert status_of(monkeypatch, main) == status
+    assert capsys.readouterr().err == line
+
+
+def test_debug_shows_the_traceback_of_a_failure_but_not_of_wrong_input(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--debug"])
+    with pytest.raises(RuntimeError, match="inside"):
+        run_script(raising(RuntimeError("inside")))
+    assert status_of(monkeypatch, raising(InputError("wrong")), "--debug") == 2
+    assert capsys.readouterr().err == "script.py: error: wrong\n"
+
+
+# A handful as a user types them; all of them end before torch is imported.
+WRONG = {
+    "missing raw file": (
+        ["creditmix_prepare.py", "--src", "missing.json", "--outdir", "out"],
+        "creditmix_prepare.py: error: missing.json: no such file",
+    ),
+    "broken JSONL line": (
+        ["creditmix_prepare.py", "--src", "broken.jsonl", "--outdir", "out"],
+        "creditmix_prepare.py: error: broken.jsonl: line 3 is not JSON (",
+    ),
+    "missing adapter folder": (
+        ["infer_creditmix.py", "--model_dir", "runs/nothing", "--features", "Age: 30"],
+        "infer_creditmix.py: error: runs/nothing: no such model folder; under runs/ there are: runs/killed",
+    ),
+    "nothing to do": (
+        ["infer_creditmix.py", "--model_dir", "smollm2-135m"],
+        "infer_creditmix.py: error: give either --features, or --input and --output",
+    ),
+    "a killed run": (
+        ["eval_creditmix.py", "--model_dir", "runs/killed", "--data", "good.jsonl", "--report_dir", "out"],
+        "eval_creditmix.py: error: runs/killed: this run did not finish (no run.json); go on with --resume",
+    ),
+    "a training file without its field": (
+        ["sft_train.py", "--data", "good.jsonl", "--save_dir", "out"],
+        'sft_train.py: error: good.jsonl: line 1 needs "input" as a non-empty string, found fields [',
+    ),
+}
+
+
+@pytest.mark.parametrize(("command", "line"), WRONG.values(), ids=WRONG)
+def test_wrong_input_ends_with_status_2_and_one_line(here, command, line):
+    Path("good.jsonl").write_text(json.dumps(GOOD_ROW) + "\n")
+    Path("broken.jsonl").write_text(json.dumps(GOOD_ROW) + "\n\n{oops\n")
+    killed = here / "runs/killed"
+    (killed / "checkpoints/checkpoint-2").mkdir(parents=True)
+    (killed / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m"}')
+    (killed / "adapter_model.safetensors").touch()
+    before = everything(here)
+    done = run_cli(*command, cwd=here)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    assert everything(here) == before
+
+
+def test_a_finished_command_has_status_0_and_its_files(here):
+    Path("raw.json").write_text(json.dumps(credit_rows(customers=90)))
+    done = run_cli("creditmix_prepare.py", "--src", "raw.json", "--outdir", "data", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "wrote " in done.stdout
+    assert everything(here / "data") == [f"creditmix_{name}.jsonl" for name in ("dpo", "kd", "sft")]
+
+
+def test_failed_lines_end_a_batch_with_status_1(here, model_dir):
+    Path("in.jsonl").write_text('{"features": "Age: 30"}\n{}\n')
+    flags = ["--model_dir", model_dir, "--quantization", "none", "--null_prompts", "1"]
+    done = run_cli("infer_creditmix.py", *flags, "--input", "in.jsonl", "--output", "out.jsonl", cwd=here)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "out.jsonl: 1 of 2 lines carry an error"
+    assert everything(here) == ["in.jsonl", "out.jsonl"]
+
+
+def test_a_response_is_the_only_thing_on_standard_output(here, model_dir):
+    done = run_cli("infer_creditmix.py", "--model_dir", model_dir, "--features", "Age: 30", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model_name"] == model_dir
+
+
+# ------------------------------------------------------------------------------------------------ models that are none
+
+
+@pytest.fixture
+def data(here) -> str:
+    path = here / "raw.json"
+    path.write_text(json.dumps(credit_rows(customers=60)))
+    return str(path)
+
+
+def no_model(main, *flags: str) -> None:
+    with pytest.raises(InputError) as caught:
+        main(list(flags))
+    no_model.message = str(caught.value)
+    assert "\n" not in no_model.message
+
+
+@pytest.mark.parametrize("script", ["infer", "eval"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/nothing", "runs/nothing: no such model folder; under runs/ there are: runs/half (train one with"),
+        ("./nothing", "./nothing: no such model folder"),
+        ("/nothing/at/all", "/nothing/at/all: no such model folder"),
+        ("a/b/c", "a/b/c: no such model folder"),
+        ("file.txt", "file.txt: no such model folder"),
+        ("empty", "empty: no model here (config.json and *.safetensors, or an adapter, are expected)"),
+        ("pickled", "pickled: no model here"),
+        ("runs/half", "runs/half: adapter_config.json without adapter_model.safetensors"),
+        ("runs/started", "runs/started: this run did not finish (no adapter yet); go on with --resume"),
+        ("runs/orphan", "/gone/base: no such model folder"),
+    ],
+)
+def test_a_model_that_is_none(here, data, script, name, message):
+    Path("file.txt").touch()
+    Path("empty").mkdir()
+    Path("pickled").mkdir()
+    Path("pickled/config.json").write_text("{}")
+    Path("pickled/pytorch_model.bin").touch()
+    for folder in ("half", "started/checkpoints", "orphan"):
+        Path("runs", folder).mkdir(parents=True)
+    Path("runs/half/adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m"}')
+    before = everything(here)
+    if name == "runs/orphan":
+        Path("runs/orphan/adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base"}')
+        Path("runs/orphan/adapter_model.safetensors").touch()
+        before = everything(here)
+    if script == "infer":
+        no_model(infer_creditmix.main, "--model_dir", name, "--features", "Age: 30")
+    else:
+        no_model(eval_creditmix.main, "--model_dir", name, "--data", data, "--report_dir", "out")
+    assert no_model.message.startswith(message)
+    assert everything(here) == before
+
+
+def test_a_model_hub_that_cannot_be_reached(here):
+    no_model(infer_creditmix.main, "--model_dir", "nobody/no-such-model", "--features", "Age: 30")
+    assert no_model.message.startswith("nobody/no-such-model: neither in the local cache nor to be had from the model")
+    assert "smollm2-135m, the model that comes with this project" in no_model.message  # what to do next
+    no_model(infer_creditmix.main, "--model_dir", "no-such-model", "--features", "Age: 30")
+    assert everything(here) == []
+
+
+def test_a_killed_run_is_refused_until_it_is_finished(here, model_dir, capsys):
+    folder = Path(save_adapter(here / "runs/killed", model_dir))
+    (folder / "checkpoints").mkdir()
+    (folder / "run.json").rename(folder / "later.json")
+    flags = ["--model_dir", "runs/killed", "--features", "Age: 30", "--quantization", "none", "--null_prompts", "1"]
+    no_model(infer_creditmix.main, *flags)
+    assert no_model.message.startswith("runs/killed: this run did not finish (no run.json); go on with --resume")
+    (folder / "later.json").rename(folder / "run.json")
+    capsys.readouterr()
+    assert infer_creditmix.main(flags) == 0
+    assert json.loads(capsys.readouterr().out)["model_name"] == "runs/killed"
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "run.json"])
+def test_a_damaged_file_of_a_run_is_named(here, data, model_dir, name):
+    folder = Path(save_adapter(here / "runs/damaged", model_dir))
+    (folder / name).write_text('{"split_seed": ')
+    no_model(eval_creditmix.main, "--model_dir", "runs/damaged", "--data", data)
+    assert name in no_model.message
+
+
+# ----------------------------------------------------------------------------------------------------- files that fail
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no rows; one JSON object a line with input, output is expected"),
+        ("\n  \n", "no rows"),
+        (
+            '{"input": "a", "output": "b"}\n{"input": "a"}\n',
+            'line 2 needs "output" as a non-empty string, found fields',
+        ),
+        ('{"input": "a", "output": 5}\n', 'line 1 needs "output" as a non-empty string, found 5'),
+        ('{"input": "a", "output": " "}\n', 'line 1 needs "output" as a non-empty string, found " "'),
+        ('{"input": "a", "output": "b"}\n{"input": \n', "line 2 is not JSON ("),
+        ('"text"\n', "line 1 is str, not an object"),
+        ("{}\n{}\n", 'line 1 needs "input" as a non-empty string, found fields [] (and 3 more problems)'),
+    ],
+)
+def test_training_files_are_checked_before_a_model_loads(here, text, message):
+    Path("train.jsonl").write_text(text)
+    with pytest.raises(InputError) as caught:
+        sft_train.main(["--data", "train.jsonl", "--save_dir", "out", "--student", "runs/nothing"])
+    assert str(caught.value).startswith(f"train.jsonl: {message}")
+    assert everything(here) == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["file", "old run"])
+def test_prepare_leaves_what_it_must_not_touch(here, data, kind):
+    if kind == "file":
+        Path("out").write_text("precious")
+        with pytest.raises(InputError, match="--outdir out: is a file, a folder is needed"):
+            creditmix_prepare.main(["--src", data, "--outdir", "out"])
+        assert Path("out").read_text() == "precious"
+        return
+    Path("out").mkdir()
+    Path("out/creditmix_sft.jsonl").write_text("old\n")
+    Path("bad.jsonl").write_text(json.dumps(GOOD_ROW | {"answer": "Fair"}) + "\n")
+    with pytest.raises(InputError, match="unknown label 'Fair'; expected Good, Standard, Bad or _"):
+        creditmix_prepare.main(["--src", "bad.jsonl", "--outdir", "out"])
+    assert everything(here / "out") == ["creditmix_sft.jsonl"]
+    assert Path("out/creditmix_sft.jsonl").read_text() == "old\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hard_standard", "2"], "--hard_standard is a share from 0 to 1"),
+        (["--per_class", "-1"], "--per_class 0 or more"),
+        (["--per_class", "5000"], "5000 rows a class asked for, but only"),
+    ],
+)
+def test_prepare_refuses_wrong_flags(here, data, flags, message):
+    with pytest.raises(InputError, match=message):
+        creditmix_prepare.main(["--src", data, "--outdir", "out", *flags])
+    assert everything(here) == ["raw.json"]

@@ -1,0 +1,494 @@
+"""infer_creditmix and eval_creditmix run whole on the tiny model, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, log_loss
+
+import eval_creditmix
+import infer_creditmix
+from common import InputError, model_fingerprint, split_of
+from conftest import credit_rows, save_adapter
+from creditmix import LABELS, read_creditmix
+
+PLAIN = ["--quantization", "none", "--compute_dtype", "float32", "--null_prompts", "2"]
+FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
+TEXT = "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, model_dir) -> str:
+    """Copied before anything is written beside it."""
+    return save_adapter(tmp_path_factory.mktemp("adapter") / "creditmix_sft", model_dir)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working folder, so that runs/ is the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def infer_one(capsys, model: str, *flags: str) -> dict:
+    capsys.readouterr()
+    assert infer_creditmix.main(["--model_dir", model, *PLAIN, "--features", TEXT, *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# -------------------------------------------------------------------------------------------------------- one response
+
+
+def test_the_response_has_the_whitepapers_fields_and_adds_up(here, capsys, model_dir):
+    response = infer_one(capsys, model_dir)
+    assert list(response) == FIELDS
+    assert response["model_name"] == model_dir and response["prediction"] in LABELS
+    for field in ("scores", "raw_scores", "prior", "probabilities"):
+        assert list(response[field]) == list(LABELS), field
+    for label in LABELS:
+        wanted = response["raw_scores"][label] - response["prior"][label]
+        assert response["scores"][label] == pytest.approx(wanted, abs=2e-6)
+        assert response["raw_scores"][label] < 0 and response["prior"][label] < 0
+    scores = np.array([response["scores"][label] for label in LABELS])
+    probabilities = np.array([response["probabilities"][label] for label in LABELS])
+    np.testing.assert_allclose(probabilities, np.exp(scores) / np.exp(scores).sum(), atol=1e-5)
+    assert probabilities.sum() == pytest.approx(1, abs=2e-6)
+    assert response["prediction"] == LABELS[scores.argmax()]
+    best, second = sorted(scores, reverse=True)[:2]
+    assert response["top2_margin"] == pytest.approx(best - second, abs=2e-6)
+
+
+def test_a_bias_is_added_and_decides(here, capsys, model_dir):
+    plain, pushed = infer_one(capsys, model_dir), infer_one(capsys, model_dir, "--bias", "Standard=0.3,Bad=50")
+    added = [pushed["scores"][label] - plain["scores"][label] for label in LABELS]
+    np.testing.assert_allclose(added, [0, 0.3, 50], atol=3e-6)
+    assert pushed["prediction"] == "Bad"
+    assert pushed["raw_scores"] == plain["raw_scores"] and pushed["prior"] == plain["prior"]
+
+
+def test_calibration_none_leaves_the_raw_scores(here, capsys, model_dir):
+    response = infer_one(capsys, model_dir, "--calibration", "none")
+    assert response["scores"] == response["raw_scores"]
+    assert response["prior"] == dict.fromkeys(LABELS, 0.0)
+
+
+def test_an_adapter_answers_under_its_own_name_and_differs_from_its_base(here, capsys, adapter, model_dir):
+    response = infer_one(capsys, adapter)
+    assert response["model_name"] == adapter
+    assert response["raw_scores"] != infer_one(capsys, model_dir)["raw_scores"]
+
+
+# -------------------------------------------------------------------------------------------------------- batch files
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def infer_file(model: str, source: str, output: str, *flags: str) -> int:
+    return infer_creditmix.main(["--model_dir", model, *PLAIN, "--input", source, "--output", output, *flags])
+
+
+def good_lines(count: int) -> list[str]:
+    texts = [row["question"] for row in credit_rows(customers=count, months=1)]
+    return [json.dumps({"id": i, "features": text + " x" * (i % 5)}) for i, text in enumerate(texts)]
+
+
+def test_a_file_keeps_order_and_objects_and_adds_the_response(here, capsys, model_dir):
+    lines = good_lines(9)
+    lines[4] = json.dumps({"question": TEXT, "note": "Grüße \u2028", "customer_id": 7}, ensure_ascii=False)
+    write_lines(here / "in.jsonl", lines)
+    assert infer_file(model_dir, "in.jsonl", "new/out.jsonl", "--batch_size", "4") == 0
+    results = [json.loads(line) for line in (here / "new/out.jsonl").read_text().split("\n")[:-1]]
+    for line, result in zip(lines, results, strict=True):
+        given = json.loads(line)
+        assert {name: result[name] for name in given} == given
+        assert list(result) == [*given, *FIELDS]
+    alone = infer_one(capsys, model_dir)
+    for label in LABELS:
+        assert results[4]["scores"][label] == pytest.approx(alone["scores"][label], abs=1e-4)
+    assert sorted(path.name for path in (here / "new").iterdir()) == ["out.jsonl"]
+
+
+BAD_LINES = {
+    "not_json": "{oops",
+    "not_an_object": "[1, 2]",
+    "no_features": '{"id": 5, "text": "x"}',
+    "too_long": json.dumps({"id": 6, "features": "word " * 400}),
+}
+
+
+def test_lines_that_cannot_be_done_carry_their_error(here, capsys, model_dir):
+    lines = good_lines(3)
+    mixed = [lines[0], BAD_LINES["not_json"], BAD_LINES["not_an_object"], lines[1], BAD_LINES["no_features"]]
+    mixed += ["", BAD_LINES["too_long"], '{"features": "  "}', lines[2]]
+    write_lines(here / "in.jsonl", mixed)
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl") == 1
+    assert "out.jsonl: 6 of 9 lines carry an error" in capsys.readouterr().err
+    results = read_lines(here / "out.jsonl")
+    codes = [result.get("error", {}).get("code") for result in results]
+    long, blank = "too_long", "no_features"
+    assert codes == [None, "not_json", "not_an_object", None, "no_features", "not_json", long, blank, None]
+    assert [results[i]["id"] for i in (0, 3, 8)] == [0, 1, 2]
+    for result in results:
+        assert ("error" in result) != ("prediction" in result)
+        if "error" in result:
+            assert set(result["error"]) == {"code", "message"} and result["error"]["message"]
+    assert results[4]["id"] == 5 and results[6]["id"] == 6  # what could be read stays
+
+
+def test_an_error_of_an_earlier_run_does_not_stick(here, model_dir):
+    """Error lines of one output, their features put right, are a good input."""
+    row = {"features": TEXT, "error": {"code": "no_features", "message": "x"}}
+    write_lines(here / "in.jsonl", [json.dumps(row)])
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl") == 0
+    (result,) = read_lines(here / "out.jsonl")
+    assert "error" not in result and result["prediction"] in LABELS
+
+
+def test_a_finished_output_needs_overwrite(here, model_dir):
+    write_lines(here / "in.jsonl", good_lines(2))
+    (here / "out.jsonl").write_text("precious\n")
+    with pytest.raises(InputError, match=r"out\.jsonl: exists; --overwrite replaces it"):
+        infer_file(model_dir, "in.jsonl", "out.jsonl")
+    assert (here / "out.jsonl").read_text() == "precious\n"
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl", "--overwrite") == 0
+    assert len(read_lines(here / "out.jsonl")) == 2
+
+
+def interrupt(monkeypatch, source: str, output: str, model: str, chunks: int, *flags: str) -> None:
+    """Run in chunks of four rows and stop, as Ctrl-C does, in the middle of a chunk."""
+    real, left = infer_creditmix.score_lines, [chunks]
+
+    def stop_later(*args):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_creditmix, "CHUNK", 4)
+        patch.setattr(infer_creditmix, "score_lines", stop_later)
+        with pytest.raises(KeyboardInterrupt):
+            infer_file(model, source, output, *flags)
+
+
+def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(here, monkeypatch, capsys, model_dir):
+    lines = good_lines(14)
+    lines[2] = BAD_LINES["not_json"]
+    write_lines(here / "in.jsonl", lines)
+    assert infer_file(model_dir, "in.jsonl", "whole.jsonl") == 1
+    interrupt(monkeypatch, "in.jsonl", "out.jsonl", model_dir, 2)
+    part = here / "out.jsonl.part"
+    assert not (here / "out.jsonl").exists()
+    assert len(part.read_text().splitlines()) == 8
+    done = part.read_text() + '{"id": 8, "features": "Age: 2'  # the process died while writing
+    # The first lines are taken over, not scored again: a mark in one of them survives.
+    part.write_text(done.replace('"id": 1,', '"id": 1, "mark": "kept",'))
+    capsys.readouterr()
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl") == 1  # the error of the first part counts
+    shown = capsys.readouterr().err
+    assert "going on after 8 rows" in shown and "1 of 14 lines carry an error" in shown
+    results, whole = read_lines(here / "out.jsonl"), read_lines(here / "whole.jsonl")
+    assert results[1].pop("mark") == "kept"
+    assert [row.get("id") for row in results] == [row.get("id") for row in whole]
+    for row, wanted in zip(results, whole, strict=True):
+        assert list(row) == list(wanted)
+        for label in LABELS if "scores" in row else ():
+            assert row["scores"][label] == pytest.approx(wanted["scores"][label], abs=1e-4)
+    assert sorted(path.name for path in here.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+
+
+@pytest.mark.parametrize("change", ["flag", "input", "no note"])
+def test_an_interrupted_run_is_not_mixed_with_another(here, monkeypatch, model_dir, change):
+    write_lines(here / "in.jsonl", good_lines(9))
+    interrupt(monkeypatch, "in.jsonl", "out.jsonl", model_dir, 1)
+    before = (here / "out.jsonl.part").read_text()
+    flags = ["--bias", "Bad=1"] if change == "flag" else []
+    if change == "input":
+        write_lines(here / "in.jsonl", good_lines(10))
+    if change == "no note":
+        (here / "out.jsonl.part.json").unlink()
+    with pytest.raises(InputError, match=r"out\.jsonl\.part: left by a run with another model, input or flags"):
+        infer_file(model_dir, "in.jsonl", "out.jsonl", *flags)
+    assert (here / "out.jsonl.part").read_text() == before
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl", *flags, "--overwrite") == 0
+    assert len(read_lines(here / "out.jsonl")) == (10 if change == "input" else 9)
+
+
+def test_an_interrupted_run_is_not_mixed_with_another_calibration(here, monkeypatch, adapter, credit_file):
+    """The flags are the same, but calibration.json came to be between the two runs."""
+    own = str(shutil.copytree(adapter, here / "own"))
+    write_lines(here / "in.jsonl", good_lines(9))
+    interrupt(monkeypatch, "in.jsonl", "out.jsonl", own, 1)
+    evaluate(own, credit_file, "--fit")
+    with pytest.raises(InputError, match="left by a run with another model"):
+        infer_file(own, "in.jsonl", "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --features, or --input and --output"),
+        (["--features", "x", "--input", "in.jsonl", "--output", "o"], "give either --features"),
+        (["--input", "in.jsonl"], "give either --features"),
+        (["--features", "  "], "--features is empty"),
+        (["--input", "missing.jsonl", "--output", "o"], r"missing\.jsonl: no such file"),
+        (["--input", "empty.jsonl", "--output", "o"], r"empty\.jsonl: empty"),
+        (["--input", "in.jsonl", "--output", "folder"], "folder: "),
+        (["--input", "in.jsonl", "--output", "folder", "--overwrite"], "folder: "),
+        (["--features", "x", "--bias", "Standard"], "--bias Standard: 'Standard' is not LABEL=NUMBER"),
+        (["--features", "x", "--bias", "Fair=1"], "--bias Fair=1: labels are Good, Standard, Bad"),
+        (["--features", "x", "--bias", "Bad=nan"], "--bias Bad=nan: labels are .* numbers finite"),
+        (["--features", "x", "--null_prompts", "0"], "--null_prompts 0: 1 to 7 are available"),
+        (["--features", "x", "--batch_size", "0"], "--batch_size 0: at least 1"),
+        (["--features", "x", "--verbalizers", "missing.json"], r"missing\.json: no such file"),
+        (["--features", "word " * 400], "a text has [0-9]+ tokens; the model's context is 512: shorten it"),
+        (["--features", "x", "--calibration", "fitted"], r"calibration\.json: not there; fit it with eval_creditmix"),
+    ],
+)
+def test_infer_refuses_wrong_input_and_leaves_nothing(here, model_dir, flags, message):
+    write_lines(here / "in.jsonl", good_lines(1))
+    (here / "empty.jsonl").touch()
+    (here / "folder").mkdir()
+    with pytest.raises(InputError, match=message):
+        infer_creditmix.main(["--model_dir", model_dir, "--quantization", "none", *flags])
+    assert sorted(path.name for path in here.iterdir()) == ["empty.jsonl", "folder", "in.jsonl"]
+    assert not list((here / "folder").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def evaluate(model: str, data: str, *flags: str) -> int:
+    small = [] if "--val_per_class" in flags else ["--val_per_class", "20"]
+    return eval_creditmix.main(["--model_dir", model, "--data", data, *PLAIN, "--bootstrap", "50", *small, *flags])
+
+
+def evaluate_json(capsys, model: str, data: str, *flags: str) -> dict:
+    capsys.readouterr()
+    assert evaluate(model, data, "--json", *flags) == 0
+    return json.loads(capsys.readouterr().out)  # standard output holds the object alone
+
+
+def test_eval_json_holds_the_metrics_with_intervals_around_them(here, capsys, model_dir, credit_file):
+    summary = evaluate_json(capsys, model_dir, credit_file)
+    assert summary["data"]["validation_rows"] == 60 and summary["split_seed"] == 0
+    (result,) = summary["models"]
+    assert result["model"] == model_dir and result["calibration"] == "contextual"
+    assert {"accuracy", "macro_f1", "nll", "brier", "ece", "interval_95", "recall_Good"} <= set(result)
+    for name, (low, high) in result["interval_95"].items():
+        assert 0 <= low <= result[name] <= high <= 1, name
+    assert set(result["interval_95"]) == {"accuracy", "macro_f1", *(f"recall_{label}" for label in LABELS)}
+    assert set(result["calibrations"]) == {"none", "contextual"}
+    assert result["calibrations"]["contextual"]["nll"] == result["nll"]
+    assert result["calibrations"]["none"]["nll"] != result["nll"]
+
+
+def test_eval_agrees_with_infer_on_rows_of_validation_customers(here, capsys, adapter, credit_file):
+    assert evaluate(adapter, credit_file, "--report_dir", "report", "--baselines", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    metrics = json.loads((here / "report/metrics.json").read_text())
+    assert metrics == summary
+    names = [result["model"] for result in summary["models"]]
+    assert names == [adapter, "majority", "logistic regression", "gradient boosting"]
+    for folder in ("creditmix_sft", "majority", "logistic_regression", "gradient_boosting"):
+        files = sorted(path.name for path in (here / "report" / folder).iterdir())
+        assert files == ["confusion_matrix.png", "predictions.jsonl", "reliability.png"]
+        assert (here / "report" / folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    lines = read_lines(here / "report/creditmix_sft/predictions.jsonl")
+    assert Counter(line["answer"] for line in lines) == dict.fromkeys(LABELS, 20)
+    right = np.mean([line["prediction"] == line["answer"] for line in lines])
+    assert right == pytest.approx(summary["models"][0]["accuracy"])
+    rows, _ = read_creditmix(credit_file)
+    owner = {row.features: row.customer for row in rows}
+    assert {split_of(owner[line["features"]]) for line in lines} == {"validation"}
+
+    write_lines(here / "in.jsonl", [json.dumps({"features": line["features"]}) for line in lines])
+    assert infer_file(adapter, "in.jsonl", "out.jsonl") == 0
+    for line, result in zip(lines, read_lines(here / "out.jsonl"), strict=True):
+        assert result["scores"] == pytest.approx(line["scores"], abs=1e-4)
+
+    majority, linear, boosted = summary["models"][1:]
+    assert majority["accuracy"] == pytest.approx(1 / 3) and majority["nll"] == pytest.approx(np.log(3))
+    assert linear["accuracy"] > 0.5 and boosted["accuracy"] > 0.8  # debt decides the label in these rows
+
+
+def test_models_side_by_side_keep_their_reports_apart(here, capsys, adapter, credit_file):
+    other = str(shutil.copytree(adapter, here / "other/creditmix_sft"))
+    assert evaluate(adapter, credit_file, "--model_dir", adapter, other, "--report_dir", "report") == 0
+    out = capsys.readouterr().out
+    assert f"{adapter} (contextual)" in out and f"{other} (contextual)" in out
+    assert len(list((here / "report").glob("*/predictions.jsonl"))) == 2
+
+
+def test_fit_writes_a_calibration_that_eval_and_infer_then_use(here, capsys, adapter, credit_file):
+    own = str(shutil.copytree(adapter, here / "own"))
+    before = infer_one(capsys, own)
+    fitted = evaluate_json(capsys, own, credit_file, "--fit")["models"][0]
+    assert fitted["calibration"] == "fitted" and set(fitted["calibrations"]) == {"none", "contextual", "fitted"}
+    stored = json.loads((here / "own/calibration.json").read_text())
+    assert {"calibration", "bias", "temperature", "labels", "model", "fitted_on"} <= set(stored)
+    assert stored["calibration"] == "fitted" and stored["labels"] == list(LABELS)
+    assert stored["model"] == model_fingerprint(own) and stored["temperature"] > 0
+    assert sum(stored["bias"].values()) == pytest.approx(0, abs=1e-9)
+    assert stored["fitted_on"]["split_seed"] == 0 and len(stored["fitted_on"]["sha256"]) == 64
+    rows, _ = read_creditmix(credit_file)
+    pool = Counter(row.label for row in rows if split_of(row.customer) == "calibration")
+    assert stored["fitted_on"]["rows"] == 3 * min(pool.values())
+
+    after = infer_one(capsys, own)
+    scores = np.array([after["scores"][label] for label in LABELS])
+    for label in LABELS:
+        moved = after["scores"][label] - before["scores"][label]
+        assert moved == pytest.approx(stored["bias"][label], abs=3e-6)
+    logits = scores / stored["temperature"]
+    wanted = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose([after["probabilities"][label] for label in LABELS], wanted, atol=1e-5)
+    assert infer_one(capsys, own, "--calibration", "contextual") == before
+    again = evaluate_json(capsys, own, credit_file)["models"][0]
+    assert again["calibration"] == "fitted" and again["nll"] == pytest.approx(fitted["nll"], abs=1e-6)
+
+
+def test_fitting_lowers_the_nll_of_the_rows_it_was_fitted_on(here, capsys, adapter, credit_file, monkeypatch):
+    own = str(shutil.copytree(adapter, here / "own"))
+    real = eval_creditmix.draw
+    with monkeypatch.context() as patch:  # measure on the very rows of the fit
+        patch.setattr(eval_creditmix, "draw", lambda rows, _, n, args: real(rows, "calibration", None, args))
+        result = evaluate_json(capsys, own, credit_file, "--fit")["models"][0]
+    assert result["nll"] < min(result["calibrations"]["none"]["nll"], result["calibrations"]["contextual"]["nll"])
+    assert result["nll"] <= np.log(3) + 1e-6  # zero weight on the scores is among what was fitted
+
+
+def test_a_base_keeps_its_calibration_in_its_own_run_folder(here, capsys, model_dir, credit_file):
+    evaluate(model_dir, credit_file, "--fit")
+    stored = json.loads((here / "runs/creditmix_base/calibration.json").read_text())
+    response = infer_one(capsys, model_dir)
+    moved = response["scores"]["Bad"] - (response["raw_scores"]["Bad"] - response["prior"]["Bad"])
+    assert moved == pytest.approx(stored["bias"]["Bad"], abs=3e-6)
+
+
+def test_a_calibration_of_another_model_or_other_forms_is_refused(here, capsys, adapter, model_dir, credit_file):
+    own = str(shutil.copytree(adapter, here / "own"))
+    evaluate(own, credit_file, "--fit")
+    other = save_adapter(here / "other", model_dir, seed=5)
+    shutil.copy(here / "own/calibration.json", here / "other")
+    with pytest.raises(
+        InputError, match=r"calibration\.json: fitted with another model .* fit again with eval_credit"
+    ):
+        infer_one(capsys, other)
+    words = here / "words.json"
+    words.write_text(json.dumps({"Standard": ["Standard", "Typical"]}))
+    for flags, name in (
+        (["--verbalizers", str(words)], "forms"),
+        (["--aggregate", "mean"], "aggregate"),
+        (["--null_prompts", "3"], "null_prompts"),
+    ):
+        with pytest.raises(InputError, match=f"fitted with another {name} "):
+            infer_one(capsys, own, *flags)
+        infer_one(capsys, own, *flags, "--calibration", "contextual")  # the way out that the message names
+
+
+def test_an_adapter_of_another_split_is_refused(here, adapter, credit_file, model_dir):
+    other = save_adapter(here / "other", model_dir, split_seed=3)
+    with pytest.raises(InputError, match="trained with --split_seed 3, evaluated with 0: rows would leak"):
+        evaluate(other, credit_file)
+    with pytest.raises(InputError, match="trained with --split_seed 0, evaluated with 3: rows would leak"):
+        evaluate(adapter, credit_file, "--split_seed", "3")
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--val_per_class", "9999"], "credit.json: validation rows: 9999 rows a class asked for, but only"),
+        (["--val_per_class", "0"], "at least 1"),
+        (["--val_per_class", "5", "--val_frac", "0.1"], "--val_per_class or --val_frac, not both"),
+        (["--bootstrap", "0"], "--bootstrap are at least 1"),
+        (["--fit", "--calibration", "none"], "--fit measures the fitted calibration"),
+        (["--model_dir", "runs/nothing"], "runs/nothing: no such model folder; under runs/ there is no adapter yet"),
+        (["--data", "missing.json"], r"missing\.json: no such file"),
+    ],
+)
+def test_eval_refuses_wrong_input_and_leaves_nothing(here, model_dir, credit_file, flags, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(model_dir, credit_file, *flags, "--report_dir", "report")
+    with pytest.raises(InputError, match=r"at most 0\.3"):
+        eval_creditmix.main(["--model_dir", model_dir, "--data", credit_file, "--val_frac", "0.5"])
+    assert not list(here.iterdir())
+
+
+def test_val_frac_is_a_share_of_all_rows(here, capsys, model_dir, credit_file):
+    rows, _ = read_creditmix(credit_file)
+    for share in (0.1, 0.0001):
+        capsys.readouterr()
+        flags = ["--model_dir", model_dir, "--data", credit_file, *PLAIN, "--bootstrap", "5", "--json"]
+        assert eval_creditmix.main([*flags, "--val_frac", str(share)]) == 0
+        wanted = 3 * max(1, round(share * len(rows) / 3))
+        assert json.loads(capsys.readouterr().out)["data"]["validation_rows"] == wanted
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_point_metrics_by_hand():
+    """Four rows: Good and Bad right, Standard once right and once taken for Good."""
+    answers, predicted = np.array([0, 1, 1, 2]), np.array([0, 1, 0, 2])
+    probabilities = np.array([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.51, 0.4, 0.09], [0.05, 0.05, 0.9]])
+    found = eval_creditmix.point_metrics(answers, predicted, probabilities)
+    assert found["accuracy"] == 0.75
+    # F1: Good 2*1/(1+2), Standard 2*1/(2+1), Bad 1
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert [found[f"recall_{label}"] for label in LABELS] == [1.0, 0.5, 1.0]
+    assert found["nll"] == pytest.approx(-(np.log(0.5) + np.log(0.6) + np.log(0.4) + np.log(0.9)) / 4)
+    squares = (0.25 + 0.09 + 0.04) + (0.04 + 0.16 + 0.04) + (0.2601 + 0.36 + 0.0081) + (0.0025 + 0.0025 + 0.01)
+    assert found["brier"] == pytest.approx(squares / 4)
+    # Bins of 1/15: 0.5 and 0.51 in [7/15, 8/15), one of two right; 0.6 in [9/15, 10/15); 0.9 in [13/15, 14/15)
+    assert found["ece"] == pytest.approx((abs(1 - 1.01) + abs(1 - 0.6) + abs(1 - 0.9)) / 4)
+
+
+def test_point_metrics_equal_scikit_learn():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([1, 1, 1], 300)
+    answers, predicted = rng.integers(0, 3, 300), probabilities.argmax(axis=1)
+    found = eval_creditmix.point_metrics(answers, predicted, probabilities)
+    assert found["accuracy"] == pytest.approx(accuracy_score(answers, predicted))
+    assert found["macro_f1"] == pytest.approx(f1_score(answers, predicted, average="macro"))
+    assert found["nll"] == pytest.approx(log_loss(answers, probabilities))
+
+
+def test_certain_and_right_has_no_loss_and_certain_and_wrong_stays_finite():
+    certain = np.eye(3)
+    right = eval_creditmix.point_metrics(np.arange(3), np.arange(3), certain)
+    assert (right["accuracy"], right["nll"], right["brier"], right["ece"]) == (1, 0, 0, 0)
+    wrong = eval_creditmix.point_metrics(np.array([1, 2, 0]), np.arange(3), certain)
+    assert wrong["accuracy"] == 0 and wrong["ece"] == 1 and wrong["brier"] == 2 and np.isfinite(wrong["nll"])
+
+
+def test_intervals_resample_customers():
+    """Ten equal rows of each customer say no more than one row: the interval must not get narrower."""
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 3, 120)
+    predicted = np.where(rng.random(120) < 0.7, answers, (answers + 1) % 3)
+    names = [f"C{i}" for i in range(120)]
+    once = eval_creditmix.intervals(answers, predicted, names, 2000, 0)
+    ten = eval_creditmix.intervals(
+        answers.repeat(10), predicted.repeat(10), [n for n in names for _ in range(10)], 2000, 0
+    )
+    assert ten == once
+    low, high = once["accuracy"]
+    assert low < (answers == predicted).mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 120), rel=0.2)  # the binomial width
+    rows_alone = eval_creditmix.intervals(
+        answers.repeat(10), predicted.repeat(10), [str(i) for i in range(1200)], 2000, 0
+    )
+    assert rows_alone["accuracy"][1] - rows_alone["accuracy"][0] < 0.5 * (high - low)

@@ -1,0 +1,139 @@
+"""The whole CreditMix way on the real embedded model: prepare, train in NF4, classify, evaluate."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import creditmix_prepare
+import eval_creditmix
+import infer_creditmix
+import sft_train
+from common import (
+    EMBEDDED_MODEL,
+    InputError,
+    PromptEncoder,
+    embedded_model_dir,
+    file_sha256,
+    load_model,
+    lora_config,
+    read_jsonl,
+)
+from conftest import ROOT
+from creditmix import LABELS, creditmix_prompt
+
+pytestmark = pytest.mark.slow
+DATA = ROOT / "data" / "creditmix_dataset.json"
+# The example of the whitepaper.
+FEATURES = (
+    "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
+    "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def embedded():
+    try:
+        return embedded_model_dir()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("creditmix")
+
+
+@pytest.fixture(scope="module")
+def prepared(work) -> Path:
+    argv = ["--src", str(DATA), "--outdir", str(work / "data"), "--per_class", "40"]
+    assert creditmix_prepare.main(argv) == 0
+    return work / "data"
+
+
+@pytest.fixture(scope="module")
+def adapter(work, prepared) -> Path:
+    save_dir = work / "runs" / "creditmix_sft"
+    argv = ["--student", EMBEDDED_MODEL, "--data", prepared / "creditmix_sft.jsonl", "--save_dir", save_dir]
+    argv += ["--max_steps", 4, "--batch_size", 4, "--warmup_steps", 0]
+    assert sft_train.main([str(flag) for flag in argv]) == 0
+    return save_dir
+
+
+def test_prepared_rows_are_balanced(prepared):
+    rows = read_jsonl(prepared / "creditmix_sft.jsonl", ("input", "output"))
+    assert sorted(row["output"] for row in rows) == sorted(40 * LABELS)
+
+
+def test_training(adapter, prepared):
+    run = json.loads((adapter / "run.json").read_text())
+    assert (run["method"], run["base_model"], run["metrics"]["steps"]) == ("sft", EMBEDDED_MODEL, 4)
+    assert run["data"]["rows"] == 120 and run["data"]["sha256"] == file_sha256(prepared / "creditmix_sft.jsonl")
+    assert run["flags"]["quantization"] == "nf4"
+    # The answer alone is a few tokens of a text that the model has never seen: no loss of a broken label shift.
+    assert 0.1 < run["metrics"]["train_loss"] < 8
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == EMBEDDED_MODEL
+
+
+def test_classification(adapter, capsys):
+    assert infer_creditmix.main(["--model_dir", str(adapter), "--features", FEATURES]) == 0
+    response = json.loads(capsys.readouterr().out)
+    names = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
+    assert list(response) == names
+    assert response["model_name"] == str(adapter)
+    for label in LABELS:
+        difference = response["raw_scores"][label] - response["prior"][label]
+        assert response["scores"][label] == pytest.approx(difference, abs=2e-6)
+        assert response["raw_scores"][label] < 0
+    assert response["prediction"] == max(LABELS, key=response["scores"].get)
+    assert math.fsum(response["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    second, best = sorted(response["scores"].values())[-2:]
+    assert response["top2_margin"] == pytest.approx(best - second, abs=2e-6)
+
+
+def test_evaluation(adapter, work, capsys, monkeypatch):
+    monkeypatch.chdir(work)
+    argv = ["--model_dir", str(adapter), "--data", str(DATA), "--val_per_class", "10", "--bootstrap", "50"]
+    assert eval_creditmix.main([*argv, "--report_dir", str(work / "report"), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["data"]["validation_rows"] == 30
+    (model,) = summary["models"]
+    low, high = model["interval_95"]["accuracy"]
+    assert 0 <= low <= model["accuracy"] <= high <= 1
+    assert json.loads((work / "report" / "metrics.json").read_text()) == summary
+    with pytest.raises(InputError, match="rows would leak"):
+        eval_creditmix.main([*argv, "--split_seed", "1"])
+
+
+def test_labels_are_single_tokens():
+    _, tokenizer = load_model(EMBEDDED_MODEL)
+    encoder = PromptEncoder(tokenizer)
+    assert [len(encoder.label(label)) for label in LABELS] == [1, 1, 1]
+    assert tokenizer.decode(encoder.completion("Good")) == "Good<|im_end|>"
+
+
+def test_gradients_are_the_same_after_an_evaluation():
+    from peft import get_peft_model
+
+    model, tokenizer = load_model(EMBEDDED_MODEL, "nf4", trainable=True)
+    model = get_peft_model(model, lora_config(dropout=0.0))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would leave A without a gradient
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.01
+    ids = torch.tensor([PromptEncoder(tokenizer).prompt(creditmix_prompt(FEATURES))])
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    assert torch.equal(before, gradients())

@@ -1,0 +1,867 @@
+"""Each trainer whole, on the random two-layer model in NF4 on the CPU: what it writes, what it moves, what it refuses.
+
+Equivalences are tested with SGD, since Adam hides a gradient of the wrong scale, and on the gradient norm of the first
+step besides, since clipping hides it too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import common
+import dpo_train
+import kd_train
+import sft_train
+import training
+from common import InputError, PromptEncoder, base_of, load_model, lora_config, run_script
+from conftest import ROOT
+
+TRAINERS = {"sft": sft_train, "kd": kd_train, "dpo": dpo_train}
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "run.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_curve.json",
+    "training_curve.png",
+}
+LABELS = ("Good", "Standard", "Bad")
+# Completions of one to many tokens, so that a mean over the wrong set of tokens shows.
+ANSWERS = ("Good", "Standard, after a long and careful look at it", "Bad", "Typical debt")
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def soft_labels(number: int) -> dict[str, float]:
+    good = (1 + number % 7) / 10
+    return {"Good": good, "Standard": 0.9 - good, "Bad": 0.1}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> dict[str, str]:
+    """Ten rows for each trainer: not a multiple of 4, so the last step of an epoch is a small one."""
+    folder = tmp_path_factory.mktemp("rows")
+    turns = [f"Debt: {37 * number}, Age: {20 + number}" for number in range(10)]
+    pairs = [(turn, ANSWERS[number % len(ANSWERS)]) for number, turn in enumerate(turns)]
+    teacher = [{"input": turn, "teacher_output": answer} for turn, answer in pairs]
+    return {
+        "sft": write_rows(folder / "sft.jsonl", [{"input": turn, "output": answer} for turn, answer in pairs]),
+        "kd": write_rows(
+            folder / "kd.jsonl", [row | {"label_probs": soft_labels(i)} for i, row in enumerate(teacher)]
+        ),
+        "kd_hard": write_rows(folder / "kd_hard.jsonl", teacher),
+        "dpo": write_rows(
+            folder / "dpo.jsonl",
+            [
+                {"prompt": turn, "chosen": answer, "rejected": ANSWERS[(number + 1) % len(ANSWERS)]}
+                for number, (turn, answer) in enumerate(pairs)
+            ],
+        ),
+    }
+
+
+@pytest.fixture
+def run(model_dir, data, tmp_path):
+    """Train in this process; returns the run folder. Flags given later win over the ones here."""
+
+    def run(method: str, name: str, *flags, rows: str | None = None, base: bool = True) -> Path:
+        save_dir = tmp_path / name
+        argv = ["--data", data[rows or method], "--save_dir", save_dir, "--warmup_steps", 0, "--max_steps", 4]
+        argv += ["--student", model_dir] if base else []
+        assert TRAINERS[method].main([str(flag) for flag in [*argv, *flags]]) == 0
+        return save_dir
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(model_dir, data, tmp_path_factory) -> str:
+    """An adapter far enough from its start that rounding it to bf16 would show."""
+    save_dir = str(tmp_path_factory.mktemp("adapters") / "sft")
+    flags = ["--max_steps", "6", "--warmup_steps", "0", "--learning_rate", "3e-3", "--lora_dropout", "0.1"]
+    sft_train.main(["--student", model_dir, "--data", data["sft"], "--save_dir", save_dir, *flags])
+    return save_dir
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The trainer that a script builds, handed out in place of being run."""
+
+    def built(method: str, *flags):
+        kept = []
+        monkeypatch.setattr(training, "train_and_save", lambda trainer, *rest: kept.append(trainer))
+        TRAINERS[method].main([str(flag) for flag in flags])
+        return kept[0]
+
+    return built
+
+
+def adapter(save_dir: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(save_dir) / "adapter_model.safetensors")
+
+
+def first_step(save_dir: Path) -> dict:
+    return json.loads((save_dir / "training_curve.json").read_text())[0]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def base_weights(model) -> dict[str, torch.Tensor]:
+    """Copies of all that is frozen: embeddings and norms as they are, 4-bit layers dequantised."""
+    import bitsandbytes
+
+    weights = {}
+    for name, module in model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            if ".default" in name or "lora_" in name:
+                continue
+            value = parameter.detach()
+            if isinstance(module, bitsandbytes.nn.Linear4bit) and part == "weight":
+                value = bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+            weights[f"{name}.{part}"] = value.clone()
+    return weights
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "kd_hard", "dpo", "dpo_from_adapter"])
+def test_run_folder(method, run, model_dir, data, sft_adapter, monkeypatch):
+    """Exact files, run.json, float32 adapters named `default`; LoRA weights moved and nothing else did."""
+    kept = {}
+    original = training.train_and_save
+
+    def watched(trainer, *rest):
+        kept["names"] = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+        kept["before"] = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
+        kept["base"] = base_weights(trainer.model)
+        original(trainer, *rest)
+        kept["model"] = trainer.model
+
+    monkeypatch.setattr(training, "train_and_save", watched)
+    script = method.split("_")[0]
+    rows = method if method in data else script
+    flags = ["--adapter", sft_adapter] if "adapter" in method else []
+    save_dir = run(script, "run", *flags, rows=rows, base=not flags)
+
+    assert {path.name for path in save_dir.iterdir()} == FILES
+    tensors = adapter(save_dir)
+    assert tensors and all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert len(tensors) == 2 * 7 * 2  # A and B of seven projections in two layers; no second adapter
+    assert not any("ref" in name for name in tensors)
+    config = json.loads((save_dir / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base_of(save_dir) == model_dir
+
+    after = dict(kept["model"].named_parameters())
+    assert kept["names"] == {name for name in kept["before"] if ".default." in name}
+    for name, before in kept["before"].items():
+        moved = not torch.equal(before, after[name])
+        assert moved == (".default." in name), name
+        if ".default." in name:  # what is saved is what was trained
+            assert torch.equal(tensors[name.replace(".default", "")], after[name])
+    base = base_weights(kept["model"])
+    assert kept["base"].keys() == base.keys() and any("embed_tokens" in name for name in base)
+    assert all(torch.equal(kept["base"][name], base[name]) for name in base)
+
+    result = json.loads((save_dir / "run.json").read_text())
+    assert result["method"] == script
+    assert result["base_model"] == model_dir
+    dests = {action.dest for action in TRAINERS[script].build_parser()._actions} - {"help"}
+    assert set(result["flags"]) == dests and None not in (
+        result["flags"][name] for name in ("learning_rate", "batch_size", "grad_accum", "lora_dropout")
+    )
+    assert result["data"] == {"file": data[rows], "sha256": common.file_sha256(data[rows]), "rows": 10}
+    assert (result["split_seed"], result["seed"], result["resumed_from"]) == (0, 0, None)
+    assert {"python", "torch", "transformers", "peft", "trl", "bitsandbytes"} <= set(result["packages"])
+    assert result["metrics"]["steps"] == 4 and result["metrics"]["train_loss"] > 0
+    assert result["wall_seconds"] > 0 and result["memory"]["peak_gb"] > 0 and result["memory"]["device"]
+    curve = json.loads((save_dir / "training_curve.json").read_text())
+    assert curve[0]["step"] == 1 and curve[0]["loss"] > 0
+    common.check_model_name(str(save_dir))
+
+
+def test_saved_adapter_loads_as_it_was_trained(run):
+    save_dir = run("sft", "run")
+    model, tokenizer = load_model(str(save_dir))
+    loaded = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    assert_same(adapter(save_dir), {name: p.detach().float() for name, p in loaded.items()}, atol=0)
+    assert tokenizer.eos_token == "<|im_end|>" != tokenizer.pad_token
+
+
+def test_seed_decides_the_run(run):
+    one, again, other = (run("sft", f"run{i}", "--seed", seed) for i, seed in enumerate((3, 3, 4)))
+    assert_same(adapter(one), adapter(again), atol=0)
+    assert any(not torch.equal(tensor, adapter(other)[name]) for name, tensor in adapter(one).items())
+
+
+def test_more_steps_bring_the_loss_down(run, data):
+    def losses(method):
+        save_dir = run(method, method, "--max_steps", 60, "--learning_rate", "3e-3", "--batch_size", 4)
+        return [entry["loss"] for entry in json.loads((save_dir / "training_curve.json").read_text())]
+
+    for method in ("sft", "dpo"):
+        curve = losses(method)
+        assert curve[-1] < 0.5 * curve[0], (method, curve)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 1.5), (4, 1, 2.0), (1, 4, 1.0), (8, 2, 0.5)])
+def test_planned_steps_are_the_steps_taken(shape, run, capsys):
+    batch, accumulation, epochs = shape
+    flags = ("--batch_size", batch, "--grad_accum", accumulation, "--epochs", epochs, "--max_steps", 0)
+    run("sft", "run", *flags, "--dry_run")
+    planned = int(capsys.readouterr().out.split("steps")[1].split()[0])
+    assert json.loads((run("sft", "run", *flags) / "run.json").read_text())["metrics"]["steps"] == planned
+
+
+# ----------------------------------------------------------------------------------------------------- equivalences
+
+SGD = ("--optimizer", "sgd", "--learning_rate", "0.5", "--lora_dropout", 0, "--quantization", "none")
+EXACT = (*SGD, "--compute_dtype", "float32", "--epochs", 2, "--max_steps", 0)
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "kd_hard", "dpo"])
+def test_batch_of_four_equals_four_accumulated(method, run):
+    script = method.split("_")[0]
+    whole = run(script, "whole", *EXACT, "--batch_size", 4, "--grad_accum", 1, rows=method)
+    parts = run(script, "parts", *EXACT, "--batch_size", 1, "--grad_accum", 4, rows=method)
+    pairs = run(script, "pairs", *EXACT, "--batch_size", 2, "--grad_accum", 2, rows=method)
+    assert json.loads((whole / "run.json").read_text())["metrics"]["steps"] == 6
+    start = adapter(run(script, "start", *EXACT, "--learning_rate", 0, rows=method))
+    moved = max((start[name] - tensor).abs().max() for name, tensor in adapter(whole).items())
+    assert moved > 1e-3  # the tolerance below is small against the way the weights went
+    for other in (parts, pairs):
+        assert_same(adapter(whole), adapter(other), atol=2e-5)
+        for name in ("loss", "grad_norm"):  # of the first step, before clipping
+            assert first_step(other)[name] == pytest.approx(first_step(whole)[name], rel=1e-4)
+
+
+def test_own_loss_trains_as_the_fused_head_does(run, monkeypatch):
+    """Long answers go through TRL's fused head, short ones through ours: the weights must not tell which."""
+    own = run("sft", "own", *EXACT, "--batch_size", 2, "--grad_accum", 2)
+    monkeypatch.setattr(training, "MAX_LOGITS_BYTES", 0)
+    fused = run("sft", "fused", *EXACT, "--batch_size", 2, "--grad_accum", 2)
+    assert_same(adapter(own), adapter(fused), atol=2e-5)
+    assert first_step(own)["grad_norm"] == pytest.approx(first_step(fused)["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "dpo"])
+def test_gradient_checkpointing_changes_nothing(method, run):
+    flags = ("--compute_dtype", "float32", "--optimizer", "sgd", "--learning_rate", "0.5", "--batch_size", 4)
+    on, off = (run(method, value, *flags, "--gradient_checkpointing", value) for value in ("on", "off"))
+    assert_same(adapter(on), adapter(off), atol=1e-5)
+
+
+def test_kd_with_alpha_zero_is_sft(run):
+    sft = run("sft", "sft", *EXACT, "--batch_size", 4)
+    kd = run("kd", "kd", *EXACT, "--batch_size", 4, "--kd_alpha", 0)
+    assert_same(adapter(sft), adapter(kd), atol=1e-6)
+    hard = run("kd", "hard", *EXACT, "--batch_size", 4, rows="kd_hard")  # no label_probs: alpha has nothing to weigh
+    assert_same(adapter(sft), adapter(hard), atol=1e-6)
+
+
+def test_adapters_train_in_float32_and_without_rounding(built, model_dir, data, sft_adapter):
+    """TRL casts a 4-bit model's adapters to bf16; here they start where the given adapter is, to the last bit."""
+    saved = adapter(sft_adapter)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in saved.values())
+    for method in ("kd", "dpo"):
+        model = built(method, "--adapter", sft_adapter, "--data", data[method], "--save_dir", "never").model
+        start = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if ".default." in n}
+        assert_same(saved, start, atol=0)
+        if method == "dpo":  # the reference is the adapter itself
+            reference = {
+                n.replace(".ref", ""): p.detach().float() for n, p in model.named_parameters() if ".ref." in n
+            }
+            assert_same(saved, reference, atol=0)
+    model = built("sft", "--student", model_dir, "--data", data["sft"], "--save_dir", "never").model
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+
+
+# -------------------------------------------------------------------------------------------------- killed and resumed
+
+# Trains as the script does and kills its own process, with no chance to tidy up, when the given step is done.
+KILLED = """
+import importlib, os, signal, sys
+import training
+from transformers import TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+original = training.train_and_save
+
+def train_and_save(trainer, *rest):
+    trainer.add_callback(Kill())
+    original(trainer, *rest)
+
+training.train_and_save = train_and_save
+importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "dpo", "dpo_from_adapter"])
+def test_killed_and_resumed_equals_uninterrupted(method, model_dir, data, sft_adapter, tmp_path):
+    script = method.split("_")[0]
+    base = ["--adapter", sft_adapter] if "adapter" in method else ["--student", model_dir]
+    flags = [*base, "--data", data[script], "--max_steps", "10", "--batch_size", "4", "--save_steps", "3"]
+    flags += ["--warmup_steps", "2", "--learning_rate", "3e-3", "--lora_dropout", "0.2"]
+    whole, killed = str(tmp_path / "whole"), tmp_path / "killed"
+    assert TRAINERS[script].main([*flags, "--save_dir", whole]) == 0
+
+    flags += ["--save_dir", str(killed)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", KILLED, f"{script}_train", *flags], env=env, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    assert not (killed / "run.json").exists() and not (killed / "adapter_model.safetensors").exists()
+    assert {path.name for path in (killed / "checkpoints").glob("*-*")} == {"checkpoint-3", "checkpoint-6"}
+    with pytest.raises(InputError, match="did not finish"):
+        common.check_model_name(str(killed))
+    with pytest.raises(InputError, match=r"unfinished run is here; --resume goes on with it, --overwrite"):
+        TRAINERS[script].main(flags)
+
+    # The newest checkpoint was being written when the next kill came.
+    half = killed / "checkpoints" / "checkpoint-9"
+    shutil.copytree(killed / "checkpoints" / "checkpoint-6", half)
+    (half / "trainer_state.json").unlink()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    assert training.last_checkpoint(str(killed)).endswith("checkpoint-6") and not half.exists()
+
+    assert TRAINERS[script].main([*flags, "--resume"]) == 0
+    assert {path.name for path in killed.iterdir()} == FILES
+    result = json.loads((killed / "run.json").read_text())
+    assert result["resumed_from"] == "checkpoint-6" and result["metrics"]["steps"] == 10
+    assert_same(adapter(whole), adapter(killed), atol=1e-6)
+
+
+def test_checkpoints_sort_by_number(tmp_path):
+    for step in (900, 1000, 1100):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if step < 1100:
+            (folder / "trainer_state.json").write_text("{}")
+    assert training.last_checkpoint(str(tmp_path)).endswith("checkpoint-1000")
+    assert training.last_checkpoint(str(tmp_path / "none")) is None
+
+
+def test_overwrite_leaves_nothing_that_passes_for_the_new_run(run, monkeypatch):
+    """Killed before its first checkpoint, a run that overwrites another must not leave the old adapter as its own."""
+    save_dir = run("sft", "run")
+    (save_dir / "calibration.json").write_text("{}")
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.CompletionTrainer, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run("sft", "run", "--overwrite")
+    assert not {"run.json", "calibration.json", "adapter_model.safetensors"} & {p.name for p in save_dir.iterdir()}
+    with pytest.raises(InputError):
+        common.check_model_name(str(save_dir))
+
+
+# ------------------------------------------------------------------------------------- gradients after an evaluation
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory, tokenizer) -> str:
+    """Folder of a random Llama: its projections have no bias, as the embedded model's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def gradients_around_an_evaluation(model_dir) -> tuple[torch.Tensor, torch.Tensor]:
+    """All LoRA gradients of one batch, before and after a forward as an evaluation makes it."""
+    from peft import get_peft_model
+
+    model, tokenizer = load_model(model_dir, "nf4", "bfloat16", trainable=True)
+    model = get_peft_model(model, lora_config(dropout=0.0))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would leave A without a gradient
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
+    ids = torch.tensor([PromptEncoder(tokenizer).prompt("Debt: 12, Age: 30")])
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    return before, gradients()
+
+
+@pytest.mark.parametrize("folder", ["model_dir", "llama_dir"])
+def test_gradients_are_the_same_after_an_evaluation(folder, request):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")
+        before, after = gradients_around_an_evaluation(request.getfixturevalue(folder))
+    assert before.abs().max() > 1e-3
+    assert torch.equal(before, after)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered.*")
+def test_without_the_kernel_switch_the_gradients_would_be_wrong(model_dir, llama_dir, monkeypatch):
+    """Shows that the test above tests something: the trap is there on this processor."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("the packed 4-bit CPU kernel needs AVX512-BF16, which this processor does not have")
+    monkeypatch.setattr(common, "keep_autograd_kernels", lambda model: None)
+    before, after = gradients_around_an_evaluation(llama_dir)
+    assert torch.nn.functional.cosine_similarity(before, after, dim=0) < 0.99
+    with pytest.raises(RuntimeError, match="in-place operation"):  # projections with a bias fail loudly
+        gradients_around_an_evaluation(model_dir)
+
+
+def test_an_evaluation_inside_training_changes_nothing(run, monkeypatch):
+    """The same through a whole run: an eval-mode forward after each step leaves the weights as they would be."""
+    from transformers import TrainerCallback
+
+    class Evaluate(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]]))
+            model.train()
+
+    flags = ("--max_steps", 6, "--learning_rate", "3e-3", "--compute_dtype", "bfloat16")
+    plain = run("sft", "plain", *flags)
+    original = training.train_and_save
+
+    def watched(trainer, *rest):
+        trainer.add_callback(Evaluate())
+        original(trainer, *rest)
+
+    monkeypatch.setattr(training, "train_and_save", watched)
+    assert_same(adapter(plain), adapter(run("sft", "evaluated", *flags)), atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ the completion loss
+
+
+def test_labels_by_hand(tokenizer):
+    encoder = PromptEncoder(tokenizer)
+    rows = [{"input": "-", "output": "Good"}, {"input": "Age", "output": "Bad Bad"}]
+    dataset = training.completion_dataset(rows, "output", encoder, 512, "rows")
+    batch = training.completion_collator(tokenizer.pad_token_id)(list(dataset))
+    shown = [[tokenizer.decode([i]) if i != -100 else None for i in row] for row in batch["labels"].tolist()]
+    first, second = ([token for token in row if token is not None] for row in shown)
+    # The answer's one token and the end of turn; the prompt has no label.
+    assert first == ["Good", "<|im_end|>"]
+    # All tokens of a longer answer, and the end of turn.
+    assert "".join(second) == "Bad Bad<|im_end|>" and second[0] == "Bad"
+    for row, ids, text in zip(shown, batch["input_ids"].tolist(), ("-", "Age"), strict=True):
+        # Answers end in the last column; all before an answer is the prompt, its last token the assistant start.
+        start = next(i for i, token in enumerate(row) if token is not None)
+        assert None not in row[start:]
+        prompt = tokenizer.decode([i for i in ids[:start] if i != tokenizer.pad_token_id])
+        turns = f"<|im_start|>system\n{common.SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n"
+        assert prompt == f"{turns}<|im_start|>assistant\n"
+    # Padding lies to the left, is not attended to, and positions count from the first real token.
+    for ids, mask, positions in zip(
+        *(batch[name].tolist() for name in ("input_ids", "attention_mask", "position_ids")), strict=True
+    ):
+        pads = mask.index(1)
+        assert mask == [0] * pads + [1] * (len(mask) - pads)
+        assert ids[:pads] == [tokenizer.pad_token_id] * pads and ids[pads] != tokenizer.pad_token_id
+        assert positions == [0] * pads + list(range(len(mask) - pads))
+
+
+def test_loss_equals_that_of_trl(built, model_dir, data):
+    from trl import SFTTrainer
+
+    flags = ("--quantization", "none", "--compute_dtype", "float32", "--lora_dropout", 0, "--batch_size", 4)
+    trainer = built("sft", "--student", model_dir, "--data", data["sft"], "--save_dir", "never", *flags)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len({int((row != -100).sum()) for row in batch["labels"]}) > 1
+    for items in (None, torch.tensor(40)):
+        ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+        theirs = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=items)
+        assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    right = trainer._metrics["train"]["mean_token_accuracy"]
+    assert right[0] == pytest.approx(right[1])
+
+
+def test_padding_does_not_change_the_loss(built, model_dir, data):
+    """Rows one by one and all in one batch have the same summed loss."""
+    flags = ("--quantization", "none", "--compute_dtype", "float32", "--lora_dropout", 0)
+    trainer = built("kd", "--student", model_dir, "--data", data["kd"], "--save_dir", "never", *flags)
+    rows, one = list(trainer.train_dataset), torch.tensor(1)
+    with torch.no_grad():
+        together = trainer.compute_loss(trainer.model, trainer.data_collator(rows), num_items_in_batch=one)
+        alone = [trainer.compute_loss(trainer.model, trainer.data_collator([r]), num_items_in_batch=one) for r in rows]
+    assert together.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+
+
+def kd_batch() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logits = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(1)) * 2
+    labels = torch.tensor([[-100, 4, 9], [7, 2, 9]])  # the first answer starts in column 1, the second in column 0
+    return logits, {"labels": labels, "label_probs": torch.tensor([[0.7, 0.2, 0.1], [0.05, 0.15, 0.8]])}
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.5, 1.0), (0.3, 2.0), (1.0, 0.5)])
+def test_kd_loss_by_hand(alpha, temperature):
+    logits, batch = kd_batch()
+    ids = [4, 7, 1]
+    found = kd_train.distillation_loss_sum(logits, batch, ids, alpha, temperature)
+
+    def softmax(values):
+        powers = np.exp(values - values.max())
+        return powers / powers.sum()
+
+    expected, scores = 0.0, logits.double().numpy()
+    for row, column, label in ((0, 1, 4), (0, 2, 9), (1, 0, 7), (1, 1, 2), (1, 2, 9)):
+        expected -= (1 - alpha) * np.log(softmax(scores[row, column])[label])
+    for row, column in ((0, 1), (1, 0)):
+        student = softmax(scores[row, column, ids] / temperature)
+        teacher = batch["label_probs"][row].double().numpy() ** (1 / temperature)
+        teacher /= teacher.sum()
+        expected += alpha * temperature**2 * (teacher * np.log(teacher / student)).sum()
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_kd_loss_at_its_ends():
+    logits, batch = kd_batch()
+    ids = [4, 7, 1]
+    cross_entropy = training.cross_entropy_sum(logits, batch)
+    assert kd_train.distillation_loss_sum(logits, batch, ids, 0.0, 2.0) == cross_entropy
+    logits[0, 1, ids] = batch["label_probs"][0].log() + 3.0  # student = teacher, whatever the other tokens have
+    logits[1, 0, ids] = batch["label_probs"][1].log() - 1.0
+    for temperature in (0.5, 1.0, 3.0):
+        assert kd_train.distillation_loss_sum(logits, batch, ids, 1.0, temperature).item() == pytest.approx(
+            0, abs=1e-5
+        )
+    batch["label_probs"] = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # one-hot: finite all the same
+    logits.requires_grad_()
+    loss = kd_train.distillation_loss_sum(logits, batch, ids, 1.0, 1.0)
+    loss.backward()
+    assert math.isfinite(loss.item()) and torch.isfinite(logits.grad).all()
+
+
+def test_a_sure_teacher_decides_the_label(run, data, model_dir, tmp_path):
+    """alpha = 1: label_probs teach the label, against the answers' text; labels may come in any order in a row."""
+    turns = [f"Debt: {number}" for number in range(8)]
+    rows = []
+    for number, turn in enumerate(turns):
+        probs = {label: float(label == "Bad") for label in (LABELS if number % 2 else LABELS[::-1])}
+        rows.append({"input": turn, "teacher_output": "Good", "label_probs": probs})
+    path = write_rows(tmp_path / "sure.jsonl", rows)
+    flags = ("--data", path, "--kd_alpha", 1, "--learning_rate", "3e-3", "--max_steps", 40)
+    model, tokenizer = load_model(str(run("kd", "sure", *flags)))
+    scorer = common.LabelScorer(model, PromptEncoder(tokenizer), {label: [label] for label in LABELS})
+    scores = scorer.raw_scores(turns)
+    probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    assert (probabilities[:, LABELS.index("Bad")] > 0.8).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------- DPO
+
+
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_dpo_starts_at_its_reference(start, run, sft_adapter):
+    """Policy and reference agree at first: the loss is ln 2 whatever the dropout, which TRL switches off for both."""
+    flags = ["--adapter", sft_adapter] if start == "adapter" else []
+    folders = [run("dpo", f"drop{p}", *flags, "--lora_dropout", p, base=not flags) for p in (0, 0.5)]
+    for folder in folders:
+        assert first_step(folder)["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert first_step(folder)["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert_same(adapter(folders[0]), adapter(folders[1]), atol=0)
+
+
+def test_beta_reaches_the_loss(built, run, model_dir, data):
+    flags = ("--student", model_dir, "--data", data["dpo"], "--save_dir", "never")
+    trainer = built("dpo", *flags, "--beta", 0.37)
+    assert trainer.args.beta == trainer.beta == 0.37
+    assert trainer.args.loss_type == ["sigmoid"]
+    trainer = built("dpo", *flags, "--sft_weight", 0.5)
+    assert (trainer.args.loss_type, trainer.args.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
+    assert trainer.args.beta == 0.1
+
+
+def test_beta_scales_the_first_gradient(run):
+    small, large = (run("dpo", f"beta{beta}", *EXACT, "--batch_size", 4, "--beta", beta) for beta in (0.1, 0.2))
+    assert first_step(large)["grad_norm"] == pytest.approx(2 * first_step(small)["grad_norm"], rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- prompts alike
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "dpo"])
+def test_training_prompts_are_the_scoring_prompts(method, built, model_dir, tmp_path):
+    """Token for token, in the batches that reach the model, control tokens in user text included."""
+    turns = ["Debt: 12", "text with <|im_end|>\n<|im_start|>system\nin it", " spaces  and\nlines ", "Schulden: 5 €"]
+    names = {"sft": ("input", "output"), "kd": ("input", "teacher_output"), "dpo": ("prompt", "chosen")}[method]
+    rows = [dict(zip(names, (turn, "Good"), strict=True)) | {"rejected": "Bad"} for turn in turns]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    trainer = built(method, "--student", model_dir, "--data", path, "--save_dir", "never", "--batch_size", 4)
+    encoder = PromptEncoder(trainer.processing_class)
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = set()
+    for number, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+        completion = batch["completion_mask"] == 1 if method == "dpo" else batch["labels"] != -100
+        answer = completion[number]
+        text = "Bad" if number >= len(turns) else "Good"  # TRL puts the rejected ones below the chosen ones
+        assert ids[answer].tolist() == encoder.completion(text)
+        found.add(tuple(ids[mask.bool() & ~answer].tolist()))
+    assert found == {tuple(encoder.prompt(turn)) for turn in turns}
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def refused(method: str, rows: list[dict], tmp_path: Path, model_dir: str, *flags) -> str:
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    save_dir = tmp_path / "never"
+    argv = ["--student", model_dir, "--data", path, "--save_dir", save_dir, *flags]
+    with pytest.raises(InputError) as error:
+        TRAINERS[method].main([str(flag) for flag in argv])
+    assert not save_dir.exists()
+    return str(error.value)
+
+
+def rows_of(method: str, turn: str = "Debt: 1") -> dict:
+    return {
+        "sft": {"input": turn, "output": "Good"},
+        "kd": {"input": turn, "teacher_output": "Good"},
+        "dpo": {"prompt": turn, "chosen": "Good", "rejected": "Bad"},
+    }[method]
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_rows_too_long_are_refused_by_number(method, tmp_path, model_dir):
+    rows = [rows_of(method), rows_of(method), rows_of(method, "Debt: 1" * 100), rows_of(method)]
+    message = refused(method, rows, tmp_path, model_dir)
+    assert "row 3" in message and "--max_length" in message and "512" in message
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_rows_without_a_field_are_refused_by_line(method, tmp_path, model_dir):
+    row = rows_of(method)
+    missing = list(row)[-1]
+    message = refused(method, [row, {k: v for k, v in row.items() if k != missing}], tmp_path, model_dir)
+    assert "line 2" in message and missing in message
+
+
+@pytest.mark.parametrize(
+    ("probs", "expected"),
+    [
+        ([{"Good": 0.5, "Bad": 0.5}, None], "row 2.*in every row or in none"),
+        ([None, {"Good": 0.5, "Bad": 0.5}], "row 1.*in every row or in none"),
+        ([{"Good": 0.5, "Bad": 0.5}, {"Good": 0.5, "Standard": 0.5}], "row 2"),
+        ([{"Good": 0.5, "Bad": 0.5}, {"Good": 0.5, "Bad": 0.3}], "row 2.*add up to 1"),
+        ([{"Good": 1.5, "Bad": -0.5}], "row 1.*no probabilities"),
+        ([{"Good": float("nan"), "Bad": 0.5}], "row 1.*no probabilities"),
+        ([{"Good": "0.5", "Bad": 0.5}], "row 1.*no probabilities"),
+        ([{"Good": 1.0}], "row 1"),
+        ([[0.5, 0.5]], "row 1"),
+        ([{"Good": 0.5, "Good enough": 0.5}], "first token"),
+    ],
+)
+def test_label_probs_that_cannot_be_used_are_refused(probs, expected, tmp_path, model_dir):
+    rows = [rows_of("kd") | ({} if p is None else {"label_probs": p}) for p in probs]
+    message = refused("kd", rows, tmp_path, model_dir)
+    assert re.search(expected, message), message
+
+
+def test_a_pair_without_contrast_is_refused(tmp_path, model_dir):
+    rows = [rows_of("dpo"), rows_of("dpo") | {"rejected": "Good"}]
+    assert "row 2: chosen and rejected are the same" in refused("dpo", rows, tmp_path, model_dir)
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_flags_out_of_range_are_refused_all_at_once(method, tmp_path, model_dir):
+    flags = ("--batch_size", 0, "--grad_accum", -1, "--lora_r", 0, "--lora_dropout", 1, "--learning_rate", "nan")
+    message = refused(method, [rows_of(method)], tmp_path, model_dir, *flags, "--save_steps", 0, "--epochs", 0)
+    for name in ("batch_size 0", "grad_accum -1", "lora_r 0", "lora_dropout 1", "learning_rate nan", "epochs 0"):
+        assert f"--{name}" in message
+
+
+@pytest.mark.parametrize("method", ["kd", "dpo"])
+def test_the_adapter_to_go_on_from_is_not_overwritten(method, data, sft_adapter):
+    flags = ["--adapter", sft_adapter, "--data", data[method], "--save_dir", sft_adapter, "--overwrite"]
+    before = adapter(sft_adapter)
+    with pytest.raises(InputError, match="choose another --save_dir"):
+        TRAINERS[method].main(flags)
+    assert_same(before, adapter(sft_adapter), atol=0)
+
+
+@pytest.mark.parametrize("flags", [("--kd_alpha", 1.5), ("--kd_alpha", -1), ("--kd_temperature", 0)])
+def test_kd_flags_out_of_range_are_refused(flags, tmp_path, model_dir):
+    assert "--kd_alpha" in refused("kd", [rows_of("kd")], tmp_path, model_dir, *flags)
+
+
+@pytest.mark.parametrize("method", ["kd", "dpo"])
+def test_an_adapter_of_another_base_is_refused(method, tmp_path, model_dir, sft_adapter):
+    argv = (method, [rows_of(method)], tmp_path, "some/other-model", "--adapter", sft_adapter)
+    assert f"belongs to {model_dir}, not to --student some/other-model" in refused(*argv)
+    message = refused(method, [rows_of(method)], tmp_path, model_dir, "--adapter", model_dir)
+    assert "no adapter folder" in message
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_a_finished_run_is_kept(method, run, data, model_dir):
+    save_dir = run(method, "run")
+    before = (save_dir / "adapter_model.safetensors").read_bytes()
+    for flags in ((), ("--resume",)):
+        with pytest.raises(InputError, match="a finished run is here; --overwrite replaces it"):
+            run(method, "run", "--seed", 5, *flags)
+    assert (save_dir / "adapter_model.safetensors").read_bytes() == before
+    run(method, "run", "--seed", 5, "--overwrite")
+    assert json.loads((save_dir / "run.json").read_text())["seed"] == 5
+    assert (save_dir / "adapter_model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_dry_run_prints_the_plan_and_writes_nothing(method, run, capsys, data):
+    save_dir = run(method, "plan", "--dry_run", "--batch_size", 2, "--grad_accum", 2)
+    plan = capsys.readouterr().out
+    assert not save_dir.exists()
+    assert f"rows                 10 from {data[method]}" in plan
+    assert "steps                4 of 2 x 2 rows" in plan
+    # r x (in + out) of q 64+64, k and v 64+32, o 64+64, gate and up 64+128, down 128+64, in two layers
+    assert f"trainable parameters {16 * 2 * (128 + 2 * 96 + 128 + 2 * 192 + 192):,} " in plan
+    assert "estimated memory" in plan and f"would write          {save_dir}" in plan
+
+
+def test_plan_of_the_default_student(tmp_path, tokenizer, data, capsys):
+    """The shape of Qwen2.5-3B, with no weights: the recipe for large students, its size measured and by arithmetic."""
+    from transformers import Qwen2Config
+
+    folder = tmp_path / "qwen2.5-3b"
+    Qwen2Config(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    argv = ["--student", str(folder), "--data", data["sft"], "--save_dir", str(tmp_path / "never"), "--dry_run"]
+    assert sft_train.main([*argv, "--compute_dtype", "bfloat16"]) == 0
+    plan = capsys.readouterr().out
+    assert "of 1 x 8 rows" in plan and "learning rate        0.0002" in plan
+    assert "trainable parameters 29,933,568" in plan
+    total, weights = (float(plan.split(mark)[1].split()[0].rstrip(",")) for mark in ("estimated memory", "(weights"))
+    assert weights == pytest.approx(2.01, abs=0.1)  # measured for this shape in NF4
+    assert weights < total < 8
+
+
+def test_defaults_follow_the_size_and_yield_to_flags():
+    for parameters, recipe, checkpointing in ((135e6, sft_train.SMALL, "off"), (3e9, sft_train.LARGE, "on")):
+        args = sft_train.build_parser().parse_args(["--batch_size", "5"])
+        training.fill_defaults(args, sft_train.SMALL, sft_train.LARGE, parameters)
+        found = {name: getattr(args, name) for name in recipe}
+        assert found == recipe | {"batch_size": 5}
+        assert args.gradient_checkpointing == checkpointing
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_too_little_memory_is_refused_with_advice(method, data, model_dir, tmp_path, monkeypatch, capsys):
+    argv = ["--student", model_dir, "--data", data[method], "--save_dir", str(tmp_path / "never")]
+    monkeypatch.setattr(sys, "argv", [f"{method}_train.py"])
+    with pytest.raises(SystemExit) as status:
+        run_script(lambda _: TRAINERS[method].main([*argv, "--max_memory_gb", "0.0001"]))
+    assert status.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"{method}_train.py: error: about")
+    for advice in ("--batch_size", "--grad_accum", "--max_length", "--gradient_checkpointing on", "--max_memory_gb"):
+        assert advice in message
+    assert not (tmp_path / "never").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+# Flags that one trainer alone has, and those that two share.
+OWN = {"sft": set(), "kd": {"kd_alpha", "kd_temperature", "adapter"}, "dpo": {"beta", "sft_weight", "adapter"}}
+# What differs on purpose: the data and where it goes; the student, which kd and dpo can take from their adapter; the
+# learning rate that a help text names, since DPO needs smaller steps.
+DIFFERENT = {"student": {"default", "help"}, "data": {"default", "help"}, "save_dir": {"default"}}
+DIFFERENT |= {"learning_rate": {"help"}}
+
+
+def parts(action) -> dict:
+    names = ("option_strings", "dest", "nargs", "const", "default", "type", "choices", "help", "required")
+    return {name: getattr(action, name) for name in names} | {"kind": type(action)}
+
+
+def test_trainers_share_their_flags():
+    actions = {name: script.build_parser()._actions for name, script in TRAINERS.items()}
+    shared = {
+        name: [parts(action) for action in found if action.dest not in OWN[name]] for name, found in actions.items()
+    }
+    for name in ("kd", "dpo"):
+        assert [flag["dest"] for flag in shared[name]] == [flag["dest"] for flag in shared["sft"]]
+        for ours, theirs in zip(shared["sft"], shared[name], strict=True):
+            unlike = {key for key in ours if ours[key] != theirs[key]}
+            assert unlike <= DIFFERENT.get(ours["dest"], set()), (name, ours["dest"], unlike)
+    unlike = {
+        action["dest"]: {key for key in action if action[key] != other[key]}
+        for action, other in zip(shared["kd"], shared["dpo"], strict=True)
+    }
+    assert {name for name, keys in unlike.items() if keys} == {"data", "save_dir", "learning_rate"}
+    for name, own in OWN.items():
+        assert own <= {action.dest for action in actions[name]}
+
+
+def test_trainers_share_their_recipes():
+    """Defaults that depend on the student's size differ in the learning rate of DPO alone."""
+    assert sft_train.SMALL == kd_train.SMALL and sft_train.LARGE == kd_train.LARGE
+    for size in ("SMALL", "LARGE"):
+        sft, dpo = getattr(sft_train, size), getattr(dpo_train, size)
+        assert sft.keys() == dpo.keys()
+        assert {name for name in sft if sft[name] != dpo[name]} == {"learning_rate"}
+        assert dpo["learning_rate"] < sft["learning_rate"]
+
+
+def test_defaults_are_those_of_the_whitepaper():
+    args = sft_train.build_parser().parse_args([])
+    assert (args.lora_r, args.lora_alpha, args.quantization) == (16, 32, "nf4")
+    assert sft_train.LARGE["lora_dropout"] == 0.05 and sft_train.LARGE["batch_size"] == 1
+    config = lora_config()
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(config.target_modules) == projections
