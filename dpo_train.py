@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.beta <= 0 or args.sft_weight < 0:
         raise InputError("--beta is above 0, --sft_weight 0 or more")
     rows = read_jsonl(args.data, ("prompt", "chosen", "rejected"))
-    claim_run_dir(args.save_dir, args.overwrite, args.resume or args.dry_run)
+    if not args.dry_run:
+        claim_run_dir(args.save_dir, args.overwrite, args.resume)
     student = student_of(args.student, args.adapter)
     check_model_name(student)
     path = local_or_hub(student)

@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--kd_alpha is a share from 0 to 1, --kd_temperature above 0")
     rows = read_jsonl(args.data, ("input", "teacher_output"))
     labels = check_label_probs(rows, args.data)
-    claim_run_dir(args.save_dir, args.overwrite, args.resume or args.dry_run)
+    if not args.dry_run:
+        claim_run_dir(args.save_dir, args.overwrite, args.resume)
     student = student_of(args.student, args.adapter)
     check_model_name(student)
     path = local_or_hub(student)

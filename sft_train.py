@@ -92,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     rows = read_jsonl(args.data, ("input", "output"))
-    claim_run_dir(args.save_dir, args.overwrite, args.resume or args.dry_run)
+    if not args.dry_run:
+        claim_run_dir(args.save_dir, args.overwrite, args.resume)
     check_model_name(args.student)
     path = local_or_hub(args.student)
 

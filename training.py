@@ -29,6 +29,7 @@ from common import (
     lora_config,
     package_versions,
     parameter_count,
+    read_json,
     write_json,
 )
 
@@ -294,6 +295,25 @@ def plot_curve(path: Path, history: list[dict], title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def note_settings(args: argparse.Namespace) -> str:
+    """Leave data hash and flags beside the checkpoints; returns the hash (SHA-256).
+
+    Raises InputError where --resume would go on with other data or flags than the killed run's."""
+    note = Path(args.save_dir) / "checkpoints" / "settings.json"
+    ignored = ("resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps")
+    settings = {name: value for name, value in vars(args).items() if name not in ignored}
+    settings["data_sha256"] = file_sha256(args.data)
+    if args.resume and note.is_file():
+        before = read_json(note)
+        changed = [
+            f"{k} (was {before.get(k)}, now {settings.get(k)})" for k in settings if before.get(k) != settings[k]
+        ]
+        if changed:
+            raise InputError(f"--resume with other settings: {', '.join(changed)}; go on with the old ones")
+    write_json(note, settings)
+    return settings["data_sha256"]
+
+
 def train_and_save(
     trainer: Any, args: argparse.Namespace, method: str, student: str, rows: int, estimate: dict[str, float]
 ) -> None:
@@ -307,6 +327,7 @@ def train_and_save(
     # The one sign that a 4-bit CPU kernel without gradients is in use (see common.keep_autograd_kernels).
     warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")
     started = time.monotonic()
+    data_hash = note_settings(args)
     checkpoint = last_checkpoint(args.save_dir) if args.resume else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.accelerator.is_main_process:
@@ -322,7 +343,7 @@ def train_and_save(
         "method": method,
         "base_model": student,
         "flags": vars(args),
-        "data": {"file": args.data, "sha256": file_sha256(args.data), "rows": rows},
+        "data": {"file": args.data, "sha256": data_hash, "rows": rows},
         "split_seed": args.split_seed,
         "seed": args.seed,
         "packages": package_versions(),

@@ -345,6 +345,9 @@ def test_killed_and_resumed_equals_uninterrupted(method, model_dir, data, sft_ad
     with pytest.raises(InputError, match=r"unfinished run is here; --resume goes on with it, --overwrite"):
         TRAINERS[script].main(flags)
 
+    with pytest.raises(InputError, match=r"--resume with other settings: learning_rate \(was 0.003, now 0.001\)"):
+        TRAINERS[script].main([*flags, "--resume", "--learning_rate", "1e-3"])
+
     # The newest checkpoint was being written when the next kill came.
     half = killed / "checkpoints" / "checkpoint-9"
     shutil.copytree(killed / "checkpoints" / "checkpoint-6", half)
