@@ -19,7 +19,7 @@ EXAMPLE := Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstandin
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# Short trainings of the embedded model, apart from your own data/ and runs/: about 20 minutes on two cores.
+# Short trainings of the embedded model, apart from your own data/ and runs/.
 demo: .venv/.installed
 	$(PY) creditmix_prepare.py --outdir $(DEMO)/data
 	$(PY) sft_train.py --student $(STUDENT) --data $(DEMO)/data/creditmix_sft.jsonl --save_dir $(DEMO)/sft \
@@ -32,7 +32,7 @@ demo: .venv/.installed
 		--fit --fit_per_class 100 --baselines --report_dir $(DEMO)/report
 	$(PY) infer_creditmix.py --model_dir $(DEMO)/sft --features "$(EXAMPLE)"
 	@echo "plots: $(DEMO)/sft/training_curve.png and $(DEMO)/report/*/{confusion_matrix,reliability}.png"
-	@echo "a full run (README, 'CreditMix from end to end') is measured in docs/results/creditmix.md"
+	@echo "a full run is measured in README.md, 'Results'"
 
 test: .venv/.installed-dev
 	$(PY) -m pytest
