@@ -358,15 +358,21 @@ def load_model(
         model = PeftModel.from_pretrained(model, model_dir, is_trainable=trainable)
         # PEFT looks the base up at each save, on the hub if the name is no path.
         model.active_peft_config.base_model_name_or_path = path
+        if not trainable:  # trained in float32; a forward in two types is slower and the digits do not matter
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.to(compute)
     return model.train(trainable), tokenizer
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries say at each load (a bar for every weight, an optional kernel package that is absent)."""
+    """Silence what libraries say at each load: a bar for every weight, an absent kernel package, names to come."""
     import logging
+    import warnings
 
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -464,8 +470,14 @@ class PromptEncoder:
         self.end_of_turn = after[0] if after else tokenizer.eos_token
 
     def _render(self, messages: list[dict], **kwargs: Any) -> str:
+        from jinja2 import TemplateError
+
         system = {"role": "system", "content": SYSTEM_PROMPT}
-        return self.tokenizer.apply_chat_template([system, *messages], tokenize=False, **kwargs)
+        try:
+            return self.tokenizer.apply_chat_template([system, *messages], tokenize=False, **kwargs)
+        except TemplateError:  # some templates (Gemma's) refuse a system turn: its text then opens the user turn
+            first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{messages[0]['content']}"}
+            return self.tokenizer.apply_chat_template([first, *messages[1:]], tokenize=False, **kwargs)
 
     def _plain(self, text: str, add_special_tokens: bool = False) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
@@ -724,16 +736,19 @@ def calibration_path(model_dir: str) -> Path:
     return (Path(model_dir) if adapter_config(model_dir) else Path("runs/creditmix_base")) / "calibration.json"
 
 
-def read_fitted(model_dir: str, forms: dict[str, list[str]], aggregate: str, nulls: int) -> dict | None:
+def read_fitted(
+    model_dir: str, forms: dict[str, list[str]], aggregate: str, nulls: int, quantization: str
+) -> dict | None:
     """The fitted calibration of a model as stored, None where there is none.
 
-    Raises InputError where it was fitted for another model, other surface forms or other null prompts.
+    Raises InputError where it was fitted for another model, other surface forms, null prompts or quantization.
     """
     path = calibration_path(model_dir)
     if not path.is_file():
         return None
     stored = read_json(path)
-    wanted = {"forms": forms, "aggregate": aggregate, "null_prompts": nulls, "model": model_fingerprint(model_dir)}
+    wanted = {"forms": forms, "aggregate": aggregate, "null_prompts": nulls, "quantization": quantization}
+    wanted["model"] = model_fingerprint(model_dir)
     for name, value in wanted.items():
         if stored.get(name) != value:
             if name == "model" and not adapter_config(model_dir):

@@ -323,7 +323,7 @@ class CreditModel:
         check_model_name(model_dir)
         fitted = None
         if args.calibration in (None, "fitted"):
-            fitted = read_fitted(model_dir, forms, args.aggregate, args.null_prompts)
+            fitted = read_fitted(model_dir, forms, args.aggregate, args.null_prompts, args.quantization)
             if args.calibration == "fitted" and not fitted:
                 raise InputError(f"{calibration_path(model_dir)}: not there; fit it with eval_creditmix.py --fit")
         model, tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)

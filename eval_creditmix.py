@@ -163,6 +163,7 @@ def fit(model: CreditModel, model_dir: str, rows: list[CreditRow], args: argpars
             "forms": model.scorer.forms,
             "aggregate": args.aggregate,
             "null_prompts": args.null_prompts,
+            "quantization": args.quantization,
             "fitted_on": {"rows": len(rows), "sha256": digest, "data": args.data, "split_seed": args.split_seed},
         },
     )

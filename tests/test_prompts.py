@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from common import SYSTEM_PROMPT, InputError, PromptEncoder, load_model
-from conftest import build_tokenizer
+from conftest import CHATML, build_tokenizer
 from creditmix import creditmix_prompt, null_prompts
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -187,6 +187,15 @@ def test_a_template_with_its_own_system_text_still_gets_ours(tokenizer):
     prompt = other.decode(PromptEncoder(other).prompt("x"))
     assert "Somebody Else" not in prompt
     assert prompt.count(SYSTEM_PROMPT) == 1
+
+
+def test_a_template_that_refuses_a_system_turn_gets_its_text_in_the_user_turn():
+    """As Gemma's template does."""
+    tokenizer = build_tokenizer()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    tokenizer.chat_template = refusal + CHATML
+    expected = f"<|im_start|>user\n{SYSTEM_PROMPT}\n\nDebt: 1<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(PromptEncoder(tokenizer).prompt("Debt: 1")) == expected
 
 
 @pytest.mark.parametrize(
