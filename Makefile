@@ -23,13 +23,13 @@ EXAMPLE := Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstandin
 demo: .venv/.installed
 	$(PY) creditmix_prepare.py --outdir $(DEMO)/data
 	$(PY) sft_train.py --student $(STUDENT) --data $(DEMO)/data/creditmix_sft.jsonl --save_dir $(DEMO)/sft \
-		--max_steps 480 --overwrite
+		--max_steps 400 --overwrite
 	$(PY) kd_train.py --adapter $(DEMO)/sft --data $(DEMO)/data/creditmix_kd.jsonl --save_dir $(DEMO)/kd \
-		--max_steps 40 --learning_rate 2e-4 --overwrite
+		--max_steps 30 --learning_rate 2e-4 --overwrite
 	$(PY) dpo_train.py --adapter $(DEMO)/sft --data $(DEMO)/data/creditmix_dpo.jsonl --save_dir $(DEMO)/dpo \
 		--max_steps 15 --overwrite
 	$(PY) eval_creditmix.py --model_dir $(STUDENT) $(DEMO)/kd $(DEMO)/dpo $(DEMO)/sft --val_per_class 200 \
-		--fit --fit_per_class 100 --baselines --report_dir $(DEMO)/report
+		--fit --fit_per_class 150 --baselines --report_dir $(DEMO)/report
 	$(PY) infer_creditmix.py --model_dir $(DEMO)/sft --features "$(EXAMPLE)"
 	@echo "plots: $(DEMO)/sft/training_curve.png and $(DEMO)/report/*/{confusion_matrix,reliability}.png"
 	@echo "a full run is measured in README.md, 'Results'"

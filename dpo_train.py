@@ -26,9 +26,10 @@ from common import (
     student_of,
 )
 
+LORA = {"lora_r": 16, "lora_alpha": 32}
 # The whitepaper's section 3 for large students; measured on smollm2-135m for small ones (README, "The recipe").
-LARGE = {"learning_rate": 5e-6, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05}
-SMALL = {"learning_rate": 1e-4, "batch_size": 8, "grad_accum": 1, "lora_dropout": 0.0}
+LARGE = {"epochs": 1.0, "learning_rate": 5e-6, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05} | LORA
+SMALL = {"epochs": 1.0, "learning_rate": 1e-4, "batch_size": 8, "grad_accum": 1, "lora_dropout": 0.0} | LORA
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quantization", choices=("nf4", "none"), default="nf4", help="of the frozen base (%(default)s)")
     add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
+    add(
+        "--epochs",
+        type=float,
+        help=f"passes over the data; {SMALL['epochs']:g} below 1 B parameters, else {LARGE['epochs']:g}",
+    )
     add("--max_steps", type=int, default=0, help="stop after so many optimiser steps; 0: after --epochs (%(default)s)")
     add(
         "--learning_rate",
@@ -84,8 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="weight of an SFT term on the chosen answers, against likelihood displacement (%(default)s)",
     )
     add = parser.add_argument_group("adapter").add_argument
-    add("--lora_r", type=int, default=16, help="rank (%(default)s)")
-    add("--lora_alpha", type=int, default=32, help="scale is alpha / r (%(default)s)")
+    add("--lora_r", type=int, help=f"rank ({SMALL['lora_r']})")
+    add("--lora_alpha", type=int, help=f"scale is alpha / r ({SMALL['lora_alpha']})")
     add(
         "--lora_dropout",
         type=float,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from typing import TYPE_CHECKING
 
 from common import (
@@ -30,9 +31,10 @@ from common import (
 if TYPE_CHECKING:
     import torch
 
+LORA = {"lora_r": 16, "lora_alpha": 32}
 # The whitepaper's section 3 for large students; measured on smollm2-135m for small ones (README, "The recipe").
-LARGE = {"learning_rate": 2e-4, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05}
-SMALL = {"learning_rate": 1e-3, "batch_size": 8, "grad_accum": 1, "lora_dropout": 0.0}
+LARGE = {"epochs": 1.0, "learning_rate": 2e-4, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05} | LORA
+SMALL = {"epochs": 1.0, "learning_rate": 1e-3, "batch_size": 16, "grad_accum": 1, "lora_dropout": 0.0} | LORA
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quantization", choices=("nf4", "none"), default="nf4", help="of the frozen base (%(default)s)")
     add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
+    add(
+        "--epochs",
+        type=float,
+        help=f"passes over the data; {SMALL['epochs']:g} below 1 B parameters, else {LARGE['epochs']:g}",
+    )
     add("--max_steps", type=int, default=0, help="stop after so many optimiser steps; 0: after --epochs (%(default)s)")
     add(
         "--learning_rate",
@@ -84,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="recompute activations to save memory; auto: on from 1 B parameters (%(default)s)",
     )
     add = parser.add_argument_group("distillation").add_argument
-    add("--kd_alpha", type=float, default=0.5, help="share of KL(teacher || student) in the loss, 0..1 (%(default)s)")
+    add("--kd_alpha", type=float, default=0.9, help="share of KL(teacher || student) in the loss, 0..1 (%(default)s)")
     add(
         "--kd_temperature",
         type=float,
@@ -92,8 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="softens both distributions; KL times its square (%(default)s)",
     )
     add = parser.add_argument_group("adapter").add_argument
-    add("--lora_r", type=int, default=16, help="rank (%(default)s)")
-    add("--lora_alpha", type=int, default=32, help="scale is alpha / r (%(default)s)")
+    add("--lora_r", type=int, help=f"rank ({SMALL['lora_r']})")
+    add("--lora_alpha", type=int, help=f"scale is alpha / r ({SMALL['lora_alpha']})")
     add(
         "--lora_dropout",
         type=float,
@@ -188,7 +194,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     training.check_memory(estimate, args.max_memory_gb)
     loss = training.cross_entropy_sum
-    if labels:
+    if not labels:
+        print(f"{args.data}: no label_probs, so --kd_alpha has no effect: teacher_output is imitated", file=sys.stderr)
+    else:
         ids = first_tokens(encoder, labels)
         loss = functools.partial(
             distillation_loss_sum, label_ids=ids, alpha=args.kd_alpha, temperature=args.kd_temperature

@@ -49,14 +49,14 @@ def tokenizer():
     return build_tokenizer()
 
 
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory, tokenizer) -> str:
-    """Folder of a random Qwen2 whose projections satisfy the 4-bit CPU kernel (multiples of 64 in, 32 out)."""
+def save_random_model(folder: Path, tokenizer, architecture: str) -> str:
+    """A two-layer model ('qwen2' or 'llama'); its projections satisfy the 4-bit CPU kernel (64s in, 32s out)."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -64,13 +64,17 @@ def model_dir(tmp_path_factory, tokenizer) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=architecture == "qwen2",
         initializer_range=0.2,
     )
-    folder = tmp_path_factory.mktemp("model") / "tiny-qwen2"
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer) -> str:
+    return save_random_model(tmp_path_factory.mktemp("model") / "tiny-qwen2", tokenizer, "qwen2")
 
 
 @pytest.fixture(autouse=True)

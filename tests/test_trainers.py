@@ -28,7 +28,7 @@ import kd_train
 import sft_train
 import training
 from common import InputError, PromptEncoder, base_of, load_model, lora_config, run_script
-from conftest import ROOT
+from conftest import ROOT, save_random_model
 
 TRAINERS = {"sft": sft_train, "kd": kd_train, "dpo": dpo_train}
 FILES = {
@@ -104,8 +104,9 @@ def sft_adapter(model_dir, data, tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def built(monkeypatch):
+def built(monkeypatch, tmp_path):
     """The trainer that a script builds, handed out in place of being run."""
+    monkeypatch.chdir(tmp_path)
 
     def built(method: str, *flags):
         kept = []
@@ -204,11 +205,13 @@ def test_run_folder(method, run, model_dir, data, sft_adapter, monkeypatch):
     common.check_model_name(str(save_dir))
 
 
-def test_saved_adapter_loads_as_it_was_trained(run):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_adapter_loads_as_it_was_trained(dtype, run):
+    """In the type of computation: for inference in bfloat16 rounded to it."""
     save_dir = run("sft", "run")
-    model, tokenizer = load_model(str(save_dir))
-    loaded = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
-    assert_same(adapter(save_dir), {name: p.detach().float() for name, p in loaded.items()}, atol=0)
+    model, tokenizer = load_model(str(save_dir), dtype=dtype)
+    loaded = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    assert_same({name: p.to(getattr(torch, dtype)) for name, p in adapter(save_dir).items()}, loaded, atol=0)
     assert tokenizer.eos_token == "<|im_end|>" != tokenizer.pad_token
 
 
@@ -330,7 +333,8 @@ def test_killed_and_resumed_equals_uninterrupted(method, model_dir, data, sft_ad
     script = method.split("_")[0]
     base = ["--adapter", sft_adapter] if "adapter" in method else ["--student", model_dir]
     flags = [*base, "--data", data[script], "--max_steps", "10", "--batch_size", "4", "--save_steps", "3"]
-    flags += ["--warmup_steps", "2", "--learning_rate", "3e-3", "--lora_dropout", "0.2"]
+    flags += ["--warmup_steps", "2", "--learning_rate", "3e-3"]
+    flags += [] if "adapter" in method else ["--lora_dropout", "0.2"]
     whole, killed = str(tmp_path / "whole"), tmp_path / "killed"
     assert TRAINERS[script].main([*flags, "--save_dir", whole]) == 0
 
@@ -394,23 +398,7 @@ def test_overwrite_leaves_nothing_that_passes_for_the_new_run(run, monkeypatch):
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory, tokenizer) -> str:
     """Folder of a random Llama: its projections have no bias, as the embedded model's."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_random_model(tmp_path_factory.mktemp("model") / "tiny-llama", tokenizer, "llama")
 
 
 def gradients_around_an_evaluation(model_dir) -> tuple[torch.Tensor, torch.Tensor]:
@@ -496,20 +484,15 @@ def test_labels_by_hand(tokenizer):
     # All tokens of a longer answer, and the end of turn.
     assert "".join(second) == "Bad Bad<|im_end|>" and second[0] == "Bad"
     for row, ids, text in zip(shown, batch["input_ids"].tolist(), ("-", "Age"), strict=True):
-        # Answers end in the last column; all before an answer is the prompt, its last token the assistant start.
+        # All before an answer is the prompt, its last token the assistant start; after it comes only padding.
         start = next(i for i, token in enumerate(row) if token is not None)
-        assert None not in row[start:]
-        prompt = tokenizer.decode([i for i in ids[:start] if i != tokenizer.pad_token_id])
+        end = next((i for i in range(start, len(row)) if row[i] is None), len(row))
+        assert set(row[end:]) <= {None} and set(ids[end:]) <= {tokenizer.pad_token_id}
         turns = f"<|im_start|>system\n{common.SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n"
-        assert prompt == f"{turns}<|im_start|>assistant\n"
-    # Padding lies to the left, is not attended to, and positions count from the first real token.
-    for ids, mask, positions in zip(
-        *(batch[name].tolist() for name in ("input_ids", "attention_mask", "position_ids")), strict=True
-    ):
-        pads = mask.index(1)
-        assert mask == [0] * pads + [1] * (len(mask) - pads)
-        assert ids[:pads] == [tokenizer.pad_token_id] * pads and ids[pads] != tokenizer.pad_token_id
-        assert positions == [0] * pads + list(range(len(mask) - pads))
+        assert tokenizer.decode(ids[:start]) == f"{turns}<|im_start|>assistant\n"
+    for ids, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True):
+        assert mask == [int(token != tokenizer.pad_token_id) for token in ids]
+    assert batch["attention_mask"].min() == 0
 
 
 def test_loss_equals_that_of_trl(built, model_dir, data):
@@ -605,12 +588,12 @@ def test_a_sure_teacher_decides_the_label(run, data, model_dir, tmp_path):
 @pytest.mark.parametrize("start", ["base", "adapter"])
 def test_dpo_starts_at_its_reference(start, run, sft_adapter):
     """Policy and reference agree at first: the loss is ln 2 whatever the dropout, which TRL switches off for both."""
-    flags = ["--adapter", sft_adapter] if start == "adapter" else []
-    folders = [run("dpo", f"drop{p}", *flags, "--lora_dropout", p, base=not flags) for p in (0, 0.5)]
+    choices = [["--adapter", sft_adapter]] if start == "adapter" else [["--lora_dropout", p] for p in (0, 0.5)]
+    folders = [run("dpo", f"run{i}", *flags, base=start == "base") for i, flags in enumerate(choices)]
     for folder in folders:
         assert first_step(folder)["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert first_step(folder)["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    assert_same(adapter(folders[0]), adapter(folders[1]), atol=0)
+    assert_same(adapter(folders[0]), adapter(folders[-1]), atol=0)
 
 
 def test_beta_reaches_the_loss(built, run, model_dir, data):
@@ -743,6 +726,20 @@ def test_an_adapter_of_another_base_is_refused(method, tmp_path, model_dir, sft_
     assert "no adapter folder" in message
 
 
+@pytest.mark.parametrize("method", ["kd", "dpo"])
+def test_lora_settings_are_those_of_the_adapter_to_go_on_from(method, run, sft_adapter):
+    with pytest.raises(InputError, match=r"--lora_r 8: .*sft has 16; leave it out"):
+        run(method, "other", "--adapter", sft_adapter, "--lora_r", 8, base=False)
+    recorded = json.loads((run(method, "same", "--adapter", sft_adapter, base=False) / "run.json").read_text())
+    assert (recorded["flags"]["lora_r"], recorded["flags"]["lora_dropout"]) == (16, 0.1)
+
+
+@pytest.mark.parametrize("rows", ["kd", "kd_hard"])
+def test_kd_without_label_probs_says_that_alpha_has_no_effect(rows, run, capsys):
+    run("kd", "run", rows=rows)
+    assert ("no label_probs" in capsys.readouterr().err) == (rows == "kd_hard")
+
+
 @pytest.mark.parametrize("method", TRAINERS)
 def test_a_finished_run_is_kept(method, run, data, model_dir):
     save_dir = run(method, "run")
@@ -824,7 +821,7 @@ OWN = {"sft": set(), "kd": {"kd_alpha", "kd_temperature", "adapter"}, "dpo": {"b
 # What differs on purpose: the data and where it goes; the student, which kd and dpo can take from their adapter; the
 # learning rate that a help text names, since DPO needs smaller steps.
 DIFFERENT = {"student": {"default", "help"}, "data": {"default", "help"}, "save_dir": {"default"}}
-DIFFERENT |= {"learning_rate": {"help"}}
+DIFFERENT |= {"learning_rate": {"help"}, "epochs": {"help"}, "batch_size": {"help"}}
 
 
 def parts(action) -> dict:
@@ -846,25 +843,30 @@ def test_trainers_share_their_flags():
         action["dest"]: {key for key in action if action[key] != other[key]}
         for action, other in zip(shared["kd"], shared["dpo"], strict=True)
     }
-    assert {name for name, keys in unlike.items() if keys} == {"data", "save_dir", "learning_rate"}
+    assert {name for name, keys in unlike.items() if keys} == {"data", "save_dir", "learning_rate", "batch_size"}
     for name, own in OWN.items():
         assert own <= {action.dest for action in actions[name]}
 
 
 def test_trainers_share_their_recipes():
-    """Defaults that depend on the student's size differ in the learning rate of DPO alone."""
-    assert sft_train.SMALL == kd_train.SMALL and sft_train.LARGE == kd_train.LARGE
+    """Defaults that depend on the student's size: KD needs one pass where SFT needs two; DPO steps less far, and a
+    pair of it is two sequences."""
+    assert sft_train.SMALL | {"epochs": 1.0} == kd_train.SMALL and sft_train.LARGE == kd_train.LARGE
     for size in ("SMALL", "LARGE"):
         sft, dpo = getattr(sft_train, size), getattr(dpo_train, size)
         assert sft.keys() == dpo.keys()
-        assert {name for name in sft if sft[name] != dpo[name]} == {"learning_rate"}
+        assert {name for name in sft if sft[name] != dpo[name]} <= {"epochs", "learning_rate", "batch_size"}
         assert dpo["learning_rate"] < sft["learning_rate"]
 
 
 def test_defaults_are_those_of_the_whitepaper():
-    args = sft_train.build_parser().parse_args([])
-    assert (args.lora_r, args.lora_alpha, args.quantization) == (16, 32, "nf4")
-    assert sft_train.LARGE["lora_dropout"] == 0.05 and sft_train.LARGE["batch_size"] == 1
+    assert sft_train.build_parser().parse_args([]).quantization == "nf4"
+    assert (sft_train.LARGE["lora_r"], sft_train.LARGE["lora_alpha"], sft_train.LARGE["lora_dropout"]) == (
+        16,
+        32,
+        0.05,
+    )
+    assert sft_train.LARGE["batch_size"] == 1
     config = lora_config()
     projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(config.target_modules) == projections
