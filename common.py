@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_MODEL = "smollm2-135m"
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
+BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 SYSTEM_PROMPT = "Follow the instruction and answer with nothing else."
 
 
@@ -353,16 +354,30 @@ def load_model(
     tokenizer = AutoTokenizer.from_pretrained(path)
     align_special_tokens(model, tokenizer)
     if adapter_config(model_dir):
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, model_dir, is_trainable=trainable)
+        model = add_adapters(model, {"default": model_dir}, trainable)
         # PEFT looks the base up at each save, on the hub if the name is no path.
         model.active_peft_config.base_model_name_or_path = path
-        if not trainable:  # trained in float32; a forward in two types is slower and the digits do not matter
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.data = parameter.data.to(compute)
     return model.train(trainable), tokenizer
+
+
+def add_adapters(model: Any, folders: dict[str, str], trainable: bool = False) -> Any:
+    """PEFT model of a loaded base with the adapters {name: folder} on top, the first of them active.
+
+    For inference their weights, trained in float32, take the base's type of computation: half the memory, and faster.
+    """
+    from peft import PeftModel
+
+    dtype = model.dtype
+    for number, (name, folder) in enumerate(folders.items()):
+        if number:
+            model.load_adapter(folder, name)
+        else:
+            model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+    if not trainable:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    return model.train(trainable)
 
 
 def quiet_libraries() -> None:
@@ -526,6 +541,8 @@ class LabelScorer:
 
     forms: {label: surface forms}; several forms are joined by `aggregate` ('max', 'mean' or 'logsumexp').
     shared_by: user turns whose common beginning is run once and its key/value cache reused (none: no cache).
+    adapters: names of a PEFT model's adapters that rows may ask for, `BASE` for none; without them all rows are
+    scored by the model as it is.
     Rows are sorted by length and batched; labels of one token need one forward for all; only scored positions go
     through the output head, in float32.
     """
@@ -538,6 +555,7 @@ class LabelScorer:
         aggregate: str = "max",
         batch_size: int = 32,
         shared_by: Sequence[str] = (),
+        adapters: Sequence[str] = (),
     ):
         self.model, self.encoder, self.forms, self.aggregate = model, encoder, forms, aggregate
         self.batch_size = batch_size
@@ -552,29 +570,39 @@ class LabelScorer:
         self._device = next(self._body.parameters()).device
         self._context = text_config.max_position_embeddings
         self.prefix: list[int] = []
-        self._prefix_cache: list[tuple[Any, Any]] = []
+        self._prefix_caches: dict[str | None, list[tuple[Any, Any]]] = {}
         if shared_by:
-            self._run_prefix(shared_by)
+            self._run_prefix(shared_by, adapters or [None])
 
-    def _run_prefix(self, user_turns: Sequence[str]) -> None:
+    def _run_prefix(self, user_turns: Sequence[str], adapters: Sequence[str | None]) -> None:
+        """Each adapter has keys and values of its own for the shared beginning."""
         import torch
 
         columns = zip(*(self.encoder.prompt(turn) for turn in user_turns), strict=False)
         self.prefix = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
-        if self.prefix:
-            with torch.inference_mode():
+        for adapter in adapters if self.prefix else []:
+            with torch.inference_mode(), self._using([adapter]):
                 ids = torch.tensor([self.prefix], device=self._device)
                 cache = self._body(input_ids=ids, use_cache=True).cache
-            self._prefix_cache = [(layer.keys, layer.values) for layer in cache.layers]
+            self._prefix_caches[adapter] = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _using(self, adapters: Sequence[str | None]) -> contextlib.AbstractContextManager:
+        """PEFT's mixed batches: row i of each forward inside goes through adapter i (as in PeftModel.forward)."""
+        if adapters[0] is None:
+            return contextlib.nullcontext()
+        return self.model.base_model._enable_peft_forward_hooks(adapter_names=list(adapters))
 
     def fits(self, user_turn: str) -> bool:
         """Whether the user turn's prompt and the longest label fit the model's context."""
         return len(self.encoder.prompt(user_turn)) + max(map(len, self._form_ids)) <= self._context
 
-    def raw_scores(self, user_turns: Sequence[str], progress: str | None = None) -> np.ndarray:
+    def raw_scores(
+        self, user_turns: Sequence[str], progress: str | None = None, adapters: Sequence[str | None] | None = None
+    ) -> np.ndarray:
         """Mean log-probability [N, labels] (float64, natural log) of each label's tokens after each user turn.
 
-        Raises InputError for a prompt longer than the model's context. `progress` names a progress bar on stderr.
+        adapters: [N] names of each row's adapter. `progress` names a progress bar on stderr. Raises InputError for a
+        prompt longer than the model's context.
         """
         import numpy as np
         import torch
@@ -584,13 +612,16 @@ class LabelScorer:
         longest = max(map(len, rows), default=0) + max(map(len, self._form_ids))
         if longest > self._context:
             raise InputError(f"a text has {longest} tokens; the model's context is {self._context}: shorten it")
+        names = list(adapters) if adapters else [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         scores = np.empty((len(rows), len(self._form_ids)))
         bar = tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None, file=sys.stderr)
         with torch.inference_mode(), bar:
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
-                scores[chosen] = self._score_batch([rows[i] for i in chosen])
+                chosen_names = [names[i] for i in chosen]
+                with self._using(chosen_names):
+                    scores[chosen] = self._score_batch([rows[i] for i in chosen], chosen_names)
                 bar.update(len(chosen))
         return self._join_forms(scores)
 
@@ -602,7 +633,7 @@ class LabelScorer:
         ends = np.cumsum([len(words) for words in self.forms.values()])
         return np.stack([join(part, axis=1) for part in np.split(scores, ends[:-1], axis=1)], axis=1)
 
-    def _score_batch(self, rows: list[list[int]]) -> np.ndarray:
+    def _score_batch(self, rows: list[list[int]], adapters: list[str | None]) -> np.ndarray:
         """[rows, forms] mean log-probabilities; one forward for all single-token forms, one for each longer form."""
         import numpy as np
 
@@ -610,14 +641,14 @@ class LabelScorer:
         single = [i for i, ids in enumerate(self._form_ids) if len(ids) == 1]
         if single:
             targets = [[[self._form_ids[i][0] for i in single]]] * len(rows)
-            scores[:, single] = self._log_probs(self._hidden(rows, 1), targets)[:, 0]
+            scores[:, single] = self._log_probs(self._hidden(rows, 1, adapters), targets)[:, 0]
         for i, ids in enumerate(self._form_ids):
             if len(ids) > 1:
-                hidden = self._hidden([row + ids[:-1] for row in rows], len(ids))
+                hidden = self._hidden([row + ids[:-1] for row in rows], len(ids), adapters)
                 scores[:, i] = self._log_probs(hidden, [[[token] for token in ids]] * len(rows))[:, :, 0].mean(axis=1)
         return scores
 
-    def _hidden(self, rows: list[list[int]], positions: int) -> torch.Tensor:
+    def _hidden(self, rows: list[list[int]], positions: int, adapters: list[str | None]) -> torch.Tensor:
         """Final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
         import torch
         from transformers import DynamicCache
@@ -634,8 +665,14 @@ class LabelScorer:
         position_ids = tensor([[0] * pad + list(range(shared, shared + width - pad)) for pad in pads])
         cache = None
         if shared:
-            expand = functools.partial(torch.Tensor.expand, size=(len(rows), -1, -1, -1))
-            cache = DynamicCache([(expand(keys), expand(values)) for keys, values in self._prefix_cache])
+            caches = [self._prefix_caches[adapter] for adapter in adapters]
+            if len(set(adapters)) == 1:  # one cache for all rows, without copies
+                layers = [[part.expand(len(rows), -1, -1, -1) for part in layer] for layer in caches[0]]
+            else:
+                layers = [
+                    [torch.cat(parts) for parts in zip(*layer, strict=True)] for layer in zip(*caches, strict=True)
+                ]
+            cache = DynamicCache([tuple(layer) for layer in layers])
         output = self._body(
             input_ids=ids,
             attention_mask=mask,
@@ -667,7 +704,7 @@ class LabelScorer:
         return (logits - total[..., None]).double().cpu().numpy()
 
 
-def label_prior(scorer: LabelScorer, fingerprint: str, turns: Sequence[str]) -> np.ndarray:
+def label_prior(scorer: LabelScorer, fingerprint: str, turns: Sequence[str], adapter: str | None = None) -> np.ndarray:
     """Mean raw score [labels] over content-free user turns, kept on disk under everything it depends on.
 
     fingerprint: of the model and how it was loaded. Source: whitepaper section 4.3; Zhao et al. 2021.
@@ -680,7 +717,7 @@ def label_prior(scorer: LabelScorer, fingerprint: str, turns: Sequence[str]) -> 
     with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
         stored = read_json(path)["prior"]
         return np.array([float(stored[label]) for label in scorer.labels])
-    prior = scorer.raw_scores(turns).mean(axis=0)
+    prior = scorer.raw_scores(turns, adapters=[adapter] * len(turns)).mean(axis=0)
     with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
         write_json(path, {"prior": dict(zip(scorer.labels, prior.tolist(), strict=True))})
     return prior

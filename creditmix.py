@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from common import (
+    BASE,
     Calibration,
     InputError,
     LabelScorer,
     PromptEncoder,
+    add_adapters,
     calibration_path,
     check_model_name,
     compute_dtype,
@@ -302,6 +304,33 @@ def parse_label_numbers(text: str | None) -> dict[str, float]:
     return pairs
 
 
+def check_scoring_flags(args: Any) -> tuple[dict[str, list[str]], np.ndarray, list[str]]:
+    """(surface forms of labels, bias [labels], content-free user turns) of the scoring flags. Raises InputError."""
+    forms = read_verbalizers(args.verbalizers, LABELS)
+    given = parse_label_numbers(args.bias)
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size {args.batch_size}: at least 1")
+    return forms, np.array([given.get(label, 0.0) for label in LABELS]), null_prompts(args.null_prompts)
+
+
+def fitted_calibration(model_dir: str, args: Any) -> dict | None:
+    """The stored calibration that `args.calibration` asks for, None where another is to be used. Raises InputError."""
+    if args.calibration not in (None, "fitted"):
+        return None
+    forms, _, _ = check_scoring_flags(args)
+    fitted = read_fitted(model_dir, forms, args.aggregate, args.null_prompts, args.quantization)
+    if args.calibration == "fitted" and not fitted:
+        raise InputError(f"{calibration_path(model_dir)}: not there; fit it with eval_creditmix.py --fit")
+    return fitted
+
+
+def credit_scorer(model: Any, tokenizer: Any, args: Any, adapters: Sequence[str] = ()) -> LabelScorer:
+    """The scorer of CreditMix prompts, with the beginning that all of them share run once."""
+    forms, _, _ = check_scoring_flags(args)
+    shared = [creditmix_prompt("Age: 1"), creditmix_prompt("-")]
+    return LabelScorer(model, PromptEncoder(tokenizer), forms, args.aggregate, args.batch_size, shared, adapters)
+
+
 @dataclass
 class CreditModel:
     """A loaded model with its scorer and calibration: the same object in infer, eval and the server."""
@@ -310,35 +339,46 @@ class CreditModel:
     scorer: LabelScorer
     prior: np.ndarray
     calibration: Calibration
+    adapter: str | None = None
 
     @classmethod
     def load(cls, model_dir: str, args: Any) -> CreditModel:
         """Load a base, folder or adapter with the flags of `add_scoring_flags` and `args.calibration` (none,
         contextual, fitted; None: fitted where calibration.json is there, else contextual). Raises InputError."""
-        forms = read_verbalizers(args.verbalizers, LABELS)
-        bias = parse_label_numbers(args.bias)
-        turns = null_prompts(args.null_prompts)
-        if args.batch_size < 1:
-            raise InputError(f"--batch_size {args.batch_size}: at least 1")
+        check_scoring_flags(args)
         check_model_name(model_dir)
-        fitted = None
-        if args.calibration in (None, "fitted"):
-            fitted = read_fitted(model_dir, forms, args.aggregate, args.null_prompts, args.quantization)
-            if args.calibration == "fitted" and not fitted:
-                raise InputError(f"{calibration_path(model_dir)}: not there; fit it with eval_creditmix.py --fit")
+        fitted_calibration(model_dir, args)
         model, tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
-        examples = [creditmix_prompt("Age: 1"), creditmix_prompt("-")]
-        scorer = LabelScorer(model, PromptEncoder(tokenizer), forms, args.aggregate, args.batch_size, examples)
+        return cls._calibrated(model_dir, credit_scorer(model, tokenizer, args), args)
+
+    @classmethod
+    def load_variants(cls, base: str, folders: dict[str, str], args: Any) -> dict[str, CreditModel]:
+        """{'base': ..., variant: ...}: one loaded base and scorer, the adapters in `folders` on top of it."""
+        for model_dir in (base, *folders.values()):
+            fitted_calibration(model_dir, args)
+        model, tokenizer = load_model(base, args.quantization, args.compute_dtype, args.offload_folder)
+        if not folders:
+            return {"base": cls._calibrated(base, credit_scorer(model, tokenizer, args), args)}
+        adapters = {"base": BASE} | {variant: variant for variant in folders}
+        scorer = credit_scorer(add_adapters(model, folders), tokenizer, args, list(adapters.values()))
+        return {
+            variant: cls._calibrated(folders.get(variant, base), scorer, args, adapter)
+            for variant, adapter in adapters.items()
+        }
+
+    @classmethod
+    def _calibrated(cls, name: str, scorer: LabelScorer, args: Any, adapter: str | None = None) -> CreditModel:
+        _, bias, turns = check_scoring_flags(args)
+        fitted = fitted_calibration(name, args)
         prior = np.zeros(len(LABELS))
         if args.calibration != "none":
-            key = f"{model_fingerprint(model_dir)} {args.quantization} {compute_dtype(args.compute_dtype)}"
-            prior = label_prior(scorer, key, turns)
-        given = np.array([bias.get(label, 0.0) for label in LABELS])
+            key = f"{model_fingerprint(name)} {args.quantization} {compute_dtype(args.compute_dtype)}"
+            prior = label_prior(scorer, key, turns, adapter)
         if fitted:
-            given = given + np.array([fitted["bias"][label] for label in LABELS])
+            bias = bias + np.array([fitted["bias"][label] for label in LABELS])
         method = "fitted" if fitted else args.calibration or "contextual"
-        temperature = fitted["temperature"] if fitted else 1.0
-        return cls(model_dir, scorer, prior, Calibration(method, prior, given, temperature))
+        calibration = Calibration(method, prior, bias, fitted["temperature"] if fitted else 1.0)
+        return cls(name, scorer, prior, calibration, adapter)
 
     def settings(self) -> dict[str, Any]:
         """What decides its answers beyond flags and weights: contents of files that flags or folders name."""
@@ -354,7 +394,8 @@ class CreditModel:
 
     def raw_scores(self, features: Sequence[str], progress: str | None = None) -> np.ndarray:
         """Raw scores [N, labels] of feature strings."""
-        return self.scorer.raw_scores([creditmix_prompt(text) for text in features], progress)
+        turns = [creditmix_prompt(text) for text in features]
+        return self.scorer.raw_scores(turns, progress, [self.adapter] * len(turns))
 
     def responses(self, raw: np.ndarray) -> list[dict]:
         """The whitepaper's response (section 7) for each row of raw scores [N, labels]."""

@@ -141,3 +141,41 @@ def save_adapter(folder: Path, model_dir: str, seed: int = 0, split_seed: int = 
     tokenizer.save_pretrained(folder)
     write_json(Path(folder) / "run.json", {"method": "sft", "base_model": model_dir, "split_seed": split_seed})
     return str(folder)
+
+
+class TinyEngine:
+    """Has the methods of serving.Engine and answers with the whitepaper's example; 'raise X' in a text raises X."""
+
+    ready, failure, description = True, None, {"base": {"model_name": "base"}}
+
+    def __init__(self, missing: tuple[str, ...] = ()):
+        self._missing = missing
+
+    def missing(self) -> dict[str, str]:
+        return {variant: f"python {variant}_train.py" for variant in self._missing}
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    async def score(self, variant: str, features: list[str]) -> list[dict]:
+        from serving import Refusal
+
+        if variant in self._missing:
+            raise Refusal(503, "adapter_missing", f"no adapter is loaded for {variant}", self.missing()[variant])
+        if "raise Refusal" in features:
+            raise Refusal(503, "busy", "too many rows are waiting", "try again", retry_after=7)
+        if "raise ValueError" in features:
+            raise ValueError("/root/secret/path")
+        response = {
+            "model_name": variant,
+            "prediction": "Standard",
+            "scores": {"Good": -1.34, "Standard": 1.22, "Bad": -0.9},
+            "raw_scores": {"Good": -3.78, "Standard": -0.28, "Bad": -1.52},
+            "prior": {"Good": -2.44, "Standard": -1.49, "Bad": -0.62},
+            "probabilities": {"Good": 0.09, "Standard": 0.84, "Bad": 0.07},
+            "top2_margin": 2.12,
+        }
+        return [response for _ in features]

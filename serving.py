@@ -1,0 +1,239 @@
+"""The engine behind serve_creditmix.py: one base model in memory, adapters on top, requests gathered into batches.
+
+Apart from the HTTP side so that each can be tested without the other. All model work happens in one worker thread
+(PEFT's mixed batches are per-call hooks, so two threads would meet in one layer); the event loop only moves rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import InputError, adapter_config, base_of, calibration_path, check_model_name, model_fingerprint
+from creditmix import CreditModel, check_scoring_flags, creditmix_prompt
+
+VARIANTS = ("base", "sft", "kd", "dpo")
+LOG = logging.getLogger("serve_creditmix")
+
+
+class Refusal(Exception):
+    """A request that gets an error: HTTP status, a code for programs, a message and a hint for people."""
+
+    def __init__(self, status: int, code: str, message: str, hint: str = "", retry_after: int | None = None):
+        super().__init__(message)
+        self.status, self.code, self.message, self.hint, self.retry_after = status, code, message, hint, retry_after
+
+
+@dataclass
+class Row:
+    """One feature string on its way through the engine. `enqueued`: time.monotonic()."""
+
+    variant: str
+    features: str
+    future: asyncio.Future
+    enqueued: float = field(default_factory=time.monotonic)
+
+
+def adapter_folders(args: argparse.Namespace) -> dict[str, str]:
+    """{variant: folder} of the adapters that are there. Raises InputError for one that belongs to another base."""
+    folders = {}
+    for variant in VARIANTS[1:]:
+        folder = getattr(args, variant)
+        if not adapter_config(folder):
+            continue
+        check_model_name(folder)
+        if base_of(folder) != args.base:
+            raise InputError(f"--{variant} {folder}: belongs to {base_of(folder)}, not to --base {args.base}")
+        folders[variant] = folder
+    return folders
+
+
+class Engine:
+    """Scores rows of several variants of one base in mixed batches.
+
+    `start` loads in the background; `score` waits for a place in a batch. Source of scores: `CreditModel`, as infer.
+    """
+
+    def __init__(self, args: argparse.Namespace, metrics: Any = None):
+        check_scoring_flags(args)
+        check_model_name(args.base)
+        self.args, self.metrics = args, metrics
+        self.folders = adapter_folders(args)
+        self.models: dict[str, CreditModel] = {}
+        self.description: dict[str, dict] = {}
+        self.failure: str | None = None
+        self._single: deque[Row] = deque()
+        self._bulk: deque[Row] = deque()
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._tasks: list[asyncio.Task] = []
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.models)
+
+    def missing(self) -> dict[str, str]:
+        """The command that trains each adapter that is not there."""
+        base = "BASE" if Path(self.args.base).exists() else self.args.base  # no paths in answers
+        commands = {
+            "sft": f"python sft_train.py --student {base} --save_dir runs/creditmix_sft",
+            "kd": f"python kd_train.py --student {base} --save_dir runs/creditmix_kd",
+            "dpo": "python dpo_train.py --adapter runs/creditmix_sft --save_dir runs/creditmix_dpo",
+        }
+        return {variant: command for variant, command in commands.items() if variant not in self.folders}
+
+    async def start(self) -> None:
+        """Begin to load, and to answer once that is done; returns at once."""
+        self._tasks = [asyncio.create_task(self._serve())]
+
+    async def stop(self) -> None:
+        """Stop after the batch that is running; rows still waiting are refused."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for row in (*self._single, *self._bulk):
+            if not row.future.done():
+                row.future.set_exception(Refusal(503, "shutting_down", "the server is shutting down"))
+        self._thread.shutdown(wait=True)
+
+    # ------------------------------------------------------------------------------------------- in the event loop
+
+    async def score(self, variant: str, features: Sequence[str]) -> list[dict]:
+        """The response of each feature string, in order. Raises Refusal for the whole request."""
+        if self.failure:
+            raise Refusal(503, "load_failed", "the model could not be loaded", "the server's log says why")
+        if variant in self.missing():
+            hint = f"train it: {self.missing()[variant]}; then restart the server"
+            raise Refusal(503, "adapter_missing", f"no adapter is loaded for {variant}", hint)
+        if not self.ready:
+            raise Refusal(503, "loading", "the model is being loaded", "ask /readyz", retry_after=5)
+        model = self.models[variant]
+        for number, text in enumerate(features):
+            if not model.fits(text):
+                where = f"features[{number}]" if len(features) > 1 else "features"
+                raise Refusal(422, "too_long", f"{where} has more tokens than the model's context", "shorten it")
+        if len(self._single) + len(self._bulk) + len(features) > self.args.queue_rows:
+            raise Refusal(503, "busy", "too many rows are waiting", "try again, or ask for less", retry_after=1)
+        loop = asyncio.get_running_loop()
+        rows = [Row(variant, text, loop.create_future()) for text in features]
+        (self._single if len(rows) == 1 else self._bulk).extend(rows)
+        self._arrived.set()
+        try:
+            return list(await asyncio.gather(*(row.future for row in rows)))
+        finally:
+            for row in rows:  # nobody waits for the others of a request that failed or was given up
+                row.future.cancel()
+
+    def _take(self) -> list[Row]:
+        """The next batch: single requests first, a quarter kept for rows of batch requests, so that neither starves.
+        Rows that nobody waits for are dropped, those that waited too long refused."""
+        size, batch, now = self.args.batch_size, [], time.monotonic()
+        reserved = min(len(self._bulk), size // 4)
+        for queue, limit in ((self._single, size - reserved), (self._bulk, size)):
+            while queue and len(batch) < limit:
+                row = queue.popleft()
+                if row.future.done():
+                    continue
+                if now - row.enqueued > self.args.timeout:
+                    text = f"the row waited longer than {self.args.timeout:g} s"
+                    row.future.set_exception(Refusal(504, "timeout", text, "try again later, or ask for less"))
+                    continue
+                batch.append(row)
+        return batch
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, self._load)
+        except Exception:
+            self.failure = "load"
+            LOG.exception("loading failed")
+            return
+        while True:
+            await self._arrived.wait()
+            if len(self._single) + len(self._bulk) < self.args.batch_size:
+                await asyncio.sleep(self.args.gather_ms / 1000)
+            batch = self._take()
+            if not (self._single or self._bulk):
+                self._arrived.clear()
+            if not batch:
+                continue
+            if self.metrics:
+                self.metrics.batch(len(batch), [time.monotonic() - row.enqueued for row in batch])
+            results = await loop.run_in_executor(self._thread, self._score, batch)
+            for row, result in zip(batch, results, strict=True):
+                if row.future.done():
+                    continue
+                if isinstance(result, Exception):
+                    row.future.set_exception(result)
+                else:
+                    row.future.set_result(result)
+
+    # ------------------------------------------------------------------------------------------ in the worker thread
+
+    def _load(self) -> None:
+        """Base, adapters, priors (from disk where they are there) and a first forward of each kind."""
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        models = CreditModel.load_variants(self.args.base, self.folders, self.args)
+        scorer = models["base"].scorer
+        turns = [creditmix_prompt("Age: 1")] * len(models)
+        scorer.raw_scores(turns, adapters=[model.adapter for model in models.values()])
+        scorer.raw_scores(turns[:1], adapters=[models["base"].adapter])
+        for variant, model in models.items():
+            name = self.folders.get(variant, self.args.base)
+            used = model.calibration
+            self.description[variant] = {
+                "model_name": model.name,
+                "base": self.args.base,
+                "fingerprint": model_fingerprint(name),
+                "calibration": {"method": used.method, "temperature": used.temperature},
+                "fitted": calibration_path(name).is_file(),
+                "since": since,
+            }
+        self.models = models
+        if self.metrics:
+            self.metrics.loaded(self.description)
+        LOG.info("ready", extra={"fields": {"variants": list(models)}})
+
+    def _score(self, rows: list[Row]) -> list[dict | Exception]:
+        """A response or an exception for each row. A batch that fails is halved, so that only the row to blame does,
+        and one that does not fit the memory runs in parts."""
+        try:
+            turns = [creditmix_prompt(row.features) for row in rows]
+            scorer = self.models["base"].scorer
+            raw = scorer.raw_scores(turns, adapters=[self.models[row.variant].adapter for row in rows])
+            return [self.models[row.variant].responses(raw[i : i + 1])[0] for i, row in enumerate(rows)]
+        except Exception as error:
+            memory = is_out_of_memory(error)
+            LOG.warning("batch failed", extra={"fields": {"rows": len(rows), "error": type(error).__name__}})
+            if len(rows) == 1:
+                if memory:
+                    return [Refusal(503, "out_of_memory", "the model ran out of memory", "try again", retry_after=1)]
+                LOG.error("row failed", exc_info=error)
+                return [Refusal(500, "failed", "the row could not be scored", "the server's log says why")]
+        if memory:
+            release_memory()
+        half = len(rows) // 2
+        return self._score(rows[:half]) + self._score(rows[half:])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA says it by type, the CPU allocator by text."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def release_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

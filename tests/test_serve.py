@@ -1,0 +1,550 @@
+"""The server: HTTP side with an engine that answers by rule, engine with a tiny model, and both together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+import serve_creditmix
+import serving
+from common import InputError
+from conftest import TinyEngine, save_adapter
+from creditmix import LABELS, CreditModel
+from serve_creditmix import EXAMPLE, Metrics, build_parser, check_server_flags, create_app
+from serving import VARIANTS, Engine, Refusal
+
+RESPONSE_FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
+
+
+def client_of(engine, key: str | None = None, log_features: bool = False) -> TestClient:
+    return TestClient(create_app(engine, Metrics(), log_features, key), raise_server_exceptions=True)
+
+
+@pytest.fixture
+def client():
+    with client_of(TinyEngine()) as client:
+        yield client
+
+
+def assert_error(reply, status: int, code: str) -> dict:
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert reply.json().keys() == {"error"} and error.keys() == {"code", "message", "hint"}
+    assert error["code"] == code
+    return error
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """A handler of one test must not write to that test's closed output in the next."""
+    yield
+    serve_creditmix.LOG.handlers, serve_creditmix.LOG.propagate = [], True
+
+
+# ---------------------------------------------------------------------------------------------------------- HTTP side
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_variant_has_its_endpoint(client, variant):
+    reply = client.post(f"/infer/{variant}", json={"features": EXAMPLE})
+    assert reply.status_code == 200
+    assert list(reply.json()) == RESPONSE_FIELDS and reply.json()["model_name"] == variant
+    results = client.post(f"/infer/{variant}/batch", json={"features": [EXAMPLE, "Age: 3"]}).json()["results"]
+    assert [list(result) for result in results] == [RESPONSE_FIELDS] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 422, "invalid"),
+        (b"{", 400, "not_json"),
+        (b'{"features": "\xff\xfe"}', 400, "not_json"),
+        (b"{}", 422, "invalid"),
+        (b"[]", 422, "invalid"),
+        (b"null", 422, "invalid"),
+        (b'{"features": NaN}', 422, "invalid"),
+        (b'{"features": 3}', 422, "invalid"),
+        (b'{"features": ""}', 422, "invalid"),
+        (b'{"features": " \\n "}', 422, "invalid"),
+        (b'{"features": "\\ud800"}', 422, "invalid"),
+        (b'{"features": "x", "more": 1}', 422, "invalid"),
+        (b'{"features": "' + b"x" * 2001 + b'"}', 422, "invalid"),
+        (b'{"features": "' + b"x" * 1_000_001 + b'"}', 413, "too_large"),
+        (b"[" * 100_000, 400, "not_json"),
+    ],
+)
+def test_bad_bodies_get_one_error_shape(client, body, status, code):
+    headers = {"content-type": "application/json"}
+    error = assert_error(client.post("/infer/sft", content=body, headers=headers), status, code)
+    assert error["message"] and len(error["message"]) < 400
+
+
+@pytest.mark.parametrize("features", [[], ["x"] * 257, ["x", ""], ["x", 3], "x", None])
+def test_bad_batches_are_refused_whole(client, features):
+    assert_error(client.post("/infer/kd/batch", json={"features": features}), 422, "invalid")
+
+
+def test_other_paths_and_methods(client):
+    assert_error(client.get("/nothing"), 404, "not_found")
+    assert_error(client.post("/infer/xyz", json={"features": "x"}), 404, "not_found")
+    assert_error(client.get("/infer/sft"), 405, "method_not_allowed")
+
+
+def test_a_body_without_a_length_is_limited_too(client):
+    chunks = (b"x" * 100_000 for _ in range(20))
+    assert_error(client.post("/infer/sft", content=chunks), 413, "too_large")
+
+
+def test_a_slow_body_is_given_up(monkeypatch):
+    monkeypatch.setattr(serve_creditmix, "BODY_SECONDS", 0.05)
+
+    async def ask() -> list[dict]:
+        app, sent = create_app(TinyEngine(), Metrics()), []
+        scope = {"type": "http", "method": "POST", "path": "/infer/sft", "headers": [], "query_string": b""}
+
+        async def receive():
+            await asyncio.sleep(10)
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent
+
+    sent = asyncio.run(ask())
+    assert sent[0]["status"] == 408 and json.loads(sent[1]["body"])["error"]["code"] == "too_slow"
+    assert (b"connection", b"close") in sent[0]["headers"]
+
+
+def test_refusals_and_failures_show_no_internals(client, capsys):
+    reply = client.post("/infer/sft", json={"features": "raise Refusal"})
+    assert_error(reply, 503, "busy")
+    assert reply.headers["retry-after"] == "7"
+    reply = client.post("/infer/sft", json={"features": "raise ValueError"})
+    assert_error(reply, 500, "internal")
+    assert "secret" not in reply.text and "Traceback" not in reply.text
+
+
+def test_the_request_id_is_the_callers_or_a_new_one(client):
+    reply = client.get("/healthz", headers={"x-request-id": "abc-1.2_3"})
+    assert reply.headers["x-request-id"] == "abc-1.2_3"
+    for bad in ("a b", "x" * 65, "<script>"):
+        assert len(client.get("/healthz", headers={"x-request-id": bad}).headers["x-request-id"]) == 32
+
+
+def test_a_key_is_asked_for_where_one_is_set():
+    with client_of(TinyEngine(), key="s3cret-ü") as client:
+        body = {"features": EXAMPLE}
+        for header in (None, "Bearer wrong", "s3cret-ü", "Basic s3cret-ü", "Bearer "):
+            headers = {"authorization": header.encode()} if header else {}
+            for reply in (
+                client.post("/infer/sft", json=body, headers=headers),
+                client.get("/metrics", headers=headers),
+            ):
+                assert_error(reply, 401, "unauthorized")
+                assert reply.headers["www-authenticate"] == "Bearer"
+        headers = {"authorization": "Bearer s3cret-ü".encode()}
+        assert client.post("/infer/sft", json=body, headers=headers).status_code == 200
+        for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
+            assert client.get(path).status_code == 200
+
+
+def test_binding_elsewhere_needs_a_key(monkeypatch):
+    monkeypatch.delenv(serve_creditmix.API_KEY, raising=False)
+    for host in ("0.0.0.0", "192.168.1.7", "::", "example.org"):
+        with pytest.raises(InputError, match="set a key in"):
+            check_server_flags(build_parser().parse_args(["--host", host]))
+    for host in ("127.0.0.1", "localhost", "::1"):
+        check_server_flags(build_parser().parse_args(["--host", host]))
+    monkeypatch.setenv(serve_creditmix.API_KEY, "k")
+    check_server_flags(build_parser().parse_args(["--host", "0.0.0.0"]))
+
+
+def test_under_uvicorn_an_address_of_another_network_needs_a_key():
+    """uvicorn serve_creditmix:app --host 0.0.0.0 never passes our flags: the socket's own address tells."""
+
+    async def ask(server) -> int:
+        app, sent = create_app(TinyEngine(), Metrics()), []
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/models",
+            "headers": [],
+            "query_string": b"",
+            "server": server,
+        }
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(ask(("192.168.1.7", 8000))) == 403
+    assert asyncio.run(ask(("127.0.0.1", 8000))) == 200
+
+
+@pytest.mark.parametrize(
+    "flags", [["--timeout", "0"], ["--gather_ms", "-1"], ["--queue_rows", "3"], ["--port", "70000"]]
+)
+def test_flags_out_of_range(flags):
+    with pytest.raises(InputError, match="--gather_ms is 0 or more"):
+        check_server_flags(build_parser().parse_args(flags))
+
+
+def test_flags_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("CREDITMIX_BASE", "smollm2-135m")
+    monkeypatch.setenv("CREDITMIX_PORT", "9001")
+    monkeypatch.setenv("CREDITMIX_LOG_FEATURES", "1")
+    args = build_parser().parse_args([])
+    assert (args.base, args.port, args.log_features) == ("smollm2-135m", 9001, True)
+    assert build_parser().parse_args(["--port", "9002"]).port == 9002
+
+
+def test_importing_the_module_builds_nothing():
+    with pytest.raises(AttributeError):
+        serve_creditmix.nothing  # noqa: B018
+
+
+def test_metrics_and_log(capsys, client):
+    serve_creditmix.log_json_lines()
+    client.post("/infer/sft", json={"features": EXAMPLE})
+    client.post("/infer/sft", json={"features": ""})
+    client.post("/infer/kd/batch", json={"features": ["a", "b"]})
+    text = client.get("/metrics").text
+    for line in (
+        'creditmix_requests_total{status="200",variant="sft"} 1.0',
+        'creditmix_requests_total{status="422",variant="sft"} 1.0',
+        'creditmix_predictions_total{label="Standard",variant="kd"} 2.0',
+        'creditmix_top2_margin_count{variant="kd"} 2.0',
+        'creditmix_request_seconds_count{variant="sft"} 2.0',
+    ):
+        assert line in text
+    assert "process_resident_memory_bytes" in text
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["status"] for line in lines if line["event"] == "request"][:2] == [200, 422]
+    assert "Scientist" not in json.dumps(lines) and all(line["request_id"] for line in lines)
+
+
+def test_features_are_logged_only_when_asked_for(capsys):
+    with client_of(TinyEngine(), log_features=True) as client:
+        serve_creditmix.log_json_lines()
+        client.post("/infer/sft", json={"features": EXAMPLE})
+    assert "Scientist" in capsys.readouterr().err
+
+
+def test_every_example_of_the_openapi_document_works(client):
+    document = client.get("/openapi.json").json()
+    tried = 0
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            body = None
+            if "requestBody" in operation:
+                schema = operation["requestBody"]["content"]["application/json"]["schema"]
+                schema = document["components"]["schemas"][schema["$ref"].split("/")[-1]]
+                body = {name: field["examples"][0] for name, field in schema["properties"].items()}
+            reply = client.request(method, path, json=body)
+            assert reply.status_code == 200, (path, reply.text)
+            tried += 1
+    assert tried == 2 * len(VARIANTS) + 4
+
+
+def test_page_and_docs_ask_no_other_host(client):
+    for path in ("/", "/docs"):
+        text = client.get(path).text.replace("http://www.w3.org", "")
+        assert "https://" not in text and "http://" not in text and "//cdn" not in text
+    assert "default-src 'none'" in client.get("/").headers["content-security-policy"]
+
+
+# ------------------------------------------------------------------------------------------------------------- engine
+
+
+@pytest.fixture(scope="module")
+def folders(model_dir, tmp_path_factory) -> dict[str, str]:
+    """Adapters of the tiny model that answer differently."""
+    made = {}
+    for seed, variant in enumerate(VARIANTS[1:], 1):
+        folder = tmp_path_factory.mktemp("serve") / f"creditmix_{variant}"
+        save_adapter(folder, model_dir, seed)
+        made[variant] = str(folder)
+    return made
+
+
+def arguments(model_dir: str, folders: dict[str, str], *flags: str) -> Namespace:
+    given = ["--base", model_dir, "--quantization", "none", "--compute_dtype", "float32", "--gather_ms", "5"]
+    for variant in VARIANTS[1:]:
+        given += [f"--{variant}", folders.get(variant, "nowhere")]
+    return build_parser().parse_args([*given, *flags])
+
+
+async def when_ready(engine: Engine) -> None:
+    while not engine.ready and not engine.failure:
+        await asyncio.sleep(0.01)
+    assert engine.ready
+
+
+def with_engine(args: Namespace, use):
+    """Run `await use(engine)` against a started engine."""
+
+    async def run():
+        engine = Engine(args)
+        await engine.start()
+        try:
+            await when_ready(engine)
+            return await use(engine)
+        finally:
+            await engine.stop()
+
+    return asyncio.run(run())
+
+
+TEXTS = [f"Age: {20 + i}, Outstanding Debt: {37 * i}, Occupation: {'Doctor' * (i % 5)}" for i in range(24)]
+
+
+def alone(model_dir: str, args: Namespace) -> list[dict]:
+    """What infer_creditmix.py answers."""
+    model = CreditModel.load(model_dir, args)
+    return model.responses(model.raw_scores(TEXTS))
+
+
+def assert_same_answers(found: list[dict], wanted: list[dict], atol: float = 1e-4) -> None:
+    assert [answer["model_name"] for answer in found] == [answer["model_name"] for answer in wanted]
+    for kind in ("scores", "raw_scores", "prior", "probabilities"):
+        values = [[[answer[kind][label] for label in LABELS] for answer in answers] for answers in (found, wanted)]
+        np.testing.assert_allclose(*values, atol=atol)
+
+
+@pytest.mark.parametrize(("quantization", "atol"), [("none", 1e-4), ("nf4", 0.01)])
+def test_mixed_batches_answer_as_infer_does(quantization, atol, model_dir, folders):
+    """4-bit kernels round by the form of the batch."""
+    args = arguments(model_dir, folders, "--batch_size", "7", "--quantization", quantization)
+
+    async def use(engine):
+        asked = [(text, variant) for text in TEXTS for variant in VARIANTS]
+        answers = await asyncio.gather(*(engine.score(variant, [text]) for text, variant in asked))
+        return {v: [a[0] for a, (_, w) in zip(answers, asked, strict=True) if w == v] for v in VARIANTS}
+
+    found = with_engine(args, use)
+    wanted = {variant: alone(folders.get(variant, model_dir), args) for variant in VARIANTS}
+    for variant in VARIANTS:
+        assert_same_answers(found[variant], wanted[variant], atol)
+    raw = [[a["raw_scores"]["Good"] for a in wanted[variant]] for variant in VARIANTS]
+    assert min(np.abs(np.subtract(raw[i], raw[j])).max() for i in range(4) for j in range(i)) > 0.01
+
+
+def test_rows_of_many_requests_share_batches(model_dir, folders, monkeypatch):
+    sizes = []
+    original = Engine._score
+    monkeypatch.setattr(Engine, "_score", lambda self, rows: sizes.append(len(rows)) or original(self, rows))
+
+    async def use(engine):
+        await asyncio.gather(*(engine.score(VARIANTS[i % 4], [text]) for i, text in enumerate(TEXTS)))
+
+    with_engine(arguments(model_dir, folders, "--batch_size", "8"), use)
+    assert sizes == [8, 8, 8]
+
+
+def test_a_missing_adapter_answers_503_with_its_command(model_dir, folders):
+    async def use(engine):
+        with pytest.raises(Refusal) as found:
+            await engine.score("dpo", ["Age: 3"])
+        return found.value, await engine.score("kd", ["Age: 3"])
+
+    refusal, answers = with_engine(arguments(model_dir, {"kd": folders["kd"]}), use)
+    assert (refusal.status, refusal.code) == (503, "adapter_missing")
+    assert "python dpo_train.py --adapter runs/creditmix_sft" in refusal.hint and model_dir not in refusal.hint
+    assert answers[0]["prediction"] in LABELS
+
+
+def test_an_adapter_of_another_base_is_refused_at_once(model_dir, folders, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folders["sft"], other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/model"}))
+    with pytest.raises(InputError, match="belongs to some/model, not to --base"):
+        Engine(arguments(model_dir, folders | {"sft": str(other)}))
+
+
+def test_one_bad_row_does_not_fail_its_neighbours(model_dir, folders, monkeypatch):
+    from common import LabelScorer
+
+    original = LabelScorer.raw_scores
+
+    def failing(self, turns, *rest, **named):
+        if any("poison" in turn for turn in turns):
+            raise ValueError("poison")
+        return original(self, turns, *rest, **named)
+
+    monkeypatch.setattr(LabelScorer, "raw_scores", failing)
+
+    async def use(engine):
+        asked = [engine.score("sft", [text]) for text in ("Age: 1", "poison", "Age: 2", "Age: 3")]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers = with_engine(arguments(model_dir, folders), use)
+    assert isinstance(answers[1], Refusal) and (answers[1].status, answers[1].code) == (500, "failed")
+    assert all(answers[i][0]["prediction"] in LABELS for i in (0, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_that_does_not_fit_runs_in_parts(error, model_dir, folders, monkeypatch):
+    from common import LabelScorer
+
+    args = arguments(model_dir, folders)
+    wanted = alone(folders["sft"], args)
+    original = LabelScorer.raw_scores
+
+    def small_only(self, turns, *rest, **named):
+        if len(turns) > 8:  # the prior has 7
+            raise error
+        return original(self, turns, *rest, **named)
+
+    monkeypatch.setattr(LabelScorer, "raw_scores", small_only)
+
+    async def use(engine):
+        return await engine.score("sft", TEXTS)
+
+    assert_same_answers(with_engine(args, use), wanted)
+
+
+def test_a_full_queue_refuses_and_a_long_wait_ends(model_dir, folders, monkeypatch):
+    gate = threading.Event()
+    original = Engine._score
+    monkeypatch.setattr(Engine, "_score", lambda self, rows: gate.wait(20) and original(self, rows))
+
+    async def use(engine):
+        first = asyncio.create_task(engine.score("sft", ["Age: 1"]))
+        await asyncio.sleep(0.1)  # now it is in the worker, behind the gate
+        late = asyncio.create_task(engine.score("sft", ["Age: 2"]))
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal) as busy:
+            await engine.score("sft", TEXTS * 11)
+        await asyncio.sleep(0.6)
+        gate.set()
+        return busy.value, await first, (await asyncio.gather(late, return_exceptions=True))[0]
+
+    busy, first, late = with_engine(arguments(model_dir, folders, "--queue_rows", "256", "--timeout", "0.5"), use)
+    assert (busy.status, busy.code, busy.retry_after) == (503, "busy", 1)
+    assert first[0]["prediction"] in LABELS
+    assert (late.status, late.code) == (504, "timeout")
+
+
+def test_single_requests_do_not_wait_for_a_whole_batch_request(model_dir, folders):
+    async def use(engine):
+        order = []
+
+        async def ask(name, texts):
+            await engine.score("sft", texts)
+            order.append(name)
+
+        bulk = asyncio.create_task(ask("bulk", TEXTS * 4))
+        await asyncio.sleep(0)
+        await asyncio.gather(bulk, *(ask(i, ["Age: 3"]) for i in range(4)))
+        return order
+
+    assert with_engine(arguments(model_dir, folders, "--batch_size", "8"), use)[-1] == "bulk"
+
+
+def test_rows_of_a_caller_that_left_are_not_scored(model_dir, folders, monkeypatch):
+    scored = []
+    original = Engine._score
+    monkeypatch.setattr(
+        Engine, "_score", lambda self, rows: scored.extend(r.features for r in rows) or original(self, rows)
+    )
+
+    async def use(engine):
+        task = asyncio.create_task(engine.score("sft", ["gone"]))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await engine.score("sft", ["Age: 3"])
+
+    with_engine(arguments(model_dir, folders), use)
+    assert scored == ["Age: 3"]
+
+
+def test_text_longer_than_the_context_is_refused(model_dir, folders):
+    async def use(engine):
+        with pytest.raises(Refusal) as found:
+            await engine.score("sft", ["Age: 1", "x y " * 400])
+        return found.value
+
+    refusal = with_engine(arguments(model_dir, folders), use)
+    assert (refusal.status, refusal.code) == (422, "too_long") and "features[1]" in refusal.message
+
+
+def test_a_failed_load_is_said_and_does_not_hang(model_dir, folders, monkeypatch):
+    monkeypatch.setattr(serving.CreditModel, "load_variants", lambda *rest: 1 / 0)
+
+    async def run():
+        engine = Engine(arguments(model_dir, folders))
+        await engine.start()
+        while not engine.failure:
+            await asyncio.sleep(0.01)
+        with pytest.raises(Refusal) as found:
+            await engine.score("sft", ["Age: 1"])
+        await engine.stop()
+        return found.value
+
+    assert asyncio.run(run()).code == "load_failed"
+
+
+def test_priors_come_from_disk_at_the_next_start(model_dir, folders, monkeypatch):
+    from common import LabelScorer
+
+    scored = []
+    original = LabelScorer.raw_scores
+    monkeypatch.setattr(
+        LabelScorer, "raw_scores", lambda self, turns, *a, **k: scored.extend(turns) or original(self, turns, *a, **k)
+    )
+
+    async def use(engine):
+        return {variant: model.prior.tolist() for variant, model in engine.models.items()}
+
+    args = arguments(model_dir, folders)
+    first, count = with_engine(args, use), len(scored)
+    scored.clear()
+    assert with_engine(args, use) == first
+    assert count - len(scored) == 4 * args.null_prompts
+    assert first["sft"] != first["kd"]
+
+
+# ---------------------------------------------------------------------------------------------------- both together
+
+
+def test_many_clients_at_once(model_dir, folders):
+    args = arguments(model_dir, folders)
+    metrics = Metrics()
+    wanted = {variant: alone(folders.get(variant, model_dir), args) for variant in VARIANTS}
+    with TestClient(create_app(Engine(args, metrics), metrics)) as client:
+        assert client.get("/readyz").status_code in (200, 503)
+        deadline = time.monotonic() + 60
+        while client.get("/readyz").status_code != 200 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        jobs = [(variant, number) for number in range(len(TEXTS)) for variant in VARIANTS] * 2
+        with ThreadPoolExecutor(16) as pool:
+            replies = list(
+                pool.map(lambda job: client.post(f"/infer/{job[0]}", json={"features": TEXTS[job[1]]}).json(), jobs)
+            )
+        assert_same_answers(replies, [wanted[variant][number] for variant, number in jobs])
+        listed = client.get("/models").json()
+        assert listed["ready"] and listed["models"].keys() == set(VARIANTS) and not listed["missing"]
+        assert len({model["fingerprint"] for model in listed["models"].values()}) == 4
+        text = client.get("/metrics").text
+        assert f'creditmix_predictions_total{{label="{replies[0]["prediction"]}",variant="base"}}' in text
+        assert text.count("creditmix_model_info{") == 4 and "creditmix_batch_rows_count" in text
