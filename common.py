@@ -151,10 +151,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DISTIL_SLM_CACHE") or default)
 
 
+def hash_share(name: str, seed: int) -> float:
+    """A number from 0 to 1 that depends on name and seed alone and is spread evenly over many names."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def split_of(customer: str, split_seed: int = 0) -> str:
     """'train' (60 %), 'calibration' (10 %) or 'validation' (30 %), by a hash of the customer and the split seed."""
-    digest = hashlib.sha256(f"{split_seed}:{customer}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
+    share = hash_share(customer, split_seed)
     return "train" if share < 0.6 else "calibration" if share < 0.7 else "validation"
 
 
