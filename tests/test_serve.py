@@ -45,8 +45,10 @@ def assert_error(reply, status: int, code: str) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def own_log():
-    """A handler of one test must not write to that test's closed output in the next."""
+def own_log_and_folder(tmp_path, monkeypatch):
+    """A handler of one test must not write to its closed output in the next, and no test may meet the runs/ of the
+    folder it is started in: a calibration of the base there would be used."""
+    monkeypatch.chdir(tmp_path)
     yield
     serve_creditmix.LOG.handlers, serve_creditmix.LOG.propagate = [], True
 
