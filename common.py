@@ -815,10 +815,3 @@ def claim_run_dir(save_dir: str | Path, overwrite: bool, resume: bool) -> None:
         raise InputError(f"{path}: an unfinished run is here; --resume goes on with it, --overwrite starts again")
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file, a folder is needed")
-
-
-def package_versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "scikit-learn")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}

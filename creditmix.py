@@ -273,6 +273,11 @@ def gradient_boosting(seed: int = 0) -> Any:
 def add_scoring_flags(parser: Any) -> None:
     """Flags of every script that scores CreditMix rows."""
     add = parser.add_argument_group("scoring").add_argument
+    add(
+        "--calibration",
+        choices=("none", "contextual", "fitted"),
+        help="default: fitted if there is one, else contextual",
+    )
     add("--bias", metavar="LABEL=B,...", help="add to calibrated scores, such as Standard=0.3 (default: none)")
     add(
         "--null_prompts", type=int, default=len(NULL_FEATURES), help="content-free prompts for the prior (%(default)s)"
@@ -347,29 +352,30 @@ class CreditModel:
         contextual, fitted; None: fitted where calibration.json is there, else contextual). Raises InputError."""
         check_scoring_flags(args)
         check_model_name(model_dir)
-        fitted_calibration(model_dir, args)
+        fitted = fitted_calibration(model_dir, args)
         model, tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
-        return cls._calibrated(model_dir, credit_scorer(model, tokenizer, args), args)
+        return cls._calibrated(model_dir, credit_scorer(model, tokenizer, args), fitted, args)
 
     @classmethod
     def load_variants(cls, base: str, folders: dict[str, str], args: Any) -> dict[str, CreditModel]:
         """{'base': ..., variant: ...}: one loaded base and scorer, the adapters in `folders` on top of it."""
-        for model_dir in (base, *folders.values()):
-            fitted_calibration(model_dir, args)
+        names = {"base": base} | folders
+        fitted = {variant: fitted_calibration(name, args) for variant, name in names.items()}
         model, tokenizer = load_model(base, args.quantization, args.compute_dtype, args.offload_folder)
         if not folders:
-            return {"base": cls._calibrated(base, credit_scorer(model, tokenizer, args), args)}
+            return {"base": cls._calibrated(base, credit_scorer(model, tokenizer, args), fitted["base"], args)}
         adapters = {"base": BASE} | {variant: variant for variant in folders}
         scorer = credit_scorer(add_adapters(model, folders), tokenizer, args, list(adapters.values()))
         return {
-            variant: cls._calibrated(folders.get(variant, base), scorer, args, adapter)
+            variant: cls._calibrated(names[variant], scorer, fitted[variant], args, adapter)
             for variant, adapter in adapters.items()
         }
 
     @classmethod
-    def _calibrated(cls, name: str, scorer: LabelScorer, args: Any, adapter: str | None = None) -> CreditModel:
+    def _calibrated(
+        cls, name: str, scorer: LabelScorer, fitted: dict | None, args: Any, adapter: str | None = None
+    ) -> CreditModel:
         _, bias, turns = check_scoring_flags(args)
-        fitted = fitted_calibration(name, args)
         prior = np.zeros(len(LABELS))
         if args.calibration != "none":
             key = f"{model_fingerprint(name)} {args.quantization} {compute_dtype(args.compute_dtype)}"

@@ -60,11 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the sample and the bootstrap (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the training's own (%(default)s)")
     add = parser.add_argument_group("calibration").add_argument
-    add(
-        "--calibration",
-        choices=("none", "contextual", "fitted"),
-        help="default: fitted if there is one, else contextual",
-    )
     add("--fit", action="store_true", help="fit bias and temperature on calibration rows; writes calibration.json")
     add("--fit_per_class", type=int, default=300, help="calibration rows a class at most (%(default)s)")
     add = parser.add_argument_group("report").add_argument

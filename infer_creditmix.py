@@ -25,11 +25,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--model_dir", required=True, help="base model id, model folder or adapter folder")
-    add(
-        "--calibration",
-        choices=("none", "contextual", "fitted"),
-        help="default: fitted if there is one, else contextual",
-    )
     add = parser.add_argument_group("rows").add_argument
     add("--features", help='one feature string, "Age: 23.0, Occupation: Scientist, ..."')
     add("--input", help='JSONL of {"features"} (or {"question"})')

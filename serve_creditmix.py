@@ -26,18 +26,11 @@ from typing import Annotated, Any
 from common import DEFAULT_STUDENT, InputError, run_script
 
 API_KEY = "CREDITMIX_API_KEY"
-MAX_BODY = 1_000_000  # bytes; a full batch of long feature strings has about 250,000
+MAX_BODY = 1_000_000  # bytes; a full batch of the longest feature strings has 512,000 where all letters are ASCII
 BODY_SECONDS = 10  # for a client to send its body
 MAX_FEATURES, MAX_BATCH = 2000, 256  # characters of a feature string, rows of a batch request
-OPEN_PATHS = (
-    "/",
-    "/healthz",
-    "/readyz",
-    "/docs",
-    "/openapi.json",
-    "/favicon.ico",
-    "/static-offline-docs/",
-)  # no key needed
+OPEN_PATHS = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")  # no key needed
+OPEN_FOLDER = "/static-offline-docs/"  # what /docs is made of
 LOG = logging.getLogger("serve_creditmix")
 EXAMPLE = (
     "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
@@ -55,11 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
     for variant in ("sft", "kd", "dpo"):
         folder = f"runs/creditmix_{variant}"
         add(f"--{variant}", metavar="DIR", default=folder, help=f"adapter of /infer/{variant} (%(default)s)")
-    add(
-        "--calibration",
-        choices=("none", "contextual", "fitted"),
-        help="default: fitted where there is one, else contextual",
-    )
     add = parser.add_argument_group("server").add_argument
     add(
         "--host",
@@ -227,7 +215,7 @@ class Guard:
 
     def _refuse(self, scope: dict, headers: dict[bytes, bytes]) -> tuple | None:
         """Status, code, message and hint where the caller may not ask, else None."""
-        if scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PATHS[-1]):
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
             return None
         if not self.api_key:
             server = scope.get("server") or ("127.0.0.1", 0)
@@ -302,10 +290,10 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
     class Strict(BaseModel):
         model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    class FeaturesRequest(Strict):
-        features: str = Field(min_length=1, max_length=MAX_FEATURES, pattern=r"\S", examples=[EXAMPLE])
-
     FeaturesText = Annotated[str, Field(min_length=1, max_length=MAX_FEATURES, pattern=r"\S")]
+
+    class FeaturesRequest(Strict):
+        features: FeaturesText = Field(examples=[EXAMPLE])
 
     class BatchRequest(Strict):
         features: list[FeaturesText] = Field(min_length=1, max_length=MAX_BATCH, examples=[[EXAMPLE, "Age: 40"]])
@@ -352,6 +340,7 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
         description="Credit risk as Good, Standard or Bad by calibrated label likelihood. A human decides.",
     )
     app.add_middleware(Guard, api_key=api_key, metrics=metrics)
+    html = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> JSONResponse:
@@ -420,7 +409,7 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
     async def page() -> HTMLResponse:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
         headers = {"Content-Security-Policy": policy}
-        return HTMLResponse(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), headers=headers)
+        return HTMLResponse(html, headers=headers)
 
     return app
 

@@ -67,6 +67,7 @@ class Engine:
         check_model_name(args.base)
         self.args, self.metrics = args, metrics
         self.folders = adapter_folders(args)
+        self._missing = self._training_commands()
         self.models: dict[str, CreditModel] = {}
         self.description: dict[str, dict] = {}
         self.failure: str | None = None
@@ -82,6 +83,9 @@ class Engine:
 
     def missing(self) -> dict[str, str]:
         """The command that trains each adapter that is not there."""
+        return self._missing
+
+    def _training_commands(self) -> dict[str, str]:
         base = "BASE" if Path(self.args.base).exists() else self.args.base  # no paths in answers
         commands = {
             "sft": f"python sft_train.py --student {base} --save_dir runs/creditmix_sft",
@@ -110,8 +114,8 @@ class Engine:
         """The response of each feature string, in order. Raises Refusal for the whole request."""
         if self.failure:
             raise Refusal(503, "load_failed", "the model could not be loaded", "the server's log says why")
-        if variant in self.missing():
-            hint = f"train it: {self.missing()[variant]}; then restart the server"
+        if command := self.missing().get(variant):
+            hint = f"train it: {command}; then restart the server"
             raise Refusal(503, "adapter_missing", f"no adapter is loaded for {variant}", hint)
         if not self.ready:
             raise Refusal(503, "loading", "the model is being loaded", "ask /readyz", retry_after=5)

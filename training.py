@@ -28,7 +28,6 @@ from common import (
     compute_dtype,
     file_sha256,
     lora_config,
-    package_versions,
     parameter_count,
     read_json,
     write_json,
@@ -44,9 +43,9 @@ def fill_defaults(args: argparse.Namespace, small: dict[str, Any], large: dict[s
     """Set each flag left at None from the recipe for the student's size, and LoRA's from the adapter to go on from.
 
     Raises InputError for a LoRA flag that contradicts that adapter."""
-    config = adapter_config(args.adapter) if getattr(args, "adapter", None) else None
-    for flag, key in {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.items():
-        if config:
+    if getattr(args, "adapter", None):
+        config = adapter_config(args.adapter)
+        for flag, key in {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.items():
             if getattr(args, flag) not in (None, config[key]):
                 raise InputError(f"--{flag} {getattr(args, flag)}: {args.adapter} has {config[key]}; leave it out")
             setattr(args, flag, config[key])
@@ -267,6 +266,13 @@ def check_memory(estimate: dict[str, float], max_memory_gb: float | None) -> Non
 
 def load_tokenizer(path: str) -> Any:
     return AutoTokenizer.from_pretrained(path)
+
+
+def package_versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "scikit-learn")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
 
 def last_checkpoint(save_dir: str) -> str | None:
