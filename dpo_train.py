@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     training.check_flags(args)
     examples = preference_examples(rows, PromptEncoder(training.load_tokenizer(path)), args.max_length, args.data)
     lengths = [sequence_length(example) for example in examples]
-    estimate = training.estimate_memory(path, args, max(lengths), sequences=2)
+    estimate = training.estimate_memory(path, args, max(lengths), pairs=True)
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0

@@ -217,9 +217,9 @@ def step_count(args: argparse.Namespace, rows: int) -> int:
     return args.max_steps or math.ceil(per_epoch * args.epochs)
 
 
-def estimate_memory(path: str, args: argparse.Namespace, longest: int, sequences: int = 1) -> dict[str, float]:
+def estimate_memory(path: str, args: argparse.Namespace, longest: int, pairs: bool = False) -> dict[str, float]:
     """Expected peak in GB by kind, by arithmetic: weights, adapter (float32 weight, gradient, two Adam moments),
-    activations of `sequences` x batch_size rows of `longest` tokens, logits of the supervised positions."""
+    activations of batch_size rows (`pairs`: twice as many) of `longest` tokens, logits of the supervised positions."""
     config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -230,19 +230,24 @@ def estimate_memory(path: str, args: argparse.Namespace, longest: int, sequences
     with torch.device("meta"):
         adapter = get_peft_model(model, lora_config(args.lora_r)).get_nb_trainable_parameters()[0]
     text = config.get_text_config()
-    tokens = sequences * args.batch_size * longest
+    sequences = args.batch_size * (2 if pairs else 1)
+    tokens = sequences * longest
     width = 2 if compute_dtype(args.compute_dtype) == torch.bfloat16 else 4
     # Per token and layer: what autograd keeps of attention and MLP with their LoRA branches (fitted to the resident
     # memory of smollm2-135m at batch 8 and 16), or with checkpointing the layer's input alone.
     kept = 20 * text.hidden_size + 9 * text.intermediate_size
     layers = text.num_hidden_layers
     per_token = layers * text.hidden_size + kept if args.gradient_checkpointing == "on" else layers * kept
+    logits = min(MAX_LOGITS_BYTES, 8 * 4 * sequences * text.vocab_size) * 3
+    if pairs and not torch.cuda.is_available():
+        # TRL's fused head has no CPU kernel: it projects every position, in 5.5 copies at the peak (fitted).
+        logits = 5.5 * 4 * tokens * text.vocab_size
     linear_bytes = 0.52 if args.quantization == "nf4" else width
     gb = {
         "weights": (linear * linear_bytes + (total - linear) * width) / 1e9,
         "adapter": adapter * (4 if args.optimizer == "sgd" else 16) / 1e9,
         "activations": tokens * per_token * width / 1e9,
-        "logits": min(MAX_LOGITS_BYTES, 8 * 4 * args.batch_size * sequences * text.vocab_size) * 3 / 1e9,
+        "logits": logits / 1e9,
         "libraries": 0.7,  # measured on a CPU; a CUDA context is as large
     }
     return {**gb, "total": sum(gb.values()), "trainable_parameters": adapter}
