@@ -42,7 +42,10 @@ lint: .venv/.installed-dev
 	$(PY) -m ruff format --check .
 
 bench: .venv/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	$(PY) bench/scoring.py
+	$(PY) bench/serve.py
+	$(PY) bench/serve_faults.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache $(DEMO)

@@ -357,10 +357,13 @@ class CreditModel:
         return cls._calibrated(model_dir, credit_scorer(model, tokenizer, args), fitted, args)
 
     @classmethod
-    def load_variants(cls, base: str, folders: dict[str, str], args: Any) -> dict[str, CreditModel]:
-        """{'base': ..., variant: ...}: one loaded base and scorer, the adapters in `folders` on top of it."""
+    def load_variants(
+        cls, base: str, folders: dict[str, str], fitted: dict[str, dict | None], args: Any
+    ) -> dict[str, CreditModel]:
+        """{'base': ..., variant: ...}: one loaded base and scorer, the adapters in `folders` on top of it.
+
+        fitted: `fitted_calibration` of each, read before anything is loaded."""
         names = {"base": base} | folders
-        fitted = {variant: fitted_calibration(name, args) for variant, name in names.items()}
         model, tokenizer = load_model(base, args.quantization, args.compute_dtype, args.offload_folder)
         if not folders:
             return {"base": cls._calibrated(base, credit_scorer(model, tokenizer, args), fitted["base"], args)}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import InputError, adapter_config, base_of, calibration_path, check_model_name, model_fingerprint
-from creditmix import CreditModel, check_scoring_flags, creditmix_prompt
+from creditmix import CreditModel, check_scoring_flags, creditmix_prompt, fitted_calibration
 
 VARIANTS = ("base", "sft", "kd", "dpo")
 LOG = logging.getLogger("serve_creditmix")
@@ -67,6 +67,8 @@ class Engine:
         check_model_name(args.base)
         self.args, self.metrics = args, metrics
         self.folders = adapter_folders(args)
+        names = {"base": args.base} | self.folders
+        self._fitted = {variant: fitted_calibration(name, args) for variant, name in names.items()}
         self._missing = self._training_commands()
         self.models: dict[str, CreditModel] = {}
         self.description: dict[str, dict] = {}
@@ -186,7 +188,7 @@ class Engine:
     def _load(self) -> None:
         """Base, adapters, priors (from disk where they are there) and a first forward of each kind."""
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        models = CreditModel.load_variants(self.args.base, self.folders, self.args)
+        models = CreditModel.load_variants(self.args.base, self.folders, self._fitted, self.args)
         scorer = models["base"].scorer
         turns = [creditmix_prompt("Age: 1")] * len(models)
         scorer.raw_scores(turns, adapters=[model.adapter for model in models.values()])

@@ -380,6 +380,13 @@ def test_an_adapter_of_another_base_is_refused_at_once(model_dir, folders, tmp_p
         Engine(arguments(model_dir, folders | {"sft": str(other)}))
 
 
+def test_a_calibration_of_another_model_is_refused_before_anything_loads(model_dir, folders, tmp_path):
+    other = save_adapter(tmp_path / "sft", model_dir, 5)
+    (tmp_path / "sft" / "calibration.json").write_text(json.dumps({"model": "another"}))
+    with pytest.raises(InputError, match="fitted with another"):
+        Engine(arguments(model_dir, folders | {"sft": other}))
+
+
 def test_one_bad_row_does_not_fail_its_neighbours(model_dir, folders, monkeypatch):
     from common import LabelScorer
 

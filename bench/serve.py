@@ -1,0 +1,261 @@
+"""The server under load beside the offline scorer: throughput, latency, health checks, memory, restart.
+
+64 clients ask for rows of all four variants; the same rows are scored offline by the same model, variant by variant.
+The clients run in this process, on the same cores as the server. Ratios come from one run, on one machine.
+
+    python bench/serve.py --requests 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from common import load_model, lora_config, run_script
+from creditmix import LABELS, CreditModel, creditmix_prompt, read_creditmix
+from serve_creditmix import build_parser as server_parser
+from serving import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base", default="smollm2-135m", help="base model (%(default)s)")
+    add("--adapters", help="folder with creditmix_sft, _kd and _dpo (default: random adapters, as large)")
+    add("--data", default=str(ROOT / "data/creditmix_dataset.json"), help="raw rows (%(default)s)")
+    add("--requests", type=int, default=2000, help="of all clients together (%(default)s)")
+    add("--clients", type=int, default=64, help="(%(default)s)")
+    add("--quantization", choices=("nf4", "none"), default="nf4", help="(%(default)s)")
+    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
+    add("--quick", action="store_true", help="320 requests: below 3 minutes on two cores")
+    add("--json", action="store_true", help="print one JSON object on standard output")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def random_adapters(base: str, folder: Path) -> None:
+    """Adapters of the size and form of trained ones."""
+    import torch
+    from peft import get_peft_model
+
+    for seed, variant in enumerate(VARIANTS[1:]):
+        model, _ = load_model(base, "none", "float32")
+        model = get_peft_model(model, lora_config(dropout=0.0))
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn_like(parameter) * 0.01
+        model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(folder / f"creditmix_{variant}", save_embedding_layers=False)
+
+
+class Server:
+    """A serve_creditmix.py process and how long it took to be ready."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, variants: tuple[str, ...]):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        flags = ["--base", args.base, "--port", str(self.port), "--quantization", args.quantization]
+        for variant in VARIANTS[1:]:
+            flags += [f"--{variant}", str(folder / f"creditmix_{variant}") if variant in variants else "none"]
+        command = [sys.executable, str(ROOT / "serve_creditmix.py"), *flags, "--compute_dtype", args.compute_dtype]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(command, stderr=self.log)
+        asyncio.run(self._until_ready())
+
+    async def _until_ready(self) -> None:
+        for _ in range(1200):
+            await asyncio.sleep(0.1)
+            if self.process.poll() is not None:
+                self.log.seek(0)
+                raise RuntimeError(f"the server ended: {self.log.read().decode()[-500:]}")
+            try:
+                client = await Client.connect(self.port)
+                status, _ = await client.ask("GET", "/readyz")
+                client.close()
+                if status == 200:
+                    return
+            except OSError:
+                continue
+        raise RuntimeError("the server was not ready within two minutes")
+
+    def memory_mb(self) -> float:
+        """Resident memory."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+
+class Client:
+    """One kept-alive HTTP/1.1 connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def connect(cls, port: int) -> Client:
+        return cls(*await asyncio.open_connection("127.0.0.1", port))
+
+    async def ask(self, method: str, path: str, body: object = None) -> tuple[int, dict]:
+        content = json.dumps(body).encode() if body is not None else b""
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        )
+        self.writer.write(head.encode() + b"\r\n\r\n" + content)
+        await self.writer.drain()
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = int(head.split("content-length: ")[1].split("\r\n")[0])
+        return int(head.split(" ")[1]), json.loads(await self.reader.readexactly(length))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+async def load(port: int, jobs: list[tuple[str, str]], clients: int) -> dict:
+    """All jobs (variant, features) by so many clients, with health checks beside them."""
+    answers: list[dict | None] = [None] * len(jobs)
+    waiting, done = iter(range(len(jobs))), asyncio.Event()
+    statuses: list[int] = []
+    health: list[float] = []
+
+    async def client() -> None:
+        connection = await Client.connect(port)
+        for i in waiting:
+            status, answers[i] = await connection.ask("POST", f"/infer/{jobs[i][0]}", {"features": jobs[i][1]})
+            statuses.append(status)
+        connection.close()
+
+    async def probe() -> None:
+        connection = await Client.connect(port)
+        while not done.is_set():
+            start = time.perf_counter()
+            await connection.ask("GET", "/healthz")
+            health.append(1000 * (time.perf_counter() - start))
+            await asyncio.sleep(0.05)
+        connection.close()
+
+    probing = asyncio.create_task(probe())
+    start = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seconds = time.perf_counter() - start
+    done.set()
+    await probing
+    return {"answers": answers, "seconds": seconds, "errors": sum(s != 200 for s in statuses), "health": health}
+
+
+async def one_by_one(port: int, jobs: list[tuple[str, str]]) -> list[float]:
+    """Seconds of each request of one client."""
+    connection, seconds = await Client.connect(port), []
+    for variant, text in jobs:
+        start = time.perf_counter()
+        await connection.ask("POST", f"/infer/{variant}", {"features": text})
+        seconds.append(time.perf_counter() - start)
+    connection.close()
+    return seconds
+
+
+def bare_forwards(model: CreditModel, texts: list[str]) -> list[float]:
+    """Seconds of one forward over each whole prompt, with nothing else."""
+    import torch
+
+    network, encoder, seconds = model.scorer.model, model.scorer.encoder, []
+    for text in texts:
+        ids = torch.tensor([encoder.prompt(creditmix_prompt(text))])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            network(input_ids=ids, logits_to_keep=1, use_cache=False)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.quick:
+        args.requests = min(args.requests, 320)
+    import torch
+
+    rows, _ = read_creditmix(args.data)
+    texts = [row.features for row in rows[: (args.requests + 3) // 4]]
+    jobs = [(VARIANTS[i % 4], texts[i // 4]) for i in range(args.requests)]
+    result: dict[str, object] = {"requests": len(jobs), "clients": args.clients, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(args.adapters or scratch)
+        if not args.adapters:
+            random_adapters(args.base, folder)
+        alone = Server(args, folder, ())
+        asyncio.run(load(alone.port, [("base", text) for text in texts[:64]], args.clients))
+        result["memory_mb_one_variant"] = round(alone.memory_mb())
+        alone.stop()
+        server = Server(args, folder, VARIANTS)
+        asyncio.run(load(server.port, jobs[:64], args.clients))
+        result["memory_mb_four_variants"] = round(server.memory_mb())
+        server.stop()
+
+        server = Server(args, folder, VARIANTS)  # now with priors on disk
+        times = asyncio.run(one_by_one(server.port, [("sft", text) for text in texts[:10]]))
+        result["first_vs_tenth_request"] = round(times[0] / times[9], 3)
+        flags = server_parser().parse_args(
+            ["--quantization", args.quantization, "--compute_dtype", args.compute_dtype]
+        )
+        names = {v: str(folder / f"creditmix_{v}") for v in VARIANTS[1:]} | {"base": args.base}
+        models = {variant: CreditModel.load(names[variant], flags) for variant in VARIANTS}
+        bare_forwards(models["sft"], texts[:4])
+        ratios = []
+        for start in range(0, 30, 10):  # in turns
+            ours = asyncio.run(one_by_one(server.port, [("sft", text) for text in texts[start : start + 10]]))
+            ratios.append(
+                statistics.median(ours) / statistics.median(bare_forwards(models["sft"], texts[start : start + 10]))
+            )
+        result["one_client_vs_bare_forward"] = round(statistics.median(ratios), 3)
+        result["one_client_vs_bare_forward_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
+
+        asked = {variant: [text for v, text in jobs if v == variant] for variant in VARIANTS}
+        start = time.perf_counter()
+        offline = {variant: models[variant].raw_scores(asked[variant]) for variant in VARIANTS}
+        offline_seconds = time.perf_counter() - start
+        found = asyncio.run(load(server.port, jobs, args.clients))
+        server.stop()
+    result["rows_per_second"] = round(len(jobs) / found["seconds"], 2)
+    result["vs_offline_scorer"] = round(offline_seconds / found["seconds"], 3)
+    result["errors"] = found["errors"]
+    result["healthz_ms_p50_p99"] = [round(float(np.percentile(found["health"], p)), 1) for p in (50, 99)]
+    result["memory_four_vs_one"] = round(result["memory_mb_four_variants"] / result["memory_mb_one_variant"], 3)
+    taken = {variant: iter(models[variant].responses(offline[variant])) for variant in VARIANTS}
+    wanted = [next(taken[variant]) for variant, _ in jobs]
+    same = [f["prediction"] == w["prediction"] for f, w in zip(found["answers"], wanted, strict=True)]
+    result["label_agreement_offline"] = round(float(np.mean(same)), 4)
+    gaps = [
+        abs(f["raw_scores"][label] - w["raw_scores"][label])
+        for f, w in zip(found["answers"], wanted, strict=True)
+        for label in LABELS
+    ]
+    result["largest_raw_score_difference"] = round(max(gaps), 6)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:<36}{value}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
