@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clients", type=int, default=64, help="(%(default)s)")
     add("--quantization", choices=("nf4", "none"), default="nf4", help="(%(default)s)")
     add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
+    add("--calibration", choices=("none", "contextual"), help="default: as stored beside the adapters")
     add("--quick", action="store_true", help="320 requests: below 3 minutes on two cores")
     add("--json", action="store_true", help="print one JSON object on standard output")
     add("--debug", action="store_true", help="show tracebacks")
@@ -74,6 +75,7 @@ class Server:
         flags = ["--base", args.base, "--port", str(self.port), "--quantization", args.quantization]
         for variant in VARIANTS[1:]:
             flags += [f"--{variant}", str(folder / f"creditmix_{variant}") if variant in variants else "none"]
+        flags += ["--calibration", args.calibration] if args.calibration else []
         command = [sys.executable, str(ROOT / "serve_creditmix.py"), *flags, "--compute_dtype", args.compute_dtype]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(command, stderr=self.log)
@@ -213,9 +215,9 @@ def main(argv: list[str] | None = None) -> int:
         server = Server(args, folder, VARIANTS)  # now with priors on disk
         times = asyncio.run(one_by_one(server.port, [("sft", text) for text in texts[:10]]))
         result["first_vs_tenth_request"] = round(times[0] / times[9], 3)
-        flags = server_parser().parse_args(
-            ["--quantization", args.quantization, "--compute_dtype", args.compute_dtype]
-        )
+        flags = server_parser().parse_args([])
+        for name in ("quantization", "compute_dtype", "calibration"):
+            setattr(flags, name, getattr(args, name))
         names = {v: str(folder / f"creditmix_{v}") for v in VARIANTS[1:]} | {"base": args.base}
         models = {variant: CreditModel.load(names[variant], flags) for variant in VARIANTS}
         bare_forwards(models["sft"], texts[:4])
@@ -241,8 +243,10 @@ def main(argv: list[str] | None = None) -> int:
     result["memory_four_vs_one"] = round(result["memory_mb_four_variants"] / result["memory_mb_one_variant"], 3)
     taken = {variant: iter(models[variant].responses(offline[variant])) for variant in VARIANTS}
     wanted = [next(taken[variant]) for variant, _ in jobs]
-    same = [f["prediction"] == w["prediction"] for f, w in zip(found["answers"], wanted, strict=True)]
-    result["label_agreement_offline"] = round(float(np.mean(same)), 4)
+    same = np.array([f["prediction"] == w["prediction"] for f, w in zip(found["answers"], wanted, strict=True)])
+    clear = np.array([w["top2_margin"] > 0.1 for w in wanted])
+    result["label_agreement"] = round(float(same.mean()), 4)
+    result["label_agreement_margin_above_0.1"] = round(float(same[clear].mean()), 4)
     gaps = [
         abs(f["raw_scores"][label] - w["raw_scores"][label])
         for f, w in zip(found["answers"], wanted, strict=True)
