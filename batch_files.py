@@ -1,0 +1,106 @@
+"""JSONL in, JSONL out, for the infer scripts: one line for each line read, in the same order, and resumable.
+
+Apart from common.py because training never needs it. Results go to <output>.part and are renamed at the end; a run
+that was interrupted goes on from there, if it is the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from common import InputError, read_json, write_json
+
+
+def failed_line(row: dict, code: str, message: str) -> dict:
+    """The object of a line that cannot be done."""
+    return {**row, "error": {"code": code, "message": message}}
+
+
+def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
+    """(object, text of the first of `fields` that is there), or (object with its error, None)."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return failed_line({}, "not_json", f"the line is not JSON: {error}"), None
+    if not isinstance(row, dict):
+        return failed_line({}, "not_an_object", f"an object is needed, found {type(row).__name__}"), None
+    row.pop("error", None)  # of an earlier run, whose error lines were put right
+    text = next((row[field] for field in fields if field in row), None)
+    if not isinstance(text, str) or not text.strip():
+        wanted = f'"{fields[0]}"' + "".join(f' (or "{other}")' for other in fields[1:])
+        return failed_line(row, f"no_{fields[0]}", f"a non-empty string {wanted} is needed"), None
+    return row, text
+
+
+def check_files(source: Path, output: Path, overwrite: bool) -> int:
+    """Lines of the input. Raises InputError where it is missing or empty, or the output is there already."""
+    if not source.is_file():
+        raise InputError(f"{source}: no such file")
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder, a file is needed")
+    if output.exists() and not overwrite:
+        raise InputError(f"{output}: exists; --overwrite replaces it")
+    if overwrite:
+        _part(output).unlink(missing_ok=True)
+    total = sum(1 for _ in _lines(source))
+    if not total:
+        raise InputError(f"{source}: empty")
+    return total
+
+
+def run_file(
+    source: Path, output: Path, total: int, settings: dict[str, Any], chunk: int, work: Callable[[list[str]], list]
+) -> int:
+    """Write work(lines) of each `chunk` lines; returns how many carry an "error".
+
+    settings: all that decides the results, compared before an interrupted run is gone on with (InputError)."""
+    from tqdm import tqdm
+
+    part, stat = _part(output), source.stat()
+    done = _resume_point(part, settings | {"input_size": stat.st_size, "input_time": stat.st_mtime_ns})
+    if done:
+        print(f"{part}: going on after {done} rows", file=sys.stderr)
+    failed = sum('"error"' in line and "error" in json.loads(line) for line in _lines(part)) if done else 0
+    with open(part, "a", encoding="utf-8") as out, tqdm(total=total, initial=done, unit="row", file=sys.stderr) as bar:
+        rest = islice(_lines(source), done, None)
+        while lines := list(islice(rest, chunk)):
+            for row in work(lines):
+                failed += "error" in row
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.flush()
+            bar.update(len(lines))
+    part.replace(output)
+    part.with_name(part.name + ".json").unlink()
+    if failed:
+        print(f"{output}: {failed} of {total} lines carry an error", file=sys.stderr)
+    return failed
+
+
+def _part(output: Path) -> Path:
+    return output.with_name(output.name + ".part")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
+        yield from lines
+
+
+def _resume_point(part: Path, settings: dict) -> int:
+    """Lines already done in an interrupted run's .part file; a half-written last line is cut off.
+
+    Raises InputError where that run had other settings: its lines must not be mixed with ours."""
+    note = part.with_name(part.name + ".json")
+    if not part.exists():
+        write_json(note, settings)
+        return 0
+    if not note.exists() or read_json(note) != settings:
+        raise InputError(f"{part}: left by a run with another model, input or flags; --overwrite starts again")
+    whole = part.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    part.write_bytes(whole)
+    return whole.count(b"\n")
