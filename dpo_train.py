@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         help=f"forwards a step; {SMALL['grad_accum']} below 1 B parameters, else {LARGE['grad_accum']}",
     )
-    add("--max_length", type=int, default=512, help="tokens; longer rows are refused, not cut (%(default)s)")
+    add("--max_length", type=int, default=1024, help="tokens; longer rows are refused, not cut (%(default)s)")
     add("--optimizer", choices=("adamw_torch", "adamw_8bit", "sgd"), default="adamw_torch", help="(%(default)s)")
     add(
         "--gradient_checkpointing",

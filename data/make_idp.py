@@ -7,7 +7,7 @@ damages them. The JSON is made from the drawn invoice, never read back from the 
 What makes it learnable: no value is damaged, only labels, spaces, line ends and margins; every value can be read
 from the document by one set of rules (data/README.md, "Invoices"). What makes it worth measuring: validation vendors
 are none of the training vendors and sell some goods that no training vendor sells, and the layouts in HELD_OUT occur
-in validation alone. Both go into idp_validation.jsonl and are told apart by "layout".
+in validation alone. Both go into idp_validation.jsonl and are told apart by "layouts".
 
 Vendors are split by common.split_of(name): train and validation are used, calibration is left out. The same seed
 gives the same bytes on every machine: only random.Random.random() is used, whose sequence Python keeps.
@@ -921,7 +921,11 @@ def generate(seed: int, count: int) -> dict[str, list[dict]]:
         "idp_dpo.jsonl": [
             row(r, prompt=idp_prompt(r["document"]), chosen=r["answer"], rejected=r["rejected"]) for r in train[-part:]
         ],
-        "idp_validation.jsonl": [row(r, document=r["document"], expected=r["answer"]) for r in [*known, *held_out]],
+        "idp_validation.jsonl": [
+            row(r, document=r["document"], expected=r["answer"]) | {"layouts": layouts}
+            for layouts, rows in (("known", known), ("held out", held_out))
+            for r in rows
+        ],
     }
 
 

@@ -93,7 +93,7 @@ def test_files_have_their_fields_and_counts(rows):
         "idp_sft.jsonl": (1600, {"input", "output"}),
         "idp_kd.jsonl": (600, {"input", "teacher_output"}),
         "idp_dpo.jsonl": (600, {"prompt", "chosen", "rejected"}),
-        "idp_validation.jsonl": (400, {"document", "expected"}),
+        "idp_validation.jsonl": (400, {"document", "expected", "layouts"}),
     }
     for name, (count, names) in fields.items():
         assert len(rows[name]) == count

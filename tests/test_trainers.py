@@ -657,9 +657,9 @@ def rows_of(method: str, turn: str = "Debt: 1") -> dict:
 
 @pytest.mark.parametrize("method", TRAINERS)
 def test_rows_too_long_are_refused_by_number(method, tmp_path, model_dir):
-    rows = [rows_of(method), rows_of(method), rows_of(method, "Debt: 1" * 100), rows_of(method)]
+    rows = [rows_of(method), rows_of(method), rows_of(method, "Debt: 1" * 300), rows_of(method)]
     message = refused(method, rows, tmp_path, model_dir)
-    assert "row 3" in message and "--max_length" in message and "512" in message
+    assert "row 3" in message and "--max_length" in message and "1024" in message
 
 
 @pytest.mark.parametrize("method", TRAINERS)

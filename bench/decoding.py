@@ -1,0 +1,138 @@
+"""Seconds to decode invoices under a schema, beside plain generation of as many tokens by the same model.
+
+Three ways, in turns over the same batches: our loop (tokens that the schema forces cost no forward of their own),
+`generate` without any constraint, and `generate` with llguidance as a logits processor, which one would write first.
+
+    python bench/decoding.py --model_dir runs/idp_sft
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import PromptEncoder, load_model, read_json, read_jsonl, run_script
+from decoding import JsonDecoder, SchemaGrammar, compile_schema
+from idp import idp_prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_dir", default="smollm2-135m", help="base model or adapter (%(default)s)")
+    add("--data", default=str(ROOT / "data/idp_validation.jsonl"), help="documents (%(default)s)")
+    add("--schema", default=str(ROOT / "data/idp_schema.json"), help="(%(default)s)")
+    add("--documents", type=int, default=32, help="(%(default)s)")
+    add("--batch_size", type=int, nargs="+", default=[1, 8], help="(%(default)s)")
+    add("--max_new_tokens", type=int, default=256, help="(%(default)s)")
+    add("--json", action="store_true", help="print one JSON object on standard output")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+class GrammarProcessor:
+    """llguidance as a logits processor: a mask for every row and step."""
+
+    def __init__(self, decoder: JsonDecoder, grammar: SchemaGrammar, rows: int, start: int):
+        from llguidance import LLMatcher
+
+        self.matchers = [LLMatcher(decoder.grammar_tokenizer, grammar.grammar) for _ in range(rows)]
+        self.start, self.vocabulary = start, decoder.vocabulary
+
+    def __call__(self, input_ids, scores):
+        import numpy as np
+        import torch
+
+        for i, matcher in enumerate(self.matchers):
+            if input_ids.shape[1] > self.start and not matcher.is_stopped():
+                matcher.consume_token(int(input_ids[i, -1]))
+            if matcher.is_stopped():
+                continue
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            scores[i].masked_fill_(~torch.from_numpy(bits[: self.vocabulary].astype(bool)), -torch.inf)
+        return scores
+
+
+def padded(decoder: JsonDecoder, prompts: list[list[int]]):
+    import torch
+
+    width = max(map(len, prompts))
+    filler = decoder.tokenizer.pad_token_id
+    ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    import torch
+    from transformers import GenerationConfig
+
+    decoder = JsonDecoder(*load_model(args.model_dir))
+    encoder = PromptEncoder(decoder.tokenizer)
+    grammar = compile_schema(read_json(args.schema), decoder.grammar_tokenizer)
+    rows = read_jsonl(args.data, ("document",))[: args.documents]
+    prompts = sorted((encoder.prompt(idp_prompt(row["document"])) for row in rows), key=len)
+
+    def plain(batch: list[list[int]], tokens: int, processor=None) -> None:
+        ids, mask = padded(decoder, batch)
+        fixed = {"min_new_tokens": tokens, "max_new_tokens": tokens} if processor is None else {}
+        config = GenerationConfig(
+            **({"max_new_tokens": args.max_new_tokens} | fixed),
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=decoder.tokenizer.pad_token_id,
+            eos_token_id=decoder.tokenizer.eos_token_id,
+        )
+        with torch.inference_mode():
+            decoder.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=[processor] if processor else [],
+            )
+
+    def seconds(work) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    result: dict[str, object] = {"model": args.model_dir, "documents": len(prompts)}
+    decoder.generate(prompts[:1], [grammar], 32)  # first calls pack weights and build tables
+    for size in args.batch_size:
+        free, processed, tokens_written, ours_total = [], [], 0, 0.0
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            drafts: list = []
+            ours = seconds(
+                lambda b=batch, d=drafts: d.extend(decoder.generate(b, [grammar] * len(b), args.max_new_tokens))
+            )
+            tokens = max(len(draft.tokens) for draft in drafts)
+            tokens_written += sum(len(draft.tokens) for draft in drafts)
+            ours_total += ours
+            free.append(ours / seconds(lambda b=batch, t=tokens: plain(b, t)))
+            mask = GrammarProcessor(decoder, grammar, len(batch), max(map(len, batch)))
+            processed.append(ours / seconds(lambda b=batch, m=mask: plain(b, 0, m)))
+        for name, ratios in (("unconstrained", free), ("logits_processor", processed)):
+            low, high = (statistics.quantiles(ratios, n=10)[i] for i in (0, -1)) if len(ratios) > 1 else ratios * 2
+            result[f"batch_{size}_seconds_vs_{name}"] = round(statistics.median(ratios), 3)
+            result[f"batch_{size}_seconds_vs_{name}_p10_p90"] = [round(low, 3), round(high, 3)]
+        result[f"batch_{size}_tokens_per_second"] = round(tokens_written / ours_total, 1)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:<48}{value}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,114 @@
+"""Prepare documents with known answers for training and evaluation: SFT rows and a validation file, split by a group.
+
+Answers are brought into the schema's form first: keys in its order, numbers as numbers ("RM 1,007.50" -> 1007.5), an
+empty text as null where the schema allows null. Documents of one group (a vendor, a company) stay on one side.
+
+    python idp_prepare.py --src receipts.jsonl --schema data/receipt_schema.json --group company --outdir data/receipts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from common import InputError, hash_share, read_json, read_jsonl, run_script, write_jsonl
+from idp import compact_json, idp_prompt
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--src", required=True, help='JSONL of {"document", "expected"}; expected: an object, or JSON text of one')
+    add("--schema", required=True, help="JSON Schema of the answers")
+    add("--group", help="field of the line or of its answer whose documents stay together (default: the document)")
+    add("--val_share", type=float, default=0.3, help="share of groups for validation (%(default)s)")
+    add("--split_seed", type=int, default=0, help="which groups those are (%(default)s)")
+    add("--outdir", required=True, help="folder of idp_sft.jsonl and idp_validation.jsonl; they are replaced")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def in_schema_form(value: Any, schema: Any) -> Any:
+    """The answer with the schema's order of keys and types of numbers; what cannot be converted stays as it is."""
+    if not isinstance(schema, dict):
+        return value
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        names = [*(n for n in properties if n in value), *(n for n in value if n not in properties)]
+        return {name: in_schema_form(value[name], properties.get(name)) for name in names}
+    if isinstance(value, list):
+        return [in_schema_form(item, schema.get("items")) for item in value]
+    types = schema.get("type", ())
+    types = [types] if isinstance(types, str) else types
+    if not isinstance(value, str) or "string" in types:
+        return value
+    if not value.strip() and "null" in types:
+        return None
+    found = re.fullmatch(r"[^\d-]*(-?\d[\d,]*\.?\d*)\D*", value)
+    if found and {"number", "integer"} & set(types):
+        number = Decimal(found[1].replace(",", ""))
+        return int(number) if number == int(number) else float(number)
+    return value
+
+
+def prepared_row(row: dict, where: str, schema: Any, validator: Any) -> tuple[str, Any]:
+    """(document, answer in the schema's form). Raises InputError that names the line and what is wrong with it."""
+    expected = row.get("expected")
+    if isinstance(expected, str):
+        try:
+            expected = json.loads(expected)
+        except ValueError as error:
+            raise InputError(f'{where}: "expected" is no JSON: {error}') from None
+    answer = in_schema_form(expected, schema)
+    problem = next(iter(validator.iter_errors(answer)), None)
+    if problem is not None:
+        pointer = "/" + "/".join(str(part) for part in problem.absolute_path)
+        raise InputError(f'{where}: "expected" breaks the schema at {pointer}: {problem.message[:150]}')
+    return row["document"], answer
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    if not 0 < args.val_share < 1:
+        raise InputError("--val_share is a share between 0 and 1")
+    schema = read_json(args.schema)
+    kind = validator_for(schema, default=Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise InputError(f"{args.schema}: no valid JSON Schema: {error.message[:200]}") from None
+    parts: dict[str, list[dict]] = {"sft": [], "validation": []}
+    groups: dict[str, set[str]] = {"sft": set(), "validation": set()}
+    for number, row in enumerate(read_jsonl(args.src, ("document",)), 1):
+        document, answer = prepared_row(row, f"{args.src}: row {number}", schema, kind(schema))
+        name = row.get(args.group, answer.get(args.group)) if args.group else document
+        if name is None:
+            raise InputError(f"{args.src}: row {number}: no {args.group!r} in the line or its answer")
+        group = " ".join(re.findall(r"\w+", str(name).casefold()))
+        part = "validation" if hash_share(group, args.split_seed) < args.val_share else "sft"
+        groups[part].add(group)
+        if part == "sft":
+            parts[part].append({"input": idp_prompt(document), "output": compact_json(answer)})
+        else:
+            parts[part].append({"document": document, "expected": answer})
+    for part, rows in parts.items():
+        if not rows:
+            raise InputError(f"{args.src}: no row falls into the {part} part; change --val_share or --split_seed")
+    for part, rows in parts.items():
+        path = Path(args.outdir) / f"idp_{part}.jsonl"
+        write_jsonl(path, rows)
+        print(f"wrote {len(rows)} rows of {len(groups[part])} groups to {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
