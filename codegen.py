@@ -1,10 +1,24 @@
-"""CodeGen: the two forms in which a Python task is put to a model, and the answer with a plan.
+"""CodeGen: how a Python task is put to a model, in one stage or as plan and then code, and how its code is read.
 
 Apart from common.py because it knows one task. Everything that turns a task into what the model sees is here once, so
 that inference and evaluation ask as training did.
 """
 
 from __future__ import annotations
+
+import ast
+import builtins
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import InputError, PromptEncoder, check_model_name, load_model, read_jsonl
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def codegen_prompt(task: str) -> str:
@@ -23,3 +37,214 @@ def codegen_plan_prompt(task: str) -> str:
 def plan_answer(plan: str, code: str) -> str:
     """The answer of the plan form: each tag on a line of its own."""
     return f"<PLAN>\n{plan.strip()}\n</PLAN>\n<CODE>\n{code.strip()}\n</CODE>"
+
+
+def extract_code(answer: str) -> str:
+    """The code in an answer: between its <CODE> tags, and there in the first Markdown fence, if there are any."""
+    inside = re.search(r"<CODE>\n?(.*?)(?:</CODE>|\Z)", answer, re.DOTALL)
+    answer = inside[1] if inside else answer.split("</CODE>")[0]
+    before, fence, rest = answer.partition("```")
+    code_before = parses(before) or parses(f"if True:\n{before}")  # whole, or the body of a function
+    if fence and not code_before:
+        answer = re.sub(r"\A(?:[Pp]ython3?|py)?[ \t]*\n", "", rest).split("```")[0]
+    else:
+        answer = before
+    return answer.strip("\n").rstrip()
+
+
+def parses(code: str) -> bool:
+    """Whether the code is Python with at least one statement."""
+    try:
+        return bool(ast.parse(code).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with what checks an answer. tests: statements that raise where they fail; setup: code before them;
+    prefix: code that an answer may leave out, as HumanEval's function head."""
+
+    name: str
+    prompt: str
+    tests: tuple[str, ...]
+    setup: str = ""
+    prefix: str = ""
+    reference: str | None = None
+
+    def program(self, code: str) -> str:
+        """The program that the tests follow."""
+        head = re.search(r"^(?:async )?def \w+", self.prefix, re.MULTILINE)
+        if head and not re.search(rf"^{re.escape(head[0])}\b", code, re.MULTILINE):
+            code = self.prefix + code  # a completion of the body
+        elif head:
+            code = self.prefix[: head.start()] + code  # its imports and helpers
+        return f"{code}\n{self.setup}\n"
+
+
+def task_of(row: dict, where: str) -> Task:
+    """A task from a line of HumanEval or MBPP as they are published, or of ours: {"prompt", "tests"}.
+
+    Raises InputError. Where a prompt names none of the functions that the tests call, as in MBPP, the tests are shown
+    with it."""
+    if "entry_point" in row and "test" in row:
+        text = f"Complete this function.\n{row['prompt']}"
+        tests = (f"{row['test']}\ncheck({row['entry_point']})",)
+        reference = row["prompt"] + row["canonical_solution"] if "canonical_solution" in row else None
+        return Task(str(row.get("task_id", where)), text, tests, "", row["prompt"], reference)
+    prompt = row.get("prompt", row.get("text"))
+    tests = row.get("tests", row.get("test_list"))
+    if isinstance(tests, str):
+        tests = [tests]
+    if not isinstance(prompt, str) or not prompt.strip() or not isinstance(tests, list) or not tests:
+        raise InputError(f'{where}: needs "prompt" (or "text") and "tests" (or "test_list"), or HumanEval\'s fields')
+    if not all(isinstance(test, str) for test in tests):
+        raise InputError(f'{where}: "tests" is a list of strings or one string')
+    setup = "\n".join([*row.get("test_imports", []), row.get("test_setup_code", "")]).strip()
+    reference = next((row[key] for key in ("reference", "solution", "code") if isinstance(row.get(key), str)), None)
+    called = set(re.findall(r"\b([A-Za-z_]\w*)\s*\(", " ".join(tests))) - set(dir(builtins)) - {"assert"}
+    if not any(re.search(rf"\b{name}\b", prompt) for name in called):
+        prompt = "\n".join([prompt.strip(), "It must pass these tests:", *tests])
+    return Task(str(row.get("task_id", where)), prompt, tuple(tests), setup, "", reference)
+
+
+def read_tasks(path: str | Path) -> list[Task]:
+    """Tasks of a JSONL file. Raises InputError with the line and what is wrong."""
+    return [task_of(row, f"{path}: row {number}") for number, row in enumerate(read_jsonl(path, ()), 1)]
+
+
+# ---------------------------------------------------------------------------------------------------- using a model
+
+
+def add_codegen_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every script that lets a model write code."""
+    add = parser.add_argument_group("generation").add_argument
+    add("--max_new_tokens", type=int, default=384, help="budget of a plan, and of the code (%(default)s)")
+    add("--temperature", type=float, help="0 is greedy (default: 0 for one sample, 0.8 for several)")
+    add("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    add("--batch_size", type=int, default=16, help="answers written together (%(default)s)")
+    add = parser.add_argument_group("model loading").add_argument
+    add("--quantization", choices=("nf4", "none"), default="nf4", help="of the base model (%(default)s)")
+    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
+    add(
+        "--offload_folder",
+        default=os.environ.get("OFFLOAD_FOLDER"),
+        help="for what does not fit the GPU ($OFFLOAD_FOLDER)",
+    )
+
+
+def check_codegen_flags(args: argparse.Namespace) -> None:
+    """Raises InputError for flags out of range."""
+    if args.max_new_tokens < 1 or args.batch_size < 1 or args.n < 1:
+        raise InputError("--max_new_tokens, --batch_size and --n are at least 1")
+    if args.temperature is not None and not 0 <= args.temperature <= 5:
+        raise InputError("--temperature is from 0 to 5")
+    if args.temperature is None:
+        args.temperature = 0.0 if args.n == 1 else 0.8
+    if args.n > 1 and args.temperature == 0:
+        raise InputError("--n above 1 with --temperature 0 would give the same answer each time")
+
+
+class Coder:
+    """A loaded model that writes code. The plan form has two stages: the plan, then the code after `</PLAN>`."""
+
+    def __init__(self, model: Any, tokenizer: Any, args: argparse.Namespace):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.encoder = PromptEncoder(tokenizer)
+        configured = model.generation_config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        named = [tokenizer.eos_token, self.encoder.end_of_turn, tokenizer.pad_token, "<|endoftext|>", "<|im_end|>"]
+        known = tokenizer.get_added_vocab()
+        ends += [known[token] for token in named if token in known]
+        self.ends = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
+        # A model without a chat template is no assistant: an open code block tells it where it is.
+        self.opening = "" if tokenizer.chat_template else "```python\n"
+
+    @classmethod
+    def load(cls, model_dir: str, args: argparse.Namespace) -> Coder:
+        """Load a base, folder or adapter with the flags of `add_codegen_flags`. Raises InputError."""
+        check_model_name(model_dir)
+        return cls(*load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder), args)
+
+    def fits(self, prompt: str) -> bool:
+        """Whether a prompt, a plan and the code fit the context."""
+        context = self.model.config.get_text_config().max_position_embeddings
+        return len(self.encoder.prompt(codegen_plan_prompt(prompt))) + 2 * self.args.max_new_tokens + 32 <= context
+
+    def answers(self, prompts: Sequence[str], plan: bool, progress: str | None = None) -> list[dict[str, Any]]:
+        """{"code", "parses", "tokens", with plan also "plan"} for each prompt, in order. Repeat a prompt for samples.
+
+        tokens: how many the model wrote, plan included. Raises InputError for a prompt that does not fit."""
+        encode = self.encoder.text
+        if not plan:
+            starts = [self.encoder.prompt(codegen_prompt(prompt)) + encode(self.opening) for prompt in prompts]
+            written = self.generate(starts, ("\n```" if self.opening else "\n```\n", "</CODE>"), progress)
+            return [_answer(extract_code(self.opening + text), tokens) for text, tokens in written]
+        starts = [self.encoder.prompt(codegen_plan_prompt(prompt)) + encode("<PLAN>\n") for prompt in prompts]
+        plans = self.generate(starts, ("</PLAN>", "<CODE>"), progress and f"{progress}: plans")
+        texts = [re.split(r"</?PLAN>|</?CODE>", text)[0].strip() for text, _ in plans]
+        starts = [
+            self.encoder.prompt(codegen_plan_prompt(prompt)) + encode(f"<PLAN>\n{text}\n</PLAN>\n<CODE>\n")
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        written = self.generate(starts, ("</CODE>", "\n```\n"), progress and f"{progress}: code")
+        return [
+            _answer(extract_code(f"<CODE>\n{code}"), tokens + plan_tokens) | {"plan": text}
+            for (code, tokens), text, (_, plan_tokens) in zip(written, texts, plans, strict=True)
+        ]
+
+    def generate(
+        self, starts: Sequence[list[int]], stops: Sequence[str], progress: str | None = None
+    ) -> list[tuple[str, int]]:
+        """(text, tokens written) that follows each start (token ids), ended by an end token, a stop string (which is
+        left in the text) or the budget. Raises InputError for a start that does not fit the context."""
+        import torch
+        from tqdm import tqdm
+        from transformers import GenerationConfig
+
+        context = self.model.config.get_text_config().max_position_embeddings
+        longest = max(len(start) for start in starts)
+        if longest + self.args.max_new_tokens > context:
+            raise InputError(
+                f"a prompt of {longest} tokens and --max_new_tokens {self.args.max_new_tokens} exceed the context of "
+                f"{context}; shorten the prompt or lower --max_new_tokens"
+            )
+        sampling = {"do_sample": True, "temperature": self.args.temperature, "top_k": 0, "top_p": 0.95}
+        config = GenerationConfig(
+            max_new_tokens=self.args.max_new_tokens,
+            eos_token_id=self.ends,
+            pad_token_id=self.tokenizer.pad_token_id,
+            repetition_penalty=1.0,
+            **(sampling if self.args.temperature else {"do_sample": False}),
+        )
+        torch.manual_seed(self.args.seed)
+        order = sorted(range(len(starts)), key=lambda i: len(starts[i]))
+        results: list[tuple[str, int]] = [("", 0)] * len(starts)
+        size = self.args.batch_size
+        for first in tqdm(range(0, len(order), size), desc=progress, unit="batch", disable=progress is None):
+            chosen = order[first : first + size]
+            width = max(len(starts[i]) for i in chosen)
+            pads = [width - len(starts[i]) for i in chosen]
+            filler = self.tokenizer.pad_token_id
+            ids = torch.tensor([[filler] * p + starts[i] for p, i in zip(pads, chosen, strict=True)])
+            mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads])
+            with torch.inference_mode():
+                made = self.model.generate(
+                    input_ids=ids.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    generation_config=config,
+                    stop_strings=list(stops),
+                    tokenizer=self.tokenizer,
+                )
+            for i, row in zip(chosen, made[:, width:].tolist(), strict=True):
+                end = next((k for k, token in enumerate(row) if token in self.ends), len(row))
+                text = self.tokenizer.decode(row[:end], clean_up_tokenization_spaces=False)
+                results[i] = (text, min(end + 1, len(row)))
+        return results
+
+
+def _answer(code: str, tokens: int) -> dict[str, Any]:
+    return {"code": code, "parses": parses(code), "tokens": tokens}

@@ -499,27 +499,28 @@ class PromptEncoder:
             first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{messages[0]['content']}"}
             return self.tokenizer.apply_chat_template([first, *messages[1:]], tokenize=False, **kwargs)
 
-    def _plain(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    def text(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of plain text; control tokens in it stay text."""
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
         return encoded["input_ids"]
 
     def prompt(self, user_turn: str) -> list[int]:
         """Token ids of system turn, user turn and assistant start."""
         if self._parts is None:
-            return self._plain(user_turn + "\n", add_special_tokens=True)
+            return self.text(user_turn + "\n", add_special_tokens=True)
         ids: list[int] = []
         for part in self._parts:
-            ids += [part] if isinstance(part, int) else self._plain(part.replace(self._SLOT, user_turn))
+            ids += [part] if isinstance(part, int) else self.text(part.replace(self._SLOT, user_turn))
         return ids
 
     def completion(self, text: str) -> list[int]:
         """Token ids of an answer with the end-of-turn token that training teaches and scoring leaves out."""
-        return [*self._plain(text), self.tokenizer.convert_tokens_to_ids(self.end_of_turn)]
+        return [*self.text(text), self.tokenizer.convert_tokens_to_ids(self.end_of_turn)]
 
     def label(self, text: str) -> list[int]:
         """Token ids of a label. Raises InputError where they would merge with the assistant start before them."""
-        alone = self._plain(text)
-        joint = self._plain("\n" + text)
+        alone = self.text(text)
+        joint = self.text("\n" + text)
         if joint[-len(alone) :] != alone or not alone:
             raise InputError(f"label {text!r} has no stable tokens after the assistant start; choose another word")
         return alone

@@ -18,7 +18,7 @@ from common import InputError, run_script
 from conftest import ROOT, credit_rows, run_cli, save_adapter
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text())
-ENTRY_POINTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
+ENTRY_POINTS = sorted(path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__"' in path.read_text())
 GOOD_ROW = {"question": "Age: 30, Occupation: Lawyer", "answer": "Good", "customer_id": "C1"}
 
 

@@ -6,12 +6,15 @@ import json
 import math
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
 import creditmix_prepare
 import eval_creditmix
+import infer_codegen
 import infer_creditmix
+import infer_idp
 import sft_train
 from common import (
     EMBEDDED_MODEL,
@@ -137,3 +140,18 @@ def test_gradients_are_the_same_after_an_evaluation():
     with torch.no_grad():
         model.eval()(input_ids=ids)
     assert torch.equal(before, gradients())
+
+
+def test_an_invoice_becomes_json_that_validates(capsys):
+    document = "INVOICE 2024-17\nDate 03.05.2024\nNorth Lamps Ltd\n2 x Desk lamp 19.90  39.80\nTotal EUR 39.80"
+    schema = ROOT / "data" / "idp_schema.json"
+    argv = ["--model_dir", EMBEDDED_MODEL, "--schema", str(schema), "--document", document, "--max_new_tokens", "120"]
+    assert infer_idp.main(argv) == 0
+    jsonschema.validate(json.loads(capsys.readouterr().out), json.loads(schema.read_text()))
+
+
+def test_code_comes_out_and_is_run(capsys):
+    argv = ["--model_dir", EMBEDDED_MODEL, "--prompt", "Write a function add(a, b) that returns a + b."]
+    assert infer_codegen.main([*argv, "--max_new_tokens", "60", "--plan_then_code"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("plan: ") == 1 and shown.out.strip()
