@@ -21,12 +21,17 @@ def failed_line(row: dict, code: str, message: str) -> dict:
     return {**row, "error": {"code": code, "message": message}}
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
     """(object, text of the first of `fields` that is there), or (object with its error, None)."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        return failed_line({}, "not_json", f"the line is not JSON: {error}"), None
+        row = json.loads(line, parse_constant=_no_constant)
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair could not be written back
+    except (ValueError, RecursionError) as error:
+        return failed_line({}, "not_json", f"the line is not JSON: {error}"[:300]), None
     if not isinstance(row, dict):
         return failed_line({}, "not_an_object", f"an object is needed, found {type(row).__name__}"), None
     row.pop("error", None)  # of an earlier run, whose error lines were put right

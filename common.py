@@ -809,6 +809,8 @@ def read_fitted(
 def claim_run_dir(save_dir: str | Path, overwrite: bool, resume: bool) -> None:
     """Check that a run may write into `save_dir`; raises InputError where that would destroy another run."""
     path = Path(save_dir)
+    if overwrite and resume:
+        raise InputError("--overwrite starts again and --resume goes on: give one of them")
     if (path / "run.json").is_file() and not overwrite:
         raise InputError(f"{path}: a finished run is here; --overwrite replaces it, or choose another --save_dir")
     started = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())

@@ -107,7 +107,7 @@ def parse_features(text: str) -> dict[str, str] | None:
     A comma may belong to the value of a field of words: 'Occupation: Doctor, retired'."""
     pairs: dict[str, str] = {}
     field = ""
-    for part in re.split(r",\s+|,(?=[A-Za-z][\w ]*:)|\s*[;\n]\s*", text.strip().rstrip(".,;")):
+    for part in re.split(r",\s+|,(?=[A-Za-z][\w ]*:)|[;\n][;\s]*", text.strip().rstrip(".,;")):
         key, colon, value = part.partition(":")
         if not colon and part and field in CREDIT_FIELDS and field not in PLAUSIBLE:
             pairs[field] += f", {part.strip()}"
@@ -166,6 +166,10 @@ class CreditRow:
     label: str
 
 
+def _customer_id(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
 def _raw_creditmix(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """(where, customer or '', feature string, label) of each row of a CSV, JSON list or JSONL file."""
     text = read_text(path)
@@ -198,7 +202,7 @@ def _raw_creditmix(path: Path) -> Iterator[tuple[str, str, str, str]]:
         for field in ("question", "answer"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise InputError(f'{where} needs "question" and "answer" as strings, found {json.dumps(row)[:80]}')
-        yield where, str(row.get("customer_id") or ""), row["question"], row["answer"]
+        yield where, _customer_id(row.get("customer_id")), row["question"], row["answer"]
 
 
 def read_creditmix(path: str | Path) -> tuple[list[CreditRow], Counter]:

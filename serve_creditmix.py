@@ -65,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         variable = f"CREDITMIX_{action.dest.upper()}"
         if variable in os.environ and action.dest != "help":
             given = os.environ[variable]
-            parser.set_defaults(**{action.dest: given not in ("", "0", "false") if action.nargs == 0 else given})
+            parser.set_defaults(
+                **{action.dest: given.lower() not in ("", "0", "false", "no", "off") if action.nargs == 0 else given}
+            )
     parser.epilog = "Each flag's default can be set by CREDITMIX_<FLAG> in the environment, such as CREDITMIX_BASE."
     return parser
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import creditmix
 import creditmix_prepare
 from common import InputError, read_jsonl, split_of, write_jsonl
 from conftest import ROOT, credit_rows
@@ -524,3 +526,20 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path, noisy_file):
         command = [sys.executable, str(ROOT / "creditmix_prepare.py"), *flags]
         subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": hash_seed})
     assert digests(tmp_path / "one") == digests(tmp_path / "two") != digests(tmp_path / "three")
+
+
+def test_a_long_run_of_blanks_costs_no_more_than_other_text():
+    text = "Age: 3" + " " * 200_000 + "b"
+    start = time.process_time()
+    creditmix.parse_features(text)
+    assert time.process_time() - start < 2  # it took minutes where the separator could begin with blanks
+
+
+def test_customer_zero_is_a_customer_and_ids_have_no_blanks(tmp_path):
+    rows = [
+        {"question": f"Age: {i + 20}", "answer": "Good", "customer_id": name}
+        for i, name in enumerate([0, " C1", "C1 "])
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    assert [row.customer for row in read_creditmix(path)[0]] == ["0", "C1", "C1"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
+import batch_files
 import eval_creditmix
 import infer_creditmix
 from common import InputError, model_fingerprint, split_of
@@ -492,3 +493,12 @@ def test_intervals_resample_customers():
         answers.repeat(10), predicted.repeat(10), [str(i) for i in range(1200)], 2000, 0
     )
     assert rows_alone["accuracy"][1] - rows_alone["accuracy"][0] < 0.5 * (high - low)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"features": "Age: 3", "note": "\\ud800"}', "[" * 100_000, '{"features": "Age: 3", "x": NaN}']
+)
+def test_a_line_that_could_not_be_written_back_carries_an_error(line):
+    row, text = batch_files.parse_line(line, ("features",))
+    assert text is None and row["error"]["code"] == "not_json"
+    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
