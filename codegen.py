@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ast
 import builtins
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import InputError, PromptEncoder, check_model_name, load_model, read_jsonl
+from common import InputError, PromptEncoder, add_loading_flags, check_model_name, load_model, read_jsonl
 
 if TYPE_CHECKING:
     import argparse
@@ -126,14 +125,7 @@ def add_codegen_flags(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, help="0 is greedy (default: 0 for one sample, 0.8 for several)")
     add("--seed", type=int, default=0, help="of the samples (%(default)s)")
     add("--batch_size", type=int, default=16, help="answers written together (%(default)s)")
-    add = parser.add_argument_group("model loading").add_argument
-    add("--quantization", choices=("nf4", "none"), default="nf4", help="of the base model (%(default)s)")
-    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
-    add(
-        "--offload_folder",
-        default=os.environ.get("OFFLOAD_FOLDER"),
-        help="for what does not fit the GPU ($OFFLOAD_FOLDER)",
-    )
+    add_loading_flags(parser)
 
 
 def check_codegen_flags(args: argparse.Namespace) -> None:

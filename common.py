@@ -308,6 +308,18 @@ def warn_if_slow(path: str, name: str) -> None:
         )
 
 
+def add_loading_flags(parser: Any) -> None:
+    """Flags of every script that loads a model to use it; `load_model` takes their values."""
+    add = parser.add_argument_group("model loading").add_argument
+    add("--quantization", choices=("nf4", "none"), default="nf4", help="of the base model (%(default)s)")
+    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
+    add(
+        "--offload_folder",
+        default=os.environ.get("OFFLOAD_FOLDER"),
+        help="for what does not fit the GPU ($OFFLOAD_FOLDER)",
+    )
+
+
 def load_model(
     model_dir: str,
     quantization: str = "nf4",

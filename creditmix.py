@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -28,6 +27,7 @@ from common import (
     LabelScorer,
     PromptEncoder,
     add_adapters,
+    add_loading_flags,
     calibration_path,
     check_model_name,
     compute_dtype,
@@ -288,15 +288,8 @@ def add_scoring_flags(parser: Any) -> None:
     )
     add("--verbalizers", metavar="FILE", help='JSON {"Standard": ["Standard", "Average"]}: surface forms of labels')
     add("--aggregate", choices=("max", "mean", "logsumexp"), default="max", help="of surface forms (%(default)s)")
-    add = parser.add_argument_group("model loading").add_argument
-    add("--quantization", choices=("nf4", "none"), default="nf4", help="of the base model (%(default)s)")
-    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
     add("--batch_size", type=int, default=32, help="rows a forward (%(default)s)")
-    add(
-        "--offload_folder",
-        default=os.environ.get("OFFLOAD_FOLDER"),
-        help="for what does not fit the GPU ($OFFLOAD_FOLDER)",
-    )
+    add_loading_flags(parser)
 
 
 def parse_label_numbers(text: str | None) -> dict[str, float]:

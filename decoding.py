@@ -74,11 +74,13 @@ class SchemaGrammar:
     checked_after: tuple[str, ...]
 
 
-def compile_schema(schema: Any, tokenizer: Any, name: str = "schema") -> SchemaGrammar:
-    """Check a schema and turn it into a grammar. tokenizer: `llguidance.LLTokenizer`.
+def pointer_of(error: Any) -> str:
+    """JSON pointer to the place that an error of jsonschema is about."""
+    return "/" + "/".join(str(part) for part in error.absolute_path)
 
-    Raises InputError with the JSON pointer of what is invalid or cannot be enforced.
-    """
+
+def validator_class(schema: Any, name: str) -> Any:
+    """jsonschema's class for the schema's draft. Raises InputError where the schema itself is invalid."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
@@ -87,8 +89,16 @@ def compile_schema(schema: Any, tokenizer: Any, name: str = "schema") -> SchemaG
     try:
         kind.check_schema(schema)
     except SchemaError as error:
-        pointer = "/" + "/".join(str(part) for part in error.absolute_path)
-        raise InputError(f"{name}: invalid at {pointer}: {error.message[:200]}") from None
+        raise InputError(f"{name}: invalid at {pointer_of(error)}: {error.message[:200]}") from None
+    return kind
+
+
+def compile_schema(schema: Any, tokenizer: Any, name: str = "schema") -> SchemaGrammar:
+    """Check a schema and turn it into a grammar. tokenizer: `llguidance.LLTokenizer`.
+
+    Raises InputError with the JSON pointer of what is invalid or cannot be enforced.
+    """
+    kind = validator_class(schema, name)
     removed = [f"{p}/{k}" for p, part in subschemas(schema) for k in part if k in CHECKED_AFTER]
     problem = ""
     for leave_out, limited in product(((), CHECKED_AFTER) if removed else ((),), (True, False)):

@@ -20,7 +20,7 @@ import numpy as np
 
 from codegen import Coder, Task, add_codegen_flags, check_codegen_flags, read_tasks
 from common import InputError, file_sha256, run_script, write_json, write_jsonl
-from sandbox import isolation, run_programs
+from sandbox import SECONDS, isolation, run_programs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mode", choices=("direct", "plan", "both"), default="both", help="of writing an answer (%(default)s)")
     add("--n", type=int, default=1, help="answers to each task (%(default)s)")
     add("--k", type=int, nargs="+", default=[1], help="of pass@k, each at most --n (%(default)s)")
-    add("--seconds", type=float, default=5.0, help="an answer and its tests may run (%(default)s)")
+    add("--seconds", type=float, default=SECONDS, help="an answer and its tests may run (%(default)s)")
     add = parser.add_argument_group("report").add_argument
     add("--bootstrap", type=int, default=2000, help="resamples of tasks for the intervals (%(default)s)")
     add("--report_dir", help="write metrics.json and every answer with what became of it")

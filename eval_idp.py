@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from common import InputError, file_sha256, read_jsonl, run_script, write_json, write_jsonl
-from idp import Extractor, add_extraction_flags, check_extraction_flags
+from idp import Extractor, add_extraction_flags, check_extraction_flags, expected_of
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 DAY = re.compile(
@@ -242,13 +242,7 @@ def read_documents(path: str, limit: int | None) -> list[dict]:
     """Rows with "expected" as a value; in the file it may be JSON text too. Raises InputError."""
     rows = read_jsonl(path, ("document",))[:limit]
     for number, row in enumerate(rows, 1):
-        if "expected" not in row:
-            raise InputError(f'{path}: row {number} has no "expected"')
-        if isinstance(row["expected"], str):
-            try:
-                row["expected"] = json.loads(row["expected"])
-            except ValueError as error:
-                raise InputError(f'{path}: row {number}: "expected" is no JSON: {error}') from None
+        row["expected"] = expected_of(row, f"{path}: row {number}")
     return rows
 
 

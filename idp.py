@@ -7,11 +7,19 @@ a request meets what was trained, and infer and eval meet the same answers.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common import InputError, PromptEncoder, base_of, check_model_name, load_model, local_or_hub, read_json
+from common import (
+    InputError,
+    PromptEncoder,
+    add_loading_flags,
+    base_of,
+    check_model_name,
+    load_model,
+    local_or_hub,
+    read_json,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -31,6 +39,18 @@ def idp_prompt(document: str) -> str:
 def compact_json(value: Any) -> str:
     """JSON text in the one layout of outputs: separators `,` and `:`, letters as they are, keys in the given order."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def expected_of(row: dict, where: str) -> Any:
+    """The known answer of a line, a value or JSON text of one. Raises InputError."""
+    if "expected" not in row:
+        raise InputError(f'{where} has no "expected"')
+    if not isinstance(row["expected"], str):
+        return row["expected"]
+    try:
+        return json.loads(row["expected"])
+    except ValueError as error:
+        raise InputError(f'{where}: "expected" is no JSON: {error}') from None
 
 
 def pages_of(document: str, fits: Callable[[str], bool]) -> list[str]:
@@ -68,14 +88,7 @@ def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
     add("--retries", type=int, default=3, help="further tries where only jsonschema can check a rule (%(default)s)")
     add("--seed", type=int, default=0, help="of the retries, which sample (%(default)s)")
     add("--batch_size", type=int, default=8, help="documents decoded together (%(default)s)")
-    add = parser.add_argument_group("model loading").add_argument
-    add("--quantization", choices=("nf4", "none"), default="nf4", help="of the base model (%(default)s)")
-    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
-    add(
-        "--offload_folder",
-        default=os.environ.get("OFFLOAD_FOLDER"),
-        help="for what does not fit the GPU ($OFFLOAD_FOLDER)",
-    )
+    add_loading_flags(parser)
 
 
 def check_extraction_flags(args: argparse.Namespace) -> None:
@@ -144,6 +157,8 @@ class Extractor:
 
     def checked(self, text: str | None, truncated: bool) -> dict[str, Any]:
         """The last word: the text parses, validates and can be written, or it is an error."""
+        from decoding import pointer_of
+
         if text is None:
             return _failed("no_close", "no valid ending fits the token budget; raise --max_new_tokens")
         try:
@@ -153,8 +168,8 @@ class Extractor:
             return _failed("invalid", f"the answer is no JSON: {error}")
         problem = next(iter(self.grammar.validator.iter_errors(value)), None)
         if problem is not None:
-            pointer = "/" + "/".join(str(part) for part in problem.absolute_path)
-            return _failed("invalid", f"the answer breaks {problem.validator} at {pointer}; raise --retries")
+            place = pointer_of(problem)
+            return _failed("invalid", f"the answer breaks {problem.validator} at {place}; raise --retries")
         return {"json": value, "truncated": truncated}
 
     def _pages(self, document: str) -> list[str]:

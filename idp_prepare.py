@@ -9,7 +9,6 @@ empty text as null where the schema allows null. Documents of one group (a vendo
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from decimal import Decimal
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from common import InputError, hash_share, read_json, read_jsonl, run_script, write_jsonl
-from idp import compact_json, idp_prompt
+from decoding import pointer_of, validator_class
+from idp import compact_json, expected_of, idp_prompt
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,38 +58,23 @@ def in_schema_form(value: Any, schema: Any) -> Any:
 
 def prepared_row(row: dict, where: str, schema: Any, validator: Any) -> tuple[str, Any]:
     """(document, answer in the schema's form). Raises InputError that names the line and what is wrong with it."""
-    expected = row.get("expected")
-    if isinstance(expected, str):
-        try:
-            expected = json.loads(expected)
-        except ValueError as error:
-            raise InputError(f'{where}: "expected" is no JSON: {error}') from None
-    answer = in_schema_form(expected, schema)
+    answer = in_schema_form(expected_of(row, where), schema)
     problem = next(iter(validator.iter_errors(answer)), None)
     if problem is not None:
-        pointer = "/" + "/".join(str(part) for part in problem.absolute_path)
-        raise InputError(f'{where}: "expected" breaks the schema at {pointer}: {problem.message[:150]}')
+        raise InputError(f'{where}: "expected" breaks the schema at {pointer_of(problem)}: {problem.message[:150]}')
     return row["document"], answer
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-
     if not 0 < args.val_share < 1:
         raise InputError("--val_share is a share between 0 and 1")
     schema = read_json(args.schema)
-    kind = validator_for(schema, default=Draft202012Validator)
-    try:
-        kind.check_schema(schema)
-    except SchemaError as error:
-        raise InputError(f"{args.schema}: no valid JSON Schema: {error.message[:200]}") from None
+    validator = validator_class(schema, args.schema)(schema)
     parts: dict[str, list[dict]] = {"sft": [], "validation": []}
     groups: dict[str, set[str]] = {"sft": set(), "validation": set()}
     for number, row in enumerate(read_jsonl(args.src, ("document",)), 1):
-        document, answer = prepared_row(row, f"{args.src}: row {number}", schema, kind(schema))
+        document, answer = prepared_row(row, f"{args.src}: row {number}", schema, validator)
         name = row.get(args.group, answer.get(args.group)) if args.group else document
         if name is None:
             raise InputError(f"{args.src}: row {number}: no {args.group!r} in the line or its answer")

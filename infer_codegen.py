@@ -15,7 +15,7 @@ from pathlib import Path
 from batch_files import check_files, failed_line, parse_line, run_file
 from codegen import Coder, Task, add_codegen_flags, check_codegen_flags
 from common import InputError, file_sha256, model_fingerprint, read_text, run_script
-from sandbox import run_programs
+from sandbox import SECONDS, run_programs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plan_then_code", action="store_true", help="a first stage writes a plan, a second one the code")
     add("--n", type=int, default=1, help="answers to write for each task (%(default)s)")
     add("--tests", metavar="FILE", help="Python that raises where an answer is wrong; the first that passes is kept")
-    add("--seconds", type=float, default=5.0, help="an answer and its tests may run, each time (%(default)s)")
+    add("--seconds", type=float, default=SECONDS, help="an answer and its tests may run, each time (%(default)s)")
     add_codegen_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

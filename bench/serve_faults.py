@@ -122,7 +122,6 @@ def main(argv: list[str] | None = None) -> int:
         server = Server(args, folder, VARIANTS)
         found = asyncio.run(load(server.port, jobs[:200], 64))
         print(f"restarted after kill -9 in {time.monotonic() - start:.1f} s, errors {found['errors']}")
-        start = time.monotonic()
         print("accepted before SIGTERM and answered after it:", asyncio.run(stopped_under_load(server, jobs)))
     return 0
 
