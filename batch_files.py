@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common import InputError, read_json, write_json
+from common import InputError, check_folder, parse_json, read_json, write_json
 
 
 def failed_line(row: dict, code: str, message: str) -> dict:
@@ -21,16 +21,11 @@ def failed_line(row: dict, code: str, message: str) -> dict:
     return {**row, "error": {"code": code, "message": message}}
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
     """(object, text of the first of `fields` that is there), or (object with its error, None)."""
     try:
-        row = json.loads(line, parse_constant=_no_constant)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair could not be written back
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         return failed_line({}, "not_json", f"the line is not JSON: {error}"[:300]), None
     if not isinstance(row, dict):
         return failed_line({}, "not_an_object", f"an object is needed, found {type(row).__name__}"), None
@@ -48,6 +43,9 @@ def check_files(source: Path, output: Path, overwrite: bool) -> int:
         raise InputError(f"{source}: no such file")
     if output.is_dir():
         raise InputError(f"{output}: is a folder, a file is needed")
+    check_folder(output.parent)
+    if output.exists() and output.samefile(source):
+        raise InputError(f"{output}: is the --input; choose another --output")
     if output.exists() and not overwrite:
         raise InputError(f"{output}: exists; --overwrite replaces it")
     if overwrite:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import InputError, PromptEncoder, add_loading_flags, check_model_name, load_model, read_jsonl
+from common import InputError, PromptEncoder, add_loading_flags, check_model_name, load_model, read_jsonl, seed_number
 
 if TYPE_CHECKING:
     import argparse
@@ -123,7 +123,7 @@ def add_codegen_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("generation").add_argument
     add("--max_new_tokens", type=int, default=384, help="budget of a plan, and of the code (%(default)s)")
     add("--temperature", type=float, help="0 is greedy (default: 0 for one sample, 0.8 for several)")
-    add("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of the samples (%(default)s)")
     add("--batch_size", type=int, default=16, help="answers written together (%(default)s)")
     add_loading_flags(parser)
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from codegen import codegen_prompt, parses, read_tasks
-from common import InputError, hash_share, run_script, write_jsonl
+from common import InputError, hash_share, run_script, write_parts
 from sandbox import run_programs
 
 
@@ -52,13 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             if task.name in held_out
         ],
     }
-    for part, rows in parts.items():
-        if not rows:
-            raise InputError(f"{args.src}: no task falls into the {part} part; change --val_share or --split_seed")
-    for part, rows in parts.items():
-        path = Path(args.outdir) / f"codegen_{part}.jsonl"
-        write_jsonl(path, rows)
-        print(f"wrote {len(rows)} rows to {path}", file=sys.stderr)
+    write_parts(args.outdir, "codegen", parts)
     return 0
 
 

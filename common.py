@@ -101,10 +101,43 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
+def check_folder(path: str | Path) -> None:
+    """Raises InputError where a folder to write in can neither be used nor made."""
+    path = Path(path)
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{nearest}: is a file, a folder is needed")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{nearest}: nothing can be written there; choose another folder")
+
+
+def seed_number(text: str) -> int:
+    """argparse type of a seed: what all random number generators in use take."""
+    if not 0 <= int(text) < 2**32:
+        raise ValueError
+    return int(text)
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none or could not be written back: NaN, infinity, half
+    a surrogate pair, nesting too deep for Python."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file. Raises InputError if it cannot be read or is not JSON."""
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
 
@@ -120,7 +153,7 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             problems.append(f"line {number} is not JSON ({error})")
             continue
@@ -138,6 +171,18 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
     if not rows:
         raise InputError(f"{path}: no rows; one JSON object a line with {', '.join(required)} is expected")
     return rows
+
+
+def write_parts(outdir: str, task: str, parts: dict[str, list[dict]]) -> None:
+    """Write `task`_<part>.jsonl of each part of a split. Raises InputError, before it writes, for an empty part."""
+    check_folder(outdir)
+    for part, rows in parts.items():
+        if not rows:
+            raise InputError(f"nothing falls into the {part} part; change --val_share or --split_seed")
+    for part, rows in parts.items():
+        path = Path(outdir) / f"{task}_{part}.jsonl"
+        write_jsonl(path, rows)
+        print(f"wrote {len(rows)} rows to {path}", file=sys.stderr)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -204,9 +249,23 @@ def embedded_model_dir() -> Path:
 
 
 def adapter_config(model_dir: str | Path) -> dict | None:
-    """PEFT's adapter_config.json of an adapter folder, None for anything else."""
+    """PEFT's adapter_config.json of an adapter folder, None for anything else. Raises InputError for a damaged one."""
     path = Path(model_dir) / "adapter_config.json"
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
+        raise InputError(f"{path}: damaged (base_model_name_or_path is missing); copy or train the adapter again")
+    return config
+
+
+def run_record(model_dir: str | Path) -> dict:
+    """run.json of an adapter folder, empty where there is none. Raises InputError where it is damaged."""
+    path = Path(model_dir) / "run.json"
+    record = read_json(path) if path.is_file() else {}
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: no record of a run (an object is expected)")
+    return record
 
 
 def base_of(model_dir: str) -> str:
@@ -226,6 +285,7 @@ def check_model_name(model_dir: str) -> None:
         if (path / "checkpoints").is_dir() and not (path / "run.json").is_file():
             raise InputError(f"{model_dir}: this run did not finish (no run.json); go on with --resume in the trainer")
         check_model_name(base_of(model_dir))
+        check_weights(path / "adapter_model.safetensors")
     elif (path / "checkpoints").is_dir():
         raise InputError(f"{model_dir}: this run did not finish (no adapter yet); go on with --resume in the trainer")
     elif path.is_dir():
@@ -233,10 +293,28 @@ def check_model_name(model_dir: str) -> None:
             raise InputError(
                 f"{model_dir}: no model here (config.json and *.safetensors, or an adapter, are expected)"
             )
+        for file in path.glob("*.safetensors"):
+            check_weights(file)
     elif path.exists() or str(model_dir).startswith(("runs/", ".", "/", "~")) or str(model_dir).count("/") > 1:
         found = sorted(str(config.parent) for config in Path("runs").glob("*/adapter_config.json"))
         there = f"under runs/ there are: {', '.join(found)}" if found else "under runs/ there is no adapter yet"
         raise InputError(f"{model_dir}: no such model folder; {there} (train one with sft_train.py)")
+
+
+def check_weights(path: Path) -> None:
+    """Raises InputError where a safetensors file is cut short or none; reads its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged weights ({error}); copy or train them again") from None
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names of a base model mean the same: equal, or one folder."""
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
 
 
 def student_of(student: str | None, adapter: str | None) -> str:
@@ -248,7 +326,7 @@ def student_of(student: str | None, adapter: str | None) -> str:
     check_model_name(adapter)
     if not adapter_config(adapter):
         raise InputError(f"--adapter {adapter}: no adapter folder (adapter_config.json is missing)")
-    if student and student != base_of(adapter):
+    if student and not same_base(student, base_of(adapter)):
         raise InputError(f"--adapter {adapter} belongs to {base_of(adapter)}, not to --student {student}")
     return base_of(adapter)
 
@@ -257,17 +335,18 @@ def local_or_hub(name: str) -> str:
     """What from_pretrained takes for a base model's name. Raises InputError where the hub cannot be reached."""
     if name == EMBEDDED_MODEL:
         return str(embedded_model_dir())
-    if not Path(name).is_dir():
-        from transformers import AutoConfig
+    from transformers import AutoConfig
 
-        try:
-            AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise InputError(
-                f"{name}: neither in the local cache nor to be had from the model hub ({reason}); give a local model "
-                f"folder, or {EMBEDDED_MODEL}, the model that comes with this project"
-            ) from None
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        if Path(name).is_dir():
+            raise InputError(f"{name}: config.json is of no known model ({reason})") from None
+        raise InputError(
+            f"{name}: neither in the local cache nor to be had from the model hub ({reason}); give a local model "
+            f"folder, or {EMBEDDED_MODEL}, the model that comes with this project"
+        ) from None
     return name
 
 
@@ -335,6 +414,8 @@ def load_model(
     `trainable` loads an adapter so that its training can go on, and keeps the CPU kernels that have gradients.
     Raises InputError for what `check_model_name` finds, and where the hub cannot be reached.
     """
+    if not trainable and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("inference and evaluation run in one process; start the script without a launcher")
     check_model_name(model_dir)
     base = base_of(model_dir)
     path = local_or_hub(base)
@@ -551,6 +632,10 @@ def read_verbalizers(path: str | Path | None, labels: Sequence[str]) -> dict[str
             if label not in forms or not strings or not words:
                 raise InputError(f"{path}: expected an object of label: [words] with labels {', '.join(labels)}")
         forms |= given
+        every = [word for words in forms.values() for word in words]
+        twice = sorted({word for word in every if every.count(word) > 1})
+        if twice:
+            raise InputError(f"{path}: {', '.join(twice)} stands there twice; each word belongs to one label")
     return forms
 
 
@@ -768,7 +853,8 @@ def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> 
     """Bias per label and temperature that minimise the negative log-likelihood of the right answers.
 
     raw: [N, labels]; prior: [labels]; answers: [N] label indices. Convex in (bias / T, 1 / T), so the start does not
-    matter; the biases are centred, since a common shift changes nothing. Source: Guo et al. 2017, with biases.
+    matter; the biases are centred, since a common shift changes nothing. Temperatures stay within 1/20 to 20 and
+    biases within 50, for rows that a model answers all right or all alike. Source: Guo et al. 2017, with biases.
     """
     import numpy as np
     from scipy.optimize import minimize
@@ -780,7 +866,8 @@ def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> 
         logits = centred * np.exp(parameters[0]) + np.append(parameters[1:], 0.0)
         return -log_softmax(logits, axis=1)[np.arange(len(answers)), answers].mean()
 
-    found = minimize(loss, np.zeros(raw.shape[1]), method="BFGS").x
+    bounds = [(-np.log(20), np.log(20)), *[(-50, 50)] * (raw.shape[1] - 1)]
+    found = minimize(loss, np.zeros(raw.shape[1]), method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12}).x
     temperature = float(np.exp(-found[0]))
     bias = np.append(found[1:], 0.0) * temperature
     return Calibration("fitted", prior, bias - bias.mean(), temperature)
@@ -791,20 +878,19 @@ def calibration_path(model_dir: str) -> Path:
     return (Path(model_dir) if adapter_config(model_dir) else Path("runs/creditmix_base")) / "calibration.json"
 
 
-def read_fitted(
-    model_dir: str, forms: dict[str, list[str]], aggregate: str, nulls: int, quantization: str
-) -> dict | None:
+def read_fitted(model_dir: str, settings: dict[str, Any]) -> dict | None:
     """The fitted calibration of a model as stored, None where there is none.
 
-    Raises InputError where it was fitted for another model, other surface forms, null prompts or quantization.
+    settings: how the model is scored now (surface forms and their aggregate, null prompts, quantization, type of
+    computation). Raises InputError where it was fitted with others or for another model, or is damaged.
     """
     path = calibration_path(model_dir)
     if not path.is_file():
         return None
     stored = read_json(path)
-    wanted = {"forms": forms, "aggregate": aggregate, "null_prompts": nulls, "quantization": quantization}
-    wanted["model"] = model_fingerprint(model_dir)
-    for name, value in wanted.items():
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: no calibration (an object is expected); fit again with eval_creditmix.py --fit")
+    for name, value in {"model": model_fingerprint(model_dir), **settings}.items():
         if stored.get(name) != value:
             if name == "model" and not adapter_config(model_dir):
                 return None  # runs/creditmix_base serves one base at a time; another base simply has none
@@ -812,6 +898,10 @@ def read_fitted(
                 f"{path}: fitted with another {name} ({stored.get(name)}, now {value}); "
                 "fit again with eval_creditmix.py --fit, or use --calibration contextual"
             )
+    bias, temperature = stored.get("bias"), stored.get("temperature")
+    numbers = [*bias.values(), temperature] if isinstance(bias, dict) else [None]
+    if not all(type(x) in (int, float) for x in numbers) or temperature <= 0 or set(bias) != set(settings["forms"]):
+        raise InputError(f"{path}: bias or temperature is damaged; fit again with eval_creditmix.py --fit")
     return stored
 
 
@@ -828,5 +918,4 @@ def claim_run_dir(save_dir: str | Path, overwrite: bool, resume: bool) -> None:
     started = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())
     if started and not (resume or overwrite):
         raise InputError(f"{path}: an unfinished run is here; --resume goes on with it, --overwrite starts again")
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file, a folder is needed")
+    check_folder(path)

@@ -34,6 +34,7 @@ from common import (
     label_prior,
     load_model,
     model_fingerprint,
+    parse_json,
     read_fitted,
     read_jsonl,
     read_text,
@@ -82,7 +83,7 @@ def clean_field(field: str, value: str, notes: Counter | None = None) -> str:
     """
     note = (lambda text: notes.update([text])) if notes is not None else (lambda text: None)
     text = value.strip()
-    bare = text.strip("_ ")
+    bare = text.strip("_ $€£%" if field in PLAUSIBLE else "_ ")
     if bare in ("", "!@9#%8", "NM", "nan", "NaN", UNKNOWN):
         if bare != UNKNOWN:
             note(f"{field}: missing ({text or 'empty'}) -> {UNKNOWN}")
@@ -98,7 +99,7 @@ def clean_field(field: str, value: str, notes: Counter | None = None) -> str:
         note(f"{field}: outside {low:g}..{high:g} -> {UNKNOWN}")
         return UNKNOWN
     if bare != text:
-        note(f"{field}: stray _ removed")
+        note(f"{field}: stray {text[0] if text[0] in '_$€£' else text[-1]} removed")
     return canonical_number(number)
 
 
@@ -130,6 +131,11 @@ def canonical_features(text: str, notes: Counter | None = None) -> str:
     if any(field in pairs for field in CREDIT_FIELDS):
         pairs = {field: pairs.get(field, UNKNOWN) for field in CREDIT_FIELDS} | pairs
     return ", ".join(f"{field}: {clean_field(field, value, notes)}" for field, value in pairs.items())
+
+
+def known_fields(text: str) -> list[str]:
+    """Those of the six features that a text names."""
+    return [field for field in parse_features(text) or {} if field in CREDIT_FIELDS]
 
 
 def creditmix_prompt(features: str) -> str:
@@ -182,16 +188,21 @@ def _raw_creditmix(path: Path) -> Iterator[tuple[str, str, str, str]]:
             raise InputError(
                 f"{path}: column {', '.join(missing)} missing; found {', '.join(reader.fieldnames or [])}"
             )
-        for row in reader:
-            where = f"{path}: line {reader.line_num}"
+        while True:
+            where = f"{path}: line {reader.line_num + 1}"
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise InputError(f"{where}: {error}; is a quotation mark not closed?") from None
             if None in row or None in row.values():
                 raise InputError(f"{where} has another number of cells than the header")
             features = ", ".join(f"{field}: {row[column]}" for column, field in CSV_COLUMNS.items())
             yield where, row["Customer_ID"], features, row["Credit_Mix"]
-        return
     if text.lstrip().startswith("["):
         try:
-            rows = json.loads(text)
+            rows = parse_json(text)
         except ValueError as error:
             raise InputError(f"{path}: not a JSON list ({error})") from None
         named = [(f"{path}: item {number}", row) for number, row in enumerate(rows)]
@@ -315,12 +326,22 @@ def check_scoring_flags(args: Any) -> tuple[dict[str, list[str]], np.ndarray, li
     return forms, np.array([given.get(label, 0.0) for label in LABELS]), null_prompts(args.null_prompts)
 
 
+def scoring_settings(args: Any) -> dict[str, Any]:
+    """What decides raw scores and priors beside the model: a calibration fits no other settings."""
+    return {
+        "forms": check_scoring_flags(args)[0],
+        "aggregate": args.aggregate,
+        "null_prompts": args.null_prompts,
+        "quantization": args.quantization,
+        "compute_dtype": str(compute_dtype(args.compute_dtype)).removeprefix("torch."),
+    }
+
+
 def fitted_calibration(model_dir: str, args: Any) -> dict | None:
     """The stored calibration that `args.calibration` asks for, None where another is to be used. Raises InputError."""
     if args.calibration not in (None, "fitted"):
         return None
-    forms, _, _ = check_scoring_flags(args)
-    fitted = read_fitted(model_dir, forms, args.aggregate, args.null_prompts, args.quantization)
+    fitted = read_fitted(model_dir, scoring_settings(args))
     if args.calibration == "fitted" and not fitted:
         raise InputError(f"{calibration_path(model_dir)}: not there; fit it with eval_creditmix.py --fit")
     return fitted

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import InputError, run_script, split_of, write_jsonl
+from common import InputError, check_folder, file_sha256, run_script, seed_number, split_of, write_json, write_jsonl
 from creditmix import (
     LABELS,
     CreditRow,
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="share 0..1 of the Standard rows that are near misses (%(default)s)",
     )
-    add("--seed", type=int, default=0, help="of sampling and order (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of sampling and order (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -113,8 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if not 0 <= args.hard_standard <= 1 or args.per_class < 0:
         raise InputError("--hard_standard is a share from 0 to 1, --per_class 0 or more")
-    if Path(args.outdir).exists() and not Path(args.outdir).is_dir():
-        raise InputError(f"--outdir {args.outdir}: is a file, a folder is needed")
+    check_folder(args.outdir)
     rows, notes = read_creditmix(args.src)
     for text, count in notes.most_common():
         print(f"cleaned {count:>6} x {text}")
@@ -140,10 +139,16 @@ def main(argv: list[str] | None = None) -> int:
         sft.append({"input": prompt, "output": row.label})
         kd.append({"input": prompt, "teacher_output": row.label, "label_probs": soft})
         dpo.append({"prompt": prompt, "chosen": row.label, "rejected": wrong})
+    files = {}
     for name, lines in (("sft", sft), ("kd", kd), ("dpo", dpo)):
         path = Path(args.outdir) / f"creditmix_{name}.jsonl"
         write_jsonl(path, lines)
+        files[path.name] = file_sha256(path)
         print(f"wrote {len(lines)} rows to {path}")
+    # The trainers take the split from here, so that evaluation cannot validate on what was trained.
+    note = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "hard_standard")}
+    note["source"] = {"file": args.src, "sha256": file_sha256(args.src)}
+    write_json(Path(args.outdir) / "creditmix_prepared.json", note | {"files": files})
     return 0
 
 

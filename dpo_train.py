@@ -11,6 +11,7 @@ reference must be the same network at the start.
 from __future__ import annotations
 
 import argparse
+import math
 
 from common import (
     InputError,
@@ -21,8 +22,10 @@ from common import (
     local_or_hub,
     lora_config,
     parameter_count,
+    quiet_libraries,
     read_jsonl,
     run_script,
+    seed_number,
     student_of,
 )
 
@@ -97,8 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"{SMALL['lora_dropout']:g} below 1 B parameters, else {LARGE['lora_dropout']:g}",
     )
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="of adapter initialisation, row order and dropout (%(default)s)")
-    add("--split_seed", type=int, default=0, help="the split the data was prepared with; recorded (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of adapter initialisation, row order and dropout (%(default)s)")
+    add("--split_seed", type=int, help="the split the data was prepared with (default: as noted beside it, else 0)")
     add("--save_steps", type=int, default=100, help="steps between checkpoints (%(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint of a killed run")
     add("--overwrite", action="store_true", help="replace a run that is in --save_dir")
@@ -135,7 +138,7 @@ def sequence_length(example: dict) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.beta <= 0 or args.sft_weight < 0:
+    if not 0 < args.beta < math.inf or not 0 <= args.sft_weight < math.inf:
         raise InputError("--beta is above 0, --sft_weight 0 or more")
     rows = read_jsonl(args.data, ("prompt", "chosen", "rejected"))
     if not args.dry_run:
@@ -143,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     student = student_of(args.student, args.adapter)
     check_model_name(student)
     path = local_or_hub(student)
+    quiet_libraries()
 
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer

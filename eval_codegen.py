@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from codegen import Coder, Task, add_codegen_flags, check_codegen_flags, read_tasks
-from common import InputError, file_sha256, run_script, write_json, write_jsonl
+from common import InputError, check_folder, file_sha256, run_script, write_json, write_jsonl
 from sandbox import SECONDS, isolation, run_programs
 
 
@@ -119,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--bootstrap and --limit are at least 1, --seconds above 0")
     if bool(args.model_dir) == args.references:
         raise InputError("give either --model_dir or --references")
+    if args.report_dir:
+        check_folder(args.report_dir)
     tasks = read_tasks(args.data)[: args.limit]
     if args.references:
         return check_references(tasks, args)

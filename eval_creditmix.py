@@ -24,12 +24,14 @@ from common import (
     Calibration,
     InputError,
     calibration_path,
+    check_folder,
     check_model_name,
     file_sha256,
     fit_calibration,
     model_fingerprint,
-    read_json,
+    run_record,
     run_script,
+    seed_number,
     split_of,
     write_json,
     write_jsonl,
@@ -42,6 +44,7 @@ from creditmix import (
     balanced_sample,
     gradient_boosting,
     read_creditmix,
+    scoring_settings,
     tabular_features,
 )
 
@@ -57,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--val_per_class", type=int, help="validation rows a class (default: as many as the rarest class has)")
     add("--val_frac", type=float, help="or: share 0..1 of all rows to validate on, balanced")
-    add("--seed", type=int, default=0, help="of the sample and the bootstrap (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of the sample and the bootstrap (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the training's own (%(default)s)")
     add = parser.add_argument_group("calibration").add_argument
     add("--fit", action="store_true", help="fit bias and temperature on calibration rows; writes calibration.json")
@@ -72,13 +75,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_split_seed(model_dir: str, split_seed: int) -> None:
-    """Refuse an adapter that was trained under another split: its training rows would be in the validation set."""
-    run = Path(model_dir) / "run.json"
-    trained = read_json(run).get("split_seed") if run.is_file() else split_seed
+def check_training(model_dir: str, split_seed: int, data_sha256: str) -> None:
+    """Refuse an adapter that was trained under another split: its training rows would be in the validation set.
+    Say so where it was trained on other rows: whether those have these customers among them cannot be seen."""
+    run = run_record(model_dir)
+    trained = run.get("split_seed", split_seed)
     if trained != split_seed:
         raise InputError(
             f"{model_dir}: trained with --split_seed {trained}, evaluated with {split_seed}: rows would leak"
+        )
+    source = (run.get("data") or {}).get("source") or {}
+    if source.get("sha256", data_sha256) != data_sha256:
+        print(
+            f"note: {model_dir} was trained on rows of {source.get('file')}, not of --data; "
+            "customers that both have may have been trained on",
+            file=sys.stderr,
         )
 
 
@@ -90,6 +101,17 @@ def draw(rows: Sequence[CreditRow], split: str, per_class: int | None, args: arg
         return balanced_sample(pool, per_class or max(1, min(counts[label] for label in LABELS)), args.seed)
     except InputError as error:
         raise InputError(f"{args.data}: {split} rows: {error}") from None
+
+
+def draw_samples(rows: Sequence[CreditRow], args: argparse.Namespace) -> tuple[list[CreditRow], ...]:
+    """(validation, calibration, training) rows, balanced, of customers of that split alone; the last two are empty
+    where --fit or --baselines does not ask for them."""
+    per_class = max(1, round(args.val_frac * len(rows) / len(LABELS))) if args.val_frac else args.val_per_class
+    validation = draw(rows, "validation", per_class, args)
+    calibration = draw(rows, "calibration", None, args) if args.fit else []
+    if len(calibration) > args.fit_per_class * len(LABELS):
+        calibration = draw(rows, "calibration", args.fit_per_class, args)
+    return validation, calibration, draw(rows, "train", None, args) if args.baselines else []
 
 
 def point_metrics(answers: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
@@ -155,10 +177,7 @@ def fit(model: CreditModel, model_dir: str, rows: list[CreditRow], args: argpars
             "temperature": fitted.temperature,
             "labels": list(LABELS),
             "model": model_fingerprint(model_dir),
-            "forms": model.scorer.forms,
-            "aggregate": args.aggregate,
-            "null_prompts": args.null_prompts,
-            "quantization": args.quantization,
+            **scoring_settings(args),
             "fitted_on": {"rows": len(rows), "sha256": digest, "data": args.data, "split_seed": args.split_seed},
         },
     )
@@ -307,23 +326,21 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--val_frac is a share above 0 and at most 0.3, the validation part")
     if args.fit and args.calibration in ("none", "contextual"):
         raise InputError(f"--fit measures the fitted calibration; leave --calibration {args.calibration} out")
+    if args.report_dir:
+        check_folder(args.report_dir)
     for model_dir in args.model_dir:
         check_model_name(model_dir)
-        check_split_seed(model_dir, args.split_seed)
     rows, _ = read_creditmix(args.data)
-    per_class = max(1, round(args.val_frac * len(rows) / len(LABELS))) if args.val_frac else args.val_per_class
-    validation = draw(rows, "validation", per_class, args)
-    calibration_rows = []
-    if args.fit:
-        calibration_rows = draw(rows, "calibration", None, args)
-        if len(calibration_rows) > args.fit_per_class * len(LABELS):
-            calibration_rows = draw(rows, "calibration", args.fit_per_class, args)
-    results = [evaluate_model(model_dir, validation, calibration_rows, args) for model_dir in args.model_dir]
+    data_hash = file_sha256(args.data)
+    for model_dir in args.model_dir:
+        check_training(model_dir, args.split_seed, data_hash)
+    validation, calibration, train = draw_samples(rows, args)
+    results = [evaluate_model(model_dir, validation, calibration, args) for model_dir in args.model_dir]
     if args.baselines:
-        results += baselines(draw(rows, "train", None, args), validation, args)
+        results += baselines(train, validation, args)
     hidden = ("predicted", "responses", "probabilities")
     summary = {
-        "data": {"file": args.data, "sha256": file_sha256(args.data), "validation_rows": len(validation)},
+        "data": {"file": args.data, "sha256": data_hash, "validation_rows": len(validation)},
         "split_seed": args.split_seed,
         "seed": args.seed,
         "models": [{key: value for key, value in result.items() if key not in hidden} for result in results],

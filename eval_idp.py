@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from common import InputError, file_sha256, read_jsonl, run_script, write_json, write_jsonl
+from common import InputError, check_folder, file_sha256, read_jsonl, run_script, write_json, write_jsonl
 from idp import Extractor, add_extraction_flags, check_extraction_flags, expected_of
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -306,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     check_extraction_flags(args)
     if args.bootstrap < 1 or (args.limit is not None and args.limit < 1):
         raise InputError("--bootstrap and --limit are at least 1")
+    if args.report_dir:
+        check_folder(args.report_dir)
     rows = read_documents(args.data, args.limit)
     if args.by and not any(args.by in row for row in rows):
         raise InputError(f"--by {args.by}: no line of {args.data} has it")

@@ -19,6 +19,7 @@ from common import (
     load_model,
     local_or_hub,
     read_json,
+    seed_number,
 )
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
     add("--chunk", action="store_true", help="read documents longer than the context page by page")
     add("--max_new_tokens", type=int, default=512, help="budget of an answer; it is closed within it (%(default)s)")
     add("--retries", type=int, default=3, help="further tries where only jsonschema can check a rule (%(default)s)")
-    add("--seed", type=int, default=0, help="of the retries, which sample (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of the retries, which sample (%(default)s)")
     add("--batch_size", type=int, default=8, help="documents decoded together (%(default)s)")
     add_loading_flags(parser)
 

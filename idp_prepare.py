@@ -12,10 +12,9 @@ import argparse
 import re
 import sys
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
-from common import InputError, hash_share, read_json, read_jsonl, run_script, write_jsonl
+from common import InputError, hash_share, read_json, read_jsonl, run_script, write_parts
 from decoding import pointer_of, validator_class
 from idp import compact_json, expected_of, idp_prompt
 
@@ -85,13 +84,8 @@ def main(argv: list[str] | None = None) -> int:
             parts[part].append({"input": idp_prompt(document), "output": compact_json(answer)})
         else:
             parts[part].append({"document": document, "expected": answer})
-    for part, rows in parts.items():
-        if not rows:
-            raise InputError(f"{args.src}: no row falls into the {part} part; change --val_share or --split_seed")
-    for part, rows in parts.items():
-        path = Path(args.outdir) / f"idp_{part}.jsonl"
-        write_jsonl(path, rows)
-        print(f"wrote {len(rows)} rows of {len(groups[part])} groups to {path}", file=sys.stderr)
+    write_parts(args.outdir, "idp", parts)
+    print("groups: " + ", ".join(f"{len(names)} in {part}" for part, names in groups.items()), file=sys.stderr)
     return 0
 
 

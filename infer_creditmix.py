@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from batch_files import check_files, failed_line, parse_line, run_file
 from common import InputError, model_fingerprint, run_script
-from creditmix import CreditModel, add_scoring_flags
+from creditmix import CREDIT_FIELDS, CreditModel, add_scoring_flags, known_fields
 
-CHUNK = 512  # rows scored between two writes to the .part file
+CHUNK = 128  # rows scored between two writes to the .part file: what an interruption can cost
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.features is not None:
         if not args.features.strip():
             raise InputError("--features is empty")
+        if not known_fields(args.features):
+            names = ", ".join(CREDIT_FIELDS)
+            print(f"note: the text names none of {names}; the answer says little", file=sys.stderr)
         model = CreditModel.load(args.model_dir, args)
         print(json.dumps(model.responses(model.raw_scores([args.features]))[0], indent=2))
         return 0

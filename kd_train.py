@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,10 @@ from common import (
     local_or_hub,
     lora_config,
     parameter_count,
+    quiet_libraries,
     read_jsonl,
     run_script,
+    seed_number,
     student_of,
 )
 
@@ -106,8 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"{SMALL['lora_dropout']:g} below 1 B parameters, else {LARGE['lora_dropout']:g}",
     )
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="of adapter initialisation, row order and dropout (%(default)s)")
-    add("--split_seed", type=int, default=0, help="the split the data was prepared with; recorded (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of adapter initialisation, row order and dropout (%(default)s)")
+    add("--split_seed", type=int, help="the split the data was prepared with (default: as noted beside it, else 0)")
     add("--save_steps", type=int, default=100, help="steps between checkpoints (%(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint of a killed run")
     add("--overwrite", action="store_true", help="replace a run that is in --save_dir")
@@ -169,7 +172,7 @@ def first_tokens(encoder: PromptEncoder, labels: list[str]) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if not 0 <= args.kd_alpha <= 1 or args.kd_temperature <= 0:
+    if not 0 <= args.kd_alpha <= 1 or not 0 < args.kd_temperature < math.inf:
         raise InputError("--kd_alpha is a share from 0 to 1, --kd_temperature above 0")
     rows = read_jsonl(args.data, ("input", "teacher_output"))
     labels = check_label_probs(rows, args.data)
@@ -178,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     student = student_of(args.student, args.adapter)
     check_model_name(student)
     path = local_or_hub(student)
+    quiet_libraries()
 
     from trl import SFTConfig
 
@@ -187,6 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     training.check_flags(args)
     encoder = PromptEncoder(training.load_tokenizer(path))
     dataset = training.completion_dataset(rows, "teacher_output", encoder, args.max_length, args.data)
+    if labels:
+        dataset = dataset.add_column("label_probs", [row["label_probs"] for row in rows])
     lengths = [len(ids) for ids in dataset["input_ids"]]
     estimate = training.estimate_memory(path, args, max(lengths))
     if args.dry_run:

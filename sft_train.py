@@ -19,8 +19,10 @@ from common import (
     local_or_hub,
     lora_config,
     parameter_count,
+    quiet_libraries,
     read_jsonl,
     run_script,
+    seed_number,
 )
 
 LORA = {"lora_r": 16, "lora_alpha": 32}
@@ -82,8 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"{SMALL['lora_dropout']:g} below 1 B parameters, else {LARGE['lora_dropout']:g}",
     )
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="of adapter initialisation, row order and dropout (%(default)s)")
-    add("--split_seed", type=int, default=0, help="the split the data was prepared with; recorded (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of adapter initialisation, row order and dropout (%(default)s)")
+    add("--split_seed", type=int, help="the split the data was prepared with (default: as noted beside it, else 0)")
     add("--save_steps", type=int, default=100, help="steps between checkpoints (%(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint of a killed run")
     add("--overwrite", action="store_true", help="replace a run that is in --save_dir")
@@ -101,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         claim_run_dir(args.save_dir, args.overwrite, args.resume)
     check_model_name(args.student)
     path = local_or_hub(args.student)
+    quiet_libraries()
 
     from trl import SFTConfig
 

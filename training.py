@@ -19,17 +19,20 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTTrainer
 
 from common import (
     InputError,
     PromptEncoder,
     adapter_config,
+    claim_run_dir,
     compute_dtype,
     file_sha256,
     lora_config,
     parameter_count,
     read_json,
+    run_record,
     write_json,
 )
 
@@ -39,16 +42,41 @@ SMALL_STUDENT = 1e9
 MAX_LOGITS_BYTES = 2**29
 
 
-def fill_defaults(args: argparse.Namespace, small: dict[str, Any], large: dict[str, Any], parameters: int) -> None:
-    """Set each flag left at None from the recipe for the student's size, and LoRA's from the adapter to go on from.
+def preparation(data: str) -> dict[str, Any]:
+    """What a prepare script noted beside a data file (split seed, source), empty for data of another origin."""
+    for path in Path(data).parent.glob("*_prepared.json"):
+        note = read_json(path)
+        if isinstance(note, dict) and note.get("files", {}).get(Path(data).name) == file_sha256(data):
+            return note
+    return {}
 
-    Raises InputError for a LoRA flag that contradicts that adapter."""
+
+def fill_split_seed(args: argparse.Namespace) -> None:
+    """Set --split_seed, if not given, from the note beside the data. Raises InputError where note, flag and adapter
+    do not have the same: rows that one of them was trained on would be in the validation set."""
+    noted = preparation(args.data).get("split_seed")
+    if args.split_seed is None:
+        args.split_seed = noted or 0
+    elif noted not in (None, args.split_seed):
+        raise InputError(f"--split_seed {args.split_seed}: {args.data} was prepared with {noted}; leave the flag out")
+    before = run_record(args.adapter).get("split_seed") if getattr(args, "adapter", None) else None
+    if before not in (None, args.split_seed):
+        raise InputError(
+            f"--adapter {args.adapter} was trained with --split_seed {before}, {args.data} has {args.split_seed}; "
+            "prepare the data with the adapter's"
+        )
+
+
+def fill_defaults(args: argparse.Namespace, small: dict[str, Any], large: dict[str, Any], parameters: int) -> None:
+    """Set each flag left at None: from the recipe for the student's size, LoRA's from the adapter to go on from, the
+    split from the data. Raises InputError for a flag that contradicts adapter or data."""
+    fill_split_seed(args)
     if getattr(args, "adapter", None):
         config = adapter_config(args.adapter)
         for flag, key in {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.items():
-            if getattr(args, flag) not in (None, config[key]):
-                raise InputError(f"--{flag} {getattr(args, flag)}: {args.adapter} has {config[key]}; leave it out")
-            setattr(args, flag, config[key])
+            if getattr(args, flag) not in (None, config.get(key)):
+                raise InputError(f"--{flag} {getattr(args, flag)}: {args.adapter} has {config.get(key)}; leave it out")
+            setattr(args, flag, config.get(key))
     for name, value in (small if parameters < SMALL_STUDENT else large).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -63,7 +91,7 @@ def check_flags(args: argparse.Namespace) -> None:
     problems = [
         f"--{name} {getattr(args, name)} (at least {low})"
         for name, low in least.items()
-        if not getattr(args, name) >= low
+        if not low <= getattr(args, name) < math.inf
     ]
     if args.epochs == 0 and not args.max_steps:
         problems.append("--epochs 0 without --max_steps")
@@ -71,6 +99,9 @@ def check_flags(args: argparse.Namespace) -> None:
         problems.append(f"--lora_dropout {args.lora_dropout} (below 1)")
     if problems:
         raise InputError(f"out of range: {', '.join(problems)}")
+    there = ("none", *get_available_reporting_integrations())
+    if args.report_to not in there:
+        raise InputError(f"--report_to {args.report_to}: not installed here; possible are: {', '.join(there)}")
     if getattr(args, "adapter", None) and Path(args.adapter).resolve() == Path(args.save_dir).resolve():
         raise InputError(f"--save_dir {args.save_dir} is the --adapter to go on from; choose another --save_dir")
 
@@ -94,10 +125,7 @@ def completion_dataset(
         supervised = sum(label != -100 for label in labels)
         if not 1 < supervised < len(labels) or labels[-1] != end:
             raise InputError(f"{source}: row {number}: {supervised} of {len(labels)} tokens supervised")
-        example = {"input_ids": prompt + completion, "labels": labels}
-        if "label_probs" in row:
-            example["label_probs"] = row["label_probs"]
-        examples.append(example)
+        examples.append({"input_ids": prompt + completion, "labels": labels})
     if too_long:
         number, length = max(too_long, key=lambda pair: pair[1])
         raise InputError(
@@ -350,6 +378,8 @@ def train_and_save(
     started = time.monotonic()
     data_hash = note_settings(args)
     checkpoint = last_checkpoint(args.save_dir) if args.resume else None
+    if args.resume and not checkpoint:
+        print(f"{save_dir}: no checkpoint yet, training starts at the beginning", file=sys.stderr)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.accelerator.is_main_process:
         return
@@ -357,6 +387,7 @@ def train_and_save(
     model.peft_config["default"].base_model_name_or_path = student  # as the user named it, not this machine's path
     model.save_pretrained(save_dir, selected_adapters=["default"], save_embedding_layers=False)
     trainer.processing_class.save_pretrained(save_dir)
+    (save_dir / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, with this machine's paths
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     write_json(save_dir / "training_curve.json", history)
     plot_curve(save_dir / "training_curve.png", history, f"{save_dir.name} ({method})")
@@ -364,7 +395,7 @@ def train_and_save(
         "method": method,
         "base_model": student,
         "flags": vars(args),
-        "data": {"file": args.data, "sha256": data_hash, "rows": rows},
+        "data": {"file": args.data, "sha256": data_hash, "rows": rows, "source": preparation(args.data).get("source")},
         "split_seed": args.split_seed,
         "seed": args.seed,
         "packages": package_versions(),
@@ -396,3 +427,11 @@ def print_plan(args: argparse.Namespace, tokens: Sequence[int], estimate: dict[s
     parts = ", ".join(f"{name} {estimate[name]:.2f}" for name in kinds)
     print(f"estimated memory     {estimate['total']:.2f} GB ({parts})")
     print(f"would write          {args.save_dir}")
+    for check in (
+        lambda: claim_run_dir(args.save_dir, args.overwrite, args.resume),
+        lambda: check_memory(estimate, args.max_memory_gb),
+    ):
+        try:
+            check()
+        except InputError as error:
+            print(f"would be refused     {error}")

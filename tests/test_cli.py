@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,34 @@ WRONG = {
         ["eval_creditmix.py", "--model_dir", "runs/killed", "--data", "good.jsonl", "--report_dir", "out"],
         "eval_creditmix.py: error: runs/killed: this run did not finish (no run.json); go on with --resume",
     ),
+    "a report inside a file": (
+        ["eval_creditmix.py", "--model_dir", "smollm2-135m", "--data", "good.jsonl", "--report_dir", "plain/report"],
+        "eval_creditmix.py: error: plain: is a file, a folder is needed",
+    ),
+    "an output inside a file": (
+        ["infer_creditmix.py", "--model_dir", "m", "--input", "good.jsonl", "--output", "plain/out.jsonl"],
+        "infer_creditmix.py: error: plain: is a file, a folder is needed",
+    ),
+    "an adapter inside a file": (
+        ["sft_train.py", "--data", "sft.jsonl", "--save_dir", "plain/run"],
+        "sft_train.py: error: plain: is a file, a folder is needed",
+    ),
+    "the input as output": (
+        ["infer_creditmix.py", "--model_dir", "m", "--input", "good.jsonl", "--output", "./good.jsonl", "--overwrite"],
+        "infer_creditmix.py: error: good.jsonl: is the --input; choose another --output",
+    ),
+    "half a character": (
+        ["creditmix_prepare.py", "--src", "half.jsonl", "--outdir", "out"],
+        "creditmix_prepare.py: error: half.jsonl: line 1 is not JSON (",
+    ),
+    "nested too deep": (
+        ["creditmix_prepare.py", "--src", "deep.json", "--outdir", "out"],
+        "creditmix_prepare.py: error: deep.json: not a JSON list (nested too deep)",
+    ),
+    "a cell that does not end": (
+        ["creditmix_prepare.py", "--src", "open.csv", "--outdir", "out"],
+        "creditmix_prepare.py: error: open.csv: line 2: field larger than field limit",
+    ),
     "a training file without its field": (
         ["sft_train.py", "--data", "good.jsonl", "--save_dir", "out"],
         'sft_train.py: error: good.jsonl: line 1 needs "input" as a non-empty string, found fields [',
@@ -143,10 +172,16 @@ WRONG = {
 def test_wrong_input_ends_with_status_2_and_one_line(here, command, line):
     Path("good.jsonl").write_text(json.dumps(GOOD_ROW) + "\n")
     Path("broken.jsonl").write_text(json.dumps(GOOD_ROW) + "\n\n{oops\n")
+    Path("sft.jsonl").write_text('{"input": "a", "output": "b"}\n')
+    Path("half.jsonl").write_text('{"question": "Age: \\ud800", "answer": "Good"}\n')
+    Path("deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    columns = "Customer_ID,Age,Occupation,Annual_Income,Outstanding_Debt,Credit_Utilization_Ratio,Payment_Behaviour"
+    Path("open.csv").write_text(f'{columns},Credit_Mix\nC1,30,"' + "x\n" * 100_000)
     killed = here / "runs/killed"
     (killed / "checkpoints/checkpoint-2").mkdir(parents=True)
     (killed / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m"}')
     (killed / "adapter_model.safetensors").touch()
+    Path("plain").touch()
     before = everything(here)
     done = run_cli(*command, cwd=here)
     assert (done.returncode, done.stdout) == (2, "")
@@ -159,7 +194,9 @@ def test_a_finished_command_has_status_0_and_its_files(here):
     done = run_cli("creditmix_prepare.py", "--src", "raw.json", "--outdir", "data", cwd=here)
     assert done.returncode == 0, done.stderr
     assert "wrote " in done.stdout
-    assert everything(here / "data") == [f"creditmix_{name}.jsonl" for name in ("dpo", "kd", "sft")]
+    assert everything(here / "data") == [
+        f"creditmix_{name}" for name in ("dpo.jsonl", "kd.jsonl", "prepared.json", "sft.jsonl")
+    ]
 
 
 def test_failed_lines_end_a_batch_with_status_1(here, model_dir):
@@ -256,9 +293,42 @@ def test_a_killed_run_is_refused_until_it_is_finished(here, model_dir, capsys):
 @pytest.mark.parametrize("name", ["adapter_config.json", "run.json"])
 def test_a_damaged_file_of_a_run_is_named(here, data, model_dir, name):
     folder = Path(save_adapter(here / "runs/damaged", model_dir))
-    (folder / name).write_text('{"split_seed": ')
-    no_model(eval_creditmix.main, "--model_dir", "runs/damaged", "--data", data)
-    assert name in no_model.message
+    for text in ('{"split_seed": ', "[]", "NaN"):
+        (folder / name).write_text(text)
+        no_model(eval_creditmix.main, "--model_dir", "runs/damaged", "--data", data)
+        assert name in no_model.message
+
+
+def test_weights_that_were_cut_short_are_named(here, data, model_dir):
+    folder = Path(save_adapter(here / "runs/damaged", model_dir))
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    for part in (weights[:5], weights[:-7], b""):
+        (folder / "adapter_model.safetensors").write_bytes(part)
+        no_model(infer_creditmix.main, "--model_dir", "runs/damaged", "--features", "Age: 30")
+        assert "adapter_model.safetensors: damaged weights (" in no_model.message
+
+
+def test_a_folder_that_is_no_known_model_is_named(here, model_dir):
+    shutil.copytree(model_dir, "copy")
+    for text in ("{}", "[]", '{"model_type": "nonsense"}'):
+        Path("copy/config.json").write_text(text)
+        no_model(infer_creditmix.main, "--model_dir", "copy", "--features", "Age: 30")
+        assert no_model.message.startswith("copy: config.json is of no known model (")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32), "x"])
+def test_seeds_that_generators_do_not_take_are_refused(capsys, seed):
+    for main in (creditmix_prepare.main, eval_creditmix.main, sft_train.main):
+        with pytest.raises(SystemExit) as stop:
+            main(["--model_dir", "m", "--seed", seed] if main is eval_creditmix.main else ["--seed", seed])
+        assert stop.value.code == 2 and "--seed" in capsys.readouterr().err
+
+
+def test_inference_under_a_launcher_is_refused(here, model_dir, monkeypatch):
+    """Each process would write every line."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    no_model(infer_creditmix.main, "--model_dir", model_dir, "--features", "Age: 30")
+    assert no_model.message.startswith("inference and evaluation run in one process")
 
 
 # ----------------------------------------------------------------------------------------------------- files that fail
@@ -292,7 +362,7 @@ def test_training_files_are_checked_before_a_model_loads(here, text, message):
 def test_prepare_leaves_what_it_must_not_touch(here, data, kind):
     if kind == "file":
         Path("out").write_text("precious")
-        with pytest.raises(InputError, match="--outdir out: is a file, a folder is needed"):
+        with pytest.raises(InputError, match="out: is a file, a folder is needed"):
             creditmix_prepare.main(["--src", data, "--outdir", "out"])
         assert Path("out").read_text() == "precious"
         return

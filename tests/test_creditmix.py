@@ -33,7 +33,7 @@ from creditmix import (
     null_prompts,
     read_creditmix,
 )
-from eval_creditmix import draw
+from eval_creditmix import draw, draw_samples
 
 # ---------------------------------------------------------------------------------------------------- canonical text
 
@@ -86,6 +86,10 @@ def test_canonical_number(value, expected):
         ("Annual Income", "1.911412e4", "19100"),
         ("Annual Income", "24198062.0", UNKNOWN),
         ("Outstanding Debt", "809.98", "810"),
+        ("Annual Income", "$19,114.12", "19100"),
+        ("Outstanding Debt", "810 €", "810"),
+        ("Outstanding Debt", "$", UNKNOWN),
+        ("Credit Utilization Ratio", "35%", "35"),
         ("Outstanding Debt", "_", UNKNOWN),
         ("Outstanding Debt", "   ", UNKNOWN),
         ("Credit Utilization Ratio", "35.03", "35"),
@@ -213,6 +217,21 @@ def test_validation_fit_and_training_rows_share_no_customer(split_seed, seed):
     training = {row.customer for row in rows if split_of(row.customer, split_seed) == "train"}  # drawn or not
     assert not training & (customers["calibration"] | customers["validation"])
     assert not customers["calibration"] & customers["validation"]
+
+
+@pytest.mark.parametrize("fit_per_class", [5, 300])
+@pytest.mark.parametrize("how", [{"val_per_class": 10}, {"val_frac": 0.1}, {}])
+def test_what_eval_draws_comes_from_the_split_it_is_for(fit_per_class, how):
+    """The capped calibration rows and the baselines' training rows too."""
+    flags = {"val_per_class": None, "val_frac": None, "fit": True, "baselines": True} | how
+    args = Namespace(split_seed=0, seed=0, data="x", fit_per_class=fit_per_class, **flags)
+    drawn = dict(zip(("validation", "calibration", "train"), draw_samples(labelled(), args), strict=True))
+    for split, rows in drawn.items():
+        assert rows and {split_of(row.customer) for row in rows} == {split}
+    assert len(drawn["calibration"]) <= 3 * fit_per_class
+    flags |= {"fit": False, "baselines": False}
+    _, *unasked = draw_samples(labelled(), Namespace(split_seed=0, seed=0, data="x", fit_per_class=5, **flags))
+    assert unasked == [[], []]
 
 
 def test_a_split_without_rows_of_a_label_is_refused():
@@ -397,7 +416,8 @@ def prepared(tmp_path_factory, credit_file) -> Path:
 
 
 def test_prepare_writes_three_files_in_the_trainers_formats(prepared):
-    assert sorted(digests(prepared)) == ["creditmix_dpo.jsonl", "creditmix_kd.jsonl", "creditmix_sft.jsonl"]
+    names = [f"creditmix_{name}" for name in ("dpo.jsonl", "kd.jsonl", "prepared.json", "sft.jsonl")]
+    assert sorted(digests(prepared)) == names
     sft, kd, dpo = (read(prepared, name) for name in ("sft", "kd", "dpo"))
     assert len(sft) == len(kd) == len(dpo) > 60
     for a, b, c in zip(sft, kd, dpo, strict=True):

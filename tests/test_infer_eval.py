@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 import batch_files
 import eval_creditmix
 import infer_creditmix
-from common import InputError, model_fingerprint, split_of
+from common import InputError, file_sha256, model_fingerprint, split_of
 from conftest import credit_rows, save_adapter
 from creditmix import LABELS, read_creditmix
 
@@ -34,6 +34,14 @@ def here(tmp_path, monkeypatch) -> Path:
     """An empty working folder, so that runs/ is the test's own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, adapter, credit_file) -> str:
+    """An adapter with its calibration."""
+    own = str(shutil.copytree(adapter, tmp_path_factory.mktemp("fitted") / "own"))
+    assert evaluate(own, credit_file, "--fit") == 0
+    return own
 
 
 def infer_one(capsys, model: str, *flags: str) -> dict:
@@ -397,6 +405,48 @@ def test_a_calibration_of_another_model_or_other_forms_is_refused(here, capsys, 
         with pytest.raises(InputError, match=f"fitted with another {name} "):
             infer_one(capsys, own, *flags)
         infer_one(capsys, own, *flags, "--calibration", "contextual")  # the way out that the message names
+
+
+DAMAGE = {
+    "a list": lambda stored: [],
+    "no bias": lambda stored: stored | {"bias": None},
+    "a label missing": lambda stored: stored | {"bias": {"Good": 0.0, "Bad": 0.0}},
+    "bias as text": lambda stored: stored | {"bias": stored["bias"] | {"Good": "0.1"}},
+    "temperature 0": lambda stored: stored | {"temperature": 0},
+    "no temperature": lambda stored: {k: v for k, v in stored.items() if k != "temperature"},
+    "NaN": lambda stored: stored | {"temperature": float("nan")},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_calibration_is_refused(here, capsys, adapter, fitted, damage):
+    path = shutil.copytree(fitted, here / "own") / "calibration.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(InputError, match=r"own/calibration\.json: "):
+        infer_one(capsys, str(here / "own"))
+
+
+@pytest.mark.parametrize("flags", [["--quantization", "nf4"], ["--compute_dtype", "bfloat16"]])
+def test_a_calibration_is_refused_where_the_model_is_loaded_otherwise(here, capsys, fitted, flags):
+    with pytest.raises(InputError, match=f"fitted with another {flags[0][2:]} "):
+        infer_one(capsys, fitted, *flags)
+
+
+def test_data_other_than_the_trainings_is_noted(here, capsys, adapter, credit_file):
+    own = Path(shutil.copytree(adapter, here / "own"))
+    run = json.loads((own / "run.json").read_text())
+    for source, noted in ((credit_file, False), (here / "own/run.json", True)):
+        record = {"file": "raw.csv", "sha256": file_sha256(source)}
+        (own / "run.json").write_text(json.dumps(run | {"data": {"source": record}}))
+        capsys.readouterr()
+        assert evaluate(str(own), credit_file) == 0
+        assert ("own was trained on rows of raw.csv, not of --data" in capsys.readouterr().err) == noted
+
+
+def test_a_text_without_a_known_feature_gets_a_note(here, capsys, model_dir):
+    for text, noted in (("Age: 30", False), ("outstanding_debt: 30", False), ("hello", True), ("Height: 3", True)):
+        assert infer_creditmix.main(["--model_dir", model_dir, *PLAIN, "--features", text]) == 0
+        assert ("names none of Age, Occupation" in capsys.readouterr().err) == noted
 
 
 def test_an_adapter_of_another_split_is_refused(here, adapter, credit_file, model_dir):

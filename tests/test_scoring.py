@@ -254,6 +254,15 @@ def test_fitting_recovers_a_known_bias_and_temperature(temperature):
     assert nll(found.probabilities(raw)) <= nll(truth) + 1e-6
 
 
+@pytest.mark.parametrize("answers", [[0, 1, 2] * 20, [1] * 60])
+def test_rows_that_are_all_right_or_all_alike_give_a_finite_calibration(answers):
+    """Without limits the temperature would go to 0, and a bias to infinity."""
+    answers = np.array(answers)
+    found = fit_calibration(np.where(np.eye(3)[answers], -0.1, -3.0), np.zeros(3), answers)
+    assert 1 / 20.01 <= found.temperature <= 20.01 and np.abs(found.bias).max() < 1001
+    assert np.isfinite(found.probabilities(np.array([[-800.0, -0.1, -800.0]]))).all()
+
+
 # ------------------------------------------------------------------------------------------------- prior and its cache
 
 
@@ -388,6 +397,14 @@ def test_verbalizers_default_to_the_label_itself(tmp_path):
     forms = read_verbalizers(path, LABELS)
     assert forms == {"Good": ["Good"], "Standard": ["Standard", "Average"], "Bad": ["Bad"]}
     assert list(forms) == list(LABELS)
+
+
+def test_a_word_of_two_labels_is_refused(tmp_path):
+    path = tmp_path / "words.json"
+    for given in ({"Good": ["Good", "Bad"]}, {"Standard": ["Fair", "Fair"]}, {"Good": ["OK"], "Standard": ["OK"]}):
+        path.write_text(json.dumps(given))
+        with pytest.raises(InputError, match=r"words\.json: (Bad|Fair|OK) stands there twice"):
+            read_verbalizers(path, LABELS)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import dpo_train
@@ -32,7 +32,6 @@ from conftest import ROOT, save_random_model
 
 TRAINERS = {"sft": sft_train, "kd": kd_train, "dpo": dpo_train}
 FILES = {
-    "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
@@ -195,7 +194,7 @@ def test_run_folder(method, run, model_dir, data, sft_adapter, monkeypatch):
     assert set(result["flags"]) == dests and None not in (
         result["flags"][name] for name in ("learning_rate", "batch_size", "grad_accum", "lora_dropout")
     )
-    assert result["data"] == {"file": data[rows], "sha256": common.file_sha256(data[rows]), "rows": 10}
+    assert result["data"] == {"file": data[rows], "sha256": common.file_sha256(data[rows]), "rows": 10, "source": None}
     assert (result["split_seed"], result["seed"], result["resumed_from"]) == (0, 0, None)
     assert {"python", "torch", "transformers", "peft", "trl", "bitsandbytes"} <= set(result["packages"])
     assert result["metrics"]["steps"] == 4 and result["metrics"]["train_loss"] > 0
@@ -678,7 +677,7 @@ def test_rows_without_a_field_are_refused_by_line(method, tmp_path, model_dir):
         ([{"Good": 0.5, "Bad": 0.5}, {"Good": 0.5, "Standard": 0.5}], "row 2"),
         ([{"Good": 0.5, "Bad": 0.5}, {"Good": 0.5, "Bad": 0.3}], "row 2.*add up to 1"),
         ([{"Good": 1.5, "Bad": -0.5}], "row 1.*no probabilities"),
-        ([{"Good": float("nan"), "Bad": 0.5}], "row 1.*no probabilities"),
+        ([{"Good": float("nan"), "Bad": 0.5}], "line 1 is not JSON"),
         ([{"Good": "0.5", "Bad": 0.5}], "row 1.*no probabilities"),
         ([{"Good": 1.0}], "row 1"),
         ([[0.5, 0.5]], "row 1"),
@@ -711,6 +710,66 @@ def test_the_adapter_to_go_on_from_is_not_overwritten(method, data, sft_adapter)
     with pytest.raises(InputError, match="choose another --save_dir"):
         TRAINERS[method].main(flags)
     assert_same(before, adapter(sft_adapter), atol=0)
+
+
+@pytest.fixture
+def prepared(tmp_path, data) -> Path:
+    """Data whose preparation was noted, with split seed 7."""
+    for method in TRAINERS:
+        shutil.copy(data[method], tmp_path / f"{method}.jsonl")
+    files = {f"{method}.jsonl": common.file_sha256(data[method]) for method in TRAINERS}
+    note = {"split_seed": 7, "source": {"file": "raw.csv", "sha256": "abc"}, "files": files}
+    (tmp_path / "creditmix_prepared.json").write_text(json.dumps(note))
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_the_split_of_the_data_is_recorded(method, run, prepared):
+    """Evaluation refuses an adapter of another split, so a wrong record would let training rows into validation."""
+    recorded = json.loads((run(method, "run", "--data", prepared / f"{method}.jsonl") / "run.json").read_text())
+    assert recorded["split_seed"] == recorded["flags"]["split_seed"] == 7
+    assert recorded["data"]["source"] == {"file": "raw.csv", "sha256": "abc"}
+    with pytest.raises(InputError, match=r"--split_seed 0: .* was prepared with 7; leave the flag out"):
+        run(method, "other", "--data", prepared / f"{method}.jsonl", "--split_seed", 0)
+
+
+def test_the_note_of_other_data_is_not_believed(run, prepared):
+    with open(prepared / "sft.jsonl", "a") as out:
+        out.write('{"input": "Debt: 1", "output": "Good"}\n')
+    recorded = json.loads((run("sft", "run", "--data", prepared / "sft.jsonl") / "run.json").read_text())
+    assert (recorded["split_seed"], recorded["data"]["source"]) == (0, None)
+
+
+@pytest.mark.parametrize("method", ["kd", "dpo"])
+def test_an_adapter_of_another_split_is_not_gone_on_from(method, run, prepared, sft_adapter):
+    with pytest.raises(InputError, match=r"--adapter .* was trained with --split_seed 0, .* has 7"):
+        run(method, "run", "--adapter", sft_adapter, "--data", prepared / f"{method}.jsonl", base=False)
+
+
+def test_label_probs_in_sft_rows_are_not_used(run, data, tmp_path):
+    rows = [
+        json.loads(line) | {"label_probs": {"Good": 0.5, "Bad": 0.5}}
+        for line in Path(data["sft"]).read_text().splitlines()
+    ]
+    with_probs = run("sft", "with", "--data", write_rows(tmp_path / "rows.jsonl", rows))
+    assert_same(adapter(with_probs), adapter(run("sft", "without")), atol=0)
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_a_tracker_that_is_not_installed_is_refused(method, tmp_path, model_dir):
+    assert "--report_to nonsense: not installed here; possible are: none" in refused(
+        method, [rows_of(method)], tmp_path, model_dir, "--report_to", "nonsense"
+    )
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    ("method", "flag"),
+    [("kd", "kd_temperature"), ("kd", "kd_alpha"), ("dpo", "beta"), ("dpo", "sft_weight")]
+    + [(method, flag) for method in TRAINERS for flag in ("learning_rate", "epochs", "lora_dropout")],
+)
+def test_numbers_that_are_none_are_refused(method, flag, value, tmp_path, model_dir):
+    assert f"--{flag}" in refused(method, [rows_of(method)], tmp_path, model_dir, f"--{flag}", value)
 
 
 @pytest.mark.parametrize("flags", [("--kd_alpha", 1.5), ("--kd_alpha", -1), ("--kd_temperature", 0)])
@@ -765,6 +824,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(method, run, capsys, data):
     assert "estimated memory" in plan and f"would write          {save_dir}" in plan
 
 
+def test_a_dry_run_says_that_the_run_would_be_refused(run, capsys):
+    run("sft", "run")
+    for flags, line in (
+        ([], "would be refused     .*run: a finished run is here"),
+        (["--overwrite", "--max_memory_gb", 0.01], "would be refused     about .* GB needed, 0.0 GB to be had"),
+    ):
+        capsys.readouterr()
+        run("sft", "run", "--dry_run", *flags)
+        assert re.search(line, capsys.readouterr().out)
+
+
+def test_resume_without_a_checkpoint_says_that_it_starts_again(run, capsys):
+    run("sft", "run", "--resume")
+    assert "no checkpoint yet, training starts at the beginning" in capsys.readouterr().err
+
+
 def test_plan_of_the_default_student(tmp_path, tokenizer, data, capsys):
     """The shape of Qwen2.5-3B, with no weights: the recipe for large students, its size measured and by arithmetic."""
     from transformers import Qwen2Config
@@ -780,7 +855,7 @@ def test_plan_of_the_default_student(tmp_path, tokenizer, data, capsys):
         tie_word_embeddings=True,
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "model.safetensors").touch()
+    save_file({}, folder / "model.safetensors")
     argv = ["--student", str(folder), "--data", data["sft"], "--save_dir", str(tmp_path / "never"), "--dry_run"]
     assert sft_train.main([*argv, "--compute_dtype", "bfloat16"]) == 0
     plan = capsys.readouterr().out
