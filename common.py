@@ -695,25 +695,31 @@ class LabelScorer:
             return contextlib.nullcontext()
         return self.model.base_model._enable_peft_forward_hooks(adapter_names=list(adapters))
 
-    def fits(self, user_turn: str) -> bool:
-        """Whether the user turn's prompt and the longest label fit the model's context."""
-        return len(self.encoder.prompt(user_turn)) + max(map(len, self._form_ids)) <= self._context
+    def fits(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt of these token ids and the longest label fit the model's context."""
+        return len(prompt) + max(map(len, self._form_ids)) <= self._context
 
     def raw_scores(
         self, user_turns: Sequence[str], progress: str | None = None, adapters: Sequence[str | None] | None = None
     ) -> np.ndarray:
-        """Mean log-probability [N, labels] (float64, natural log) of each label's tokens after each user turn.
+        """`score` of user turns."""
+        return self.score([self.encoder.prompt(turn) for turn in user_turns], progress, adapters)
 
-        adapters: [N] names of each row's adapter. `progress` names a progress bar on stderr. Raises InputError for a
-        prompt longer than the model's context.
+    def score(
+        self, rows: Sequence[list[int]], progress: str | None = None, adapters: Sequence[str | None] | None = None
+    ) -> np.ndarray:
+        """Mean log-probability [N, labels] (float64, natural log) of each label's tokens after each prompt.
+
+        rows: [N] token ids of prompts. adapters: [N] names of each row's adapter. `progress` names a progress bar on
+        stderr. Raises InputError for a prompt longer than the model's context, FloatingPointError where the model
+        computes no numbers.
         """
         import numpy as np
         import torch
         from tqdm import tqdm
 
-        rows = [self.encoder.prompt(turn) for turn in user_turns]
-        longest = max(map(len, rows), default=0) + max(map(len, self._form_ids))
-        if longest > self._context:
+        if not all(map(self.fits, rows)):
+            longest = max(map(len, rows))
             raise InputError(f"a text has {longest} tokens; the model's context is {self._context}: shorten it")
         names = list(adapters) if adapters else [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
@@ -726,6 +732,8 @@ class LabelScorer:
                 with self._using(chosen_names):
                     scores[chosen] = self._score_batch([rows[i] for i in chosen], chosen_names)
                 bar.update(len(chosen))
+        if np.isnan(scores).any():
+            raise FloatingPointError("the model's scores are no numbers (NaN); try --compute_dtype float32")
         return self._join_forms(scores)
 
     def _join_forms(self, scores: np.ndarray) -> np.ndarray:

@@ -415,14 +415,13 @@ class CreditModel:
             "calibration_used": [used.method, used.bias.tolist(), used.temperature],
         }
 
-    def fits(self, features: str) -> bool:
-        """Whether the feature string's prompt fits the model's context."""
-        return self.scorer.fits(creditmix_prompt(features))
+    def prompt(self, features: str) -> list[int]:
+        """Token ids of a feature string's prompt."""
+        return self.scorer.encoder.prompt(creditmix_prompt(features))
 
     def raw_scores(self, features: Sequence[str], progress: str | None = None) -> np.ndarray:
         """Raw scores [N, labels] of feature strings."""
-        turns = [creditmix_prompt(text) for text in features]
-        return self.scorer.raw_scores(turns, progress, [self.adapter] * len(turns))
+        return self.scorer.score([self.prompt(text) for text in features], progress, [self.adapter] * len(features))
 
     def responses(self, raw: np.ndarray) -> list[dict]:
         """The whitepaper's response (section 7) for each row of raw scores [N, labels]."""

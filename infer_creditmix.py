@@ -36,15 +36,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def score_lines(model: CreditModel, lines: list[str]) -> list[dict]:
     """The output object of each input line, in order."""
-    results = [parse_line(line, ("features", "question")) for line in lines]
-    for row, features in results:
-        if features is not None and not model.fits(features):
+    rows, prompts = [], {}
+    for number, line in enumerate(lines):
+        row, features = parse_line(line, ("features", "question"))
+        rows.append(row)
+        if features is None:
+            continue
+        prompt = model.prompt(features)
+        if model.scorer.fits(prompt):
+            prompts[number] = prompt
+        else:
             row |= failed_line({}, "too_long", "the features do not fit the model's context")
-    good = [i for i, (row, features) in enumerate(results) if features is not None and "error" not in row]
-    responses = model.responses(model.raw_scores([results[i][1] for i in good])) if good else []
-    for i, response in zip(good, responses, strict=True):
-        results[i][0].update(response)
-    return [row for row, _ in results]
+    responses = model.responses(model.scorer.score(list(prompts.values())))
+    for number, response in zip(prompts, responses, strict=True):
+        rows[number].update(response)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,12 +11,14 @@ has an environment variable (in its help), which is also how `uvicorn serve_cred
 import argparse
 import asyncio
 import contextlib
+import functools
 import hmac
 import ipaddress
 import json
 import logging
 import os
 import re
+import socket
 import sys
 import time
 import uuid
@@ -47,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--base", default=DEFAULT_STUDENT, help="base model: hub id, local folder or smollm2-135m (%(default)s)")
     for variant in ("sft", "kd", "dpo"):
         folder = f"runs/creditmix_{variant}"
-        add(f"--{variant}", metavar="DIR", default=folder, help=f"adapter of /infer/{variant} (%(default)s)")
+        add(f"--{variant}", metavar="DIR", default=folder, help=f"adapter of /infer/{variant}, or none (%(default)s)")
     add = parser.add_argument_group("server").add_argument
     add(
         "--host",
@@ -56,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--port", type=int, default=8000, help="(%(default)s)")
     add("--gather_ms", type=float, default=3.0, help="wait so long for more rows of a batch, ms (%(default)s)")
-    add("--queue_rows", type=int, default=1024, help="rows that may wait; more get status 503 (%(default)s)")
-    add("--timeout", type=float, default=30.0, help="rows that waited longer get status 504, seconds (%(default)s)")
+    add("--queue_rows", type=int, default=1024, help="rows without an answer yet; more get status 503 (%(default)s)")
+    add("--timeout", type=float, default=30.0, help="requests that wait longer get status 504, seconds (%(default)s)")
     add("--log_features", action="store_true", help="write feature strings to the log, which are personal data")
     add_scoring_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -65,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
         variable = f"CREDITMIX_{action.dest.upper()}"
         if variable in os.environ and action.dest != "help":
             given = os.environ[variable]
+            if action.choices and given not in action.choices:
+                raise InputError(f"${variable} is {given!r}; possible are {', '.join(action.choices)}")
             parser.set_defaults(
                 **{action.dest: given.lower() not in ("", "0", "false", "no", "off") if action.nargs == 0 else given}
             )
@@ -200,7 +204,7 @@ class Guard:
             if refusal:
                 await send_error(reply, *refusal)
             elif body is not None:
-                await self.app(scope, self._replay(body, receive), reply)
+                await self._until_gone(scope, body, receive, reply)
         except Exception as error:
             LOG.error("unexpected", exc_info=error, extra={"fields": {"request_id": request_id}})
             if not status:
@@ -229,8 +233,8 @@ class Guard:
                 "this server can be reached from other machines but has no key",
                 f"set ${API_KEY}",
             )
-        given = headers.get(b"authorization", b"")
-        if hmac.compare_digest(given, b"Bearer " + self.api_key.encode()):
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.api_key.encode()):
             return None
         return 401, "unauthorized", "a valid key is needed", "send it as 'Authorization: Bearer KEY'"
 
@@ -255,14 +259,29 @@ class Guard:
         except TimeoutError:
             return 408, "too_slow", f"the body did not arrive within {BODY_SECONDS} s", "send it at once"
 
-    @staticmethod
-    def _replay(body: bytes, receive: Any) -> Any:
+    async def _until_gone(self, scope: dict, body: bytes, receive: Any, reply: Any) -> None:
+        """Run the application on a body that was read; cancel it when the client goes: its rows are dropped then."""
+
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
         first = [{"type": "http.request", "body": body, "more_body": False}]
+        leaving = asyncio.create_task(gone())
 
         async def replayed() -> dict:
-            return first.pop() if first else await receive()
+            if not first:
+                await asyncio.shield(leaving)
+            return first.pop() if first else {"type": "http.disconnect"}
 
-        return replayed
+        answering = asyncio.create_task(self.app(scope, replayed, reply))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+        finally:
+            answering.cancel()
+            leaving.cancel()
 
 
 async def send_error(send: Any, status: int, code: str, message: str, hint: str = "") -> None:
@@ -322,8 +341,9 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
     class ErrorResponse(BaseModel):
         error: Problem
 
+    keyed = [Depends(HTTPBearer(auto_error=False))] if api_key else []  # a place for the key in /docs
     texts = {400: "not JSON", 401: "key missing or wrong", 403: "server needs a key", 408: "body too slow"}
-    texts |= {413: "body too large", 422: "fields wrong or too long", 500: "failed"}
+    texts |= {413: "body too large", 415: "no JSON content type", 422: "fields wrong or too long", 500: "failed"}
     texts |= {503: "loading, adapter missing, too busy or out of memory", 504: "waited too long"}
     errors: dict[int | str, dict] = {code: {"model": ErrorResponse, "description": t} for code, t in texts.items()}
 
@@ -338,7 +358,6 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
         version="1",
         lifespan=lifespan,
         redoc_url=None,
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if api_key else [],  # a place for the key in /docs
         description="Credit risk as Good, Standard or Bad by calibrated label likelihood. A human decides.",
     )
     app.add_middleware(Guard, api_key=api_key, metrics=metrics)
@@ -351,6 +370,10 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "none").partition(";")[0]
+        if kind != "application/json":
+            message, hint = f"the content type is {kind[:100]}", "send the header Content-Type: application/json"
+            return JSONResponse(error_body("not_json", message, hint), 415)
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
         if first["type"] == "json_invalid":
@@ -372,19 +395,21 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
             metrics.answer(variant, result)
         return results
 
+    post = functools.partial(app.post, responses=errors, dependencies=keyed)
+
     def add_routes(variant: str) -> None:
-        @app.post(f"/infer/{variant}", response_model=Classification, responses=errors, name=f"infer_{variant}")
+        @post(f"/infer/{variant}", response_model=Classification, name=f"infer_{variant}")
         async def infer(request: Request, body: FeaturesRequest) -> dict:
             return (await answer(request, variant, [body.features]))[0]
 
-        @app.post(f"/infer/{variant}/batch", response_model=BatchResponse, responses=errors, name=f"batch_{variant}")
+        @post(f"/infer/{variant}/batch", response_model=BatchResponse, name=f"batch_{variant}")
         async def batch(request: Request, body: BatchRequest) -> dict:
             return {"results": await answer(request, variant, body.features)}
 
     for variant in VARIANTS:
         add_routes(variant)
 
-    @app.get("/models", responses={401: errors[401], 403: errors[403]})
+    @app.get("/models", dependencies=keyed, responses={401: errors[401], 403: errors[403]})
     async def models() -> dict[str, Any]:
         """What is loaded: base, adapter fingerprint, calibration, since when; and what is missing."""
         return {"ready": engine.ready, "models": engine.description, "missing": engine.missing()}
@@ -398,11 +423,16 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
     async def readyz() -> dict[str, str]:
         """Whether requests are answered."""
         if not engine.ready:
-            state = "load_failed" if engine.failure else "loading"
-            raise Refusal(503, state, "no model is ready", "the server's log says more", retry_after=5)
+            hint = "the server's log says more"
+            raise Refusal(503, engine.failure or "loading", "no model is ready", hint, retry_after=5)
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses={401: errors[401], 403: errors[403]})
+    @app.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        dependencies=keyed,
+        responses={401: errors[401], 403: errors[403]},
+    )
     async def exposition() -> PlainTextResponse:
         """Prometheus text format."""
         return PlainTextResponse(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
@@ -425,18 +455,40 @@ def app_of(args: argparse.Namespace) -> Any:
 
 
 def log_json_lines() -> None:
+    """One JSON object a line, for uvicorn's own messages too; its access log would repeat ours."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    LOG.handlers, LOG.propagate = [handler], False
-    LOG.setLevel(logging.INFO)
+    for log, level in ((LOG, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(level)
+    logging.getLogger("uvicorn.access").handlers = []
 
 
 def __getattr__(name: str) -> Any:
     """`uvicorn serve_creditmix:app`: built when uvicorn asks for it, so that importing this module does nothing."""
     if name != "app":
         raise AttributeError(name)
-    log_json_lines()
-    return app_of(build_parser().parse_args([]))
+    try:
+        args = build_parser().parse_args([])
+        check_server_flags(args)
+        log_json_lines()
+        return app_of(args)
+    except InputError as error:
+        print(f"serve_creditmix: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A listening address, before anything is loaded. Raises InputError where it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise InputError(f"--host {host} --port {port}: {error.strerror}; choose another --port") from None
+    return bound
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -446,8 +498,10 @@ def main(argv: list[str] | None = None) -> int:
 
     log_json_lines()
     app = app_of(args)
-    print(f"http://{args.host}:{args.port}/ (page), /docs (endpoints)", file=sys.stderr)
-    uvicorn.run(app, host=args.host, port=args.port, access_log=False, log_level="warning", timeout_keep_alive=15)
+    with bound_socket(args.host, args.port) as bound:
+        print(f"http://{args.host}:{bound.getsockname()[1]}/ (page), /docs (endpoints)", file=sys.stderr)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=15)
+        uvicorn.Server(config).run([bound])
     return 0
 
 

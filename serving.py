@@ -1,7 +1,8 @@
 """The engine behind serve_creditmix.py: one base model in memory, adapters on top, requests gathered into batches.
 
 Apart from the HTTP side so that each can be tested without the other. All model work happens in one worker thread
-(PEFT's mixed batches are per-call hooks, so two threads would meet in one layer); the event loop only moves rows.
+(PEFT's mixed batches are per-call hooks, so two threads would meet in one layer) and all tokenisation in another (a
+batch request has 256 texts); the event loop only moves rows.
 """
 
 from __future__ import annotations
@@ -17,8 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import InputError, adapter_config, base_of, calibration_path, check_model_name, model_fingerprint
-from creditmix import CreditModel, check_scoring_flags, creditmix_prompt, fitted_calibration
+from common import (
+    InputError,
+    adapter_config,
+    base_of,
+    check_model_name,
+    model_fingerprint,
+    same_base,
+)
+from creditmix import LABELS, CreditModel, check_scoring_flags, creditmix_prompt, fitted_calibration
 
 VARIANTS = ("base", "sft", "kd", "dpo")
 LOG = logging.getLogger("serve_creditmix")
@@ -34,26 +42,36 @@ class Refusal(Exception):
 
 @dataclass
 class Row:
-    """One feature string on its way through the engine. `enqueued`: time.monotonic()."""
+    """One prompt (token ids) on its way through the engine. `enqueued`: time.monotonic()."""
 
     variant: str
-    features: str
+    prompt: list[int]
     future: asyncio.Future
     enqueued: float = field(default_factory=time.monotonic)
 
 
 def adapter_folders(args: argparse.Namespace) -> dict[str, str]:
-    """{variant: folder} of the adapters that are there. Raises InputError for one that belongs to another base."""
+    """{variant: folder} of the adapters that are there ('none': not wanted).
+
+    Raises InputError for one that belongs to another base, and for a folder other than the default without one."""
     folders = {}
     for variant in VARIANTS[1:]:
         folder = getattr(args, variant)
+        if folder == "none":
+            continue
         if not adapter_config(folder):
+            if folder != default_folder(variant):
+                raise InputError(f"--{variant} {folder}: no adapter there; 'none' leaves this endpoint without one")
             continue
         check_model_name(folder)
-        if base_of(folder) != args.base:
+        if not same_base(base_of(folder), args.base):
             raise InputError(f"--{variant} {folder}: belongs to {base_of(folder)}, not to --base {args.base}")
         folders[variant] = folder
     return folders
+
+
+def default_folder(variant: str) -> str:
+    return f"runs/creditmix_{variant}"
 
 
 class Engine:
@@ -76,12 +94,15 @@ class Engine:
         self._single: deque[Row] = deque()
         self._bulk: deque[Row] = deque()
         self._arrived = asyncio.Event()
+        self._accepted = 0  # rows of requests without an answer yet
+        self._bulk_share = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._tasks: list[asyncio.Task] = []
 
     @property
     def ready(self) -> bool:
-        return bool(self.models)
+        return bool(self.models) and not self.failure
 
     def missing(self) -> dict[str, str]:
         """The command that trains each adapter that is not there."""
@@ -90,79 +111,89 @@ class Engine:
     def _training_commands(self) -> dict[str, str]:
         base = "BASE" if Path(self.args.base).exists() else self.args.base  # no paths in answers
         commands = {
-            "sft": f"python sft_train.py --student {base} --save_dir runs/creditmix_sft",
-            "kd": f"python kd_train.py --student {base} --save_dir runs/creditmix_kd",
-            "dpo": "python dpo_train.py --adapter runs/creditmix_sft --save_dir runs/creditmix_dpo",
+            "sft": f"python sft_train.py --student {base} --save_dir {default_folder('sft')}",
+            "kd": f"python kd_train.py --student {base} --save_dir {default_folder('kd')}",
+            "dpo": f"python dpo_train.py --adapter {default_folder('sft')} --save_dir {default_folder('dpo')}",
         }
         return {variant: command for variant, command in commands.items() if variant not in self.folders}
 
     async def start(self) -> None:
         """Begin to load, and to answer once that is done; returns at once."""
-        self._tasks = [asyncio.create_task(self._serve())]
+        self._tasks = [asyncio.create_task(self._run())]
 
     async def stop(self) -> None:
         """Stop after the batch that is running; rows still waiting are refused."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._refuse_waiting(Refusal(503, "shutting_down", "the server is shutting down"))
+        self._thread.shutdown(wait=True)
+        self._encoding.shutdown(wait=True)
+
+    def _refuse_waiting(self, refusal: Refusal) -> None:
         for row in (*self._single, *self._bulk):
             if not row.future.done():
-                row.future.set_exception(Refusal(503, "shutting_down", "the server is shutting down"))
-        self._thread.shutdown(wait=True)
+                row.future.set_exception(refusal)
 
     # ------------------------------------------------------------------------------------------- in the event loop
 
     async def score(self, variant: str, features: Sequence[str]) -> list[dict]:
         """The response of each feature string, in order. Raises Refusal for the whole request."""
         if self.failure:
-            raise Refusal(503, "load_failed", "the model could not be loaded", "the server's log says why")
+            raise Refusal(503, self.failure, "no model is at work", "the server's log says why")
         if command := self.missing().get(variant):
             hint = f"train it: {command}; then restart the server"
             raise Refusal(503, "adapter_missing", f"no adapter is loaded for {variant}", hint)
         if not self.ready:
             raise Refusal(503, "loading", "the model is being loaded", "ask /readyz", retry_after=5)
-        model = self.models[variant]
-        for number, text in enumerate(features):
-            if not model.fits(text):
-                where = f"features[{number}]" if len(features) > 1 else "features"
-                raise Refusal(422, "too_long", f"{where} has more tokens than the model's context", "shorten it")
-        if len(self._single) + len(self._bulk) + len(features) > self.args.queue_rows:
+        if self._accepted + len(features) > self.args.queue_rows:
             raise Refusal(503, "busy", "too many rows are waiting", "try again, or ask for less", retry_after=1)
         loop = asyncio.get_running_loop()
-        rows = [Row(variant, text, loop.create_future()) for text in features]
-        (self._single if len(rows) == 1 else self._bulk).extend(rows)
-        self._arrived.set()
+        rows: list[Row] = []
+        self._accepted += len(features)
         try:
-            return list(await asyncio.gather(*(row.future for row in rows)))
+            prompts = await loop.run_in_executor(self._encoding, self._encode, variant, features)
+            rows = [Row(variant, prompt, loop.create_future()) for prompt in prompts]
+            (self._single if len(rows) == 1 else self._bulk).extend(rows)
+            self._arrived.set()
+            async with asyncio.timeout(self.args.timeout):
+                return list(await asyncio.gather(*(row.future for row in rows)))
+        except TimeoutError:
+            text = f"no answer within {self.args.timeout:g} s"
+            raise Refusal(504, "timeout", text, "try again later, or ask for less") from None
         finally:
+            self._accepted -= len(features)
             for row in rows:  # nobody waits for the others of a request that failed or was given up
                 row.future.cancel()
 
     def _take(self) -> list[Row]:
         """The next batch: single requests first, a quarter kept for rows of batch requests, so that neither starves.
-        Rows that nobody waits for are dropped, those that waited too long refused."""
-        size, batch, now = self.args.batch_size, [], time.monotonic()
-        reserved = min(len(self._bulk), size // 4)
+        Rows that nobody waits for are dropped."""
+        size, batch = self.args.batch_size, []
+        self._bulk_share += size / 4  # of batches below four rows: one row in every few batches
+        reserved = min(len(self._bulk), int(self._bulk_share))
+        self._bulk_share -= int(self._bulk_share)
         for queue, limit in ((self._single, size - reserved), (self._bulk, size)):
             while queue and len(batch) < limit:
                 row = queue.popleft()
-                if row.future.done():
-                    continue
-                if now - row.enqueued > self.args.timeout:
-                    text = f"the row waited longer than {self.args.timeout:g} s"
-                    row.future.set_exception(Refusal(504, "timeout", text, "try again later, or ask for less"))
-                    continue
-                batch.append(row)
+                if not row.future.done():
+                    batch.append(row)
         return batch
+
+    async def _run(self) -> None:
+        """Load, then serve; what fails is said to those who wait and to all who ask later."""
+        stage = "load_failed"
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+            stage = "stopped"
+            await self._serve()
+        except Exception:
+            self.failure = stage
+            LOG.exception(stage)
+            self._refuse_waiting(Refusal(503, stage, "no model is at work", "the server's log says why"))
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self._thread, self._load)
-        except Exception:
-            self.failure = "load"
-            LOG.exception("loading failed")
-            return
         while True:
             await self._arrived.wait()
             if len(self._single) + len(self._bulk) < self.args.batch_size:
@@ -183,6 +214,18 @@ class Engine:
                 else:
                     row.future.set_result(result)
 
+    # -------------------------------------------------------------------------------------- in the tokenizer's thread
+
+    def _encode(self, variant: str, features: Sequence[str]) -> list[list[int]]:
+        """Token ids of each feature string's prompt. Raises Refusal for one that is too long."""
+        model = self.models[variant]
+        prompts = [model.prompt(text) for text in features]
+        for number, prompt in enumerate(prompts):
+            if not model.scorer.fits(prompt):
+                where = f"features[{number}]" if len(features) > 1 else "features"
+                raise Refusal(422, "too_long", f"{where} has more tokens than the model's context", "shorten it")
+        return prompts
+
     # ------------------------------------------------------------------------------------------ in the worker thread
 
     def _load(self) -> None:
@@ -200,8 +243,11 @@ class Engine:
                 "model_name": model.name,
                 "base": self.args.base,
                 "fingerprint": model_fingerprint(name),
-                "calibration": {"method": used.method, "temperature": used.temperature},
-                "fitted": calibration_path(name).is_file(),
+                "calibration": {
+                    "method": used.method,
+                    "bias": dict(zip(LABELS, used.bias.tolist(), strict=True)),
+                    "temperature": used.temperature,
+                },
                 "since": since,
             }
         self.models = models
@@ -213,9 +259,9 @@ class Engine:
         """A response or an exception for each row. A batch that fails is halved, so that only the row to blame does,
         and one that does not fit the memory runs in parts."""
         try:
-            turns = [creditmix_prompt(row.features) for row in rows]
             scorer = self.models["base"].scorer
-            raw = scorer.raw_scores(turns, adapters=[self.models[row.variant].adapter for row in rows])
+            adapters = [self.models[row.variant].adapter for row in rows]
+            raw = scorer.score([row.prompt for row in rows], adapters=adapters)
             return [self.models[row.variant].responses(raw[i : i + 1])[0] for i, row in enumerate(rows)]
         except Exception as error:
             memory = is_out_of_memory(error)

@@ -152,17 +152,31 @@ def test_scores_are_not_rounded_to_bfloat16(model_dir):
 def test_a_prompt_longer_than_the_context_is_refused(loaded):
     model, encoder = loaded
     scorer = LabelScorer(model, encoder, SEVERAL_FORMS)
-    assert scorer.fits("x") and not scorer.fits("x " * 400)
+    assert scorer.fits(encoder.prompt("x")) and not scorer.fits(encoder.prompt("x " * 400))
     with pytest.raises(InputError, match=r"tokens; the model's context is 512: shorten it"):
         scorer.raw_scores(["x", "x " * 400])
+
+
+def test_scores_that_are_no_numbers_are_refused(loaded):
+    """A weight or an activation that overflowed must not turn into some label."""
+    model, encoder = loaded
+    scorer = LabelScorer(model, encoder, ONE_TOKEN)
+    layer = model.model.layers[-1].mlp.down_proj
+    handle = layer.register_forward_hook(lambda *args: args[-1] * float("nan"))
+    try:
+        with pytest.raises(FloatingPointError, match="no numbers"):
+            scorer.raw_scores(TURNS)
+    finally:
+        handle.remove()
 
 
 def test_the_longest_label_counts_into_the_context(loaded):
     model, encoder = loaded
     room = 512 - len(encoder.prompt(""))
-    assert LabelScorer(model, encoder, ONE_TOKEN).fits("1" * (room - 1))
-    assert not LabelScorer(model, encoder, ONE_TOKEN).fits("1" * room)
-    assert not LabelScorer(model, encoder, SEVERAL_FORMS).fits("1" * (room - 1))
+    fitting, longer = encoder.prompt("1" * (room - 1)), encoder.prompt("1" * room)
+    assert LabelScorer(model, encoder, ONE_TOKEN).fits(fitting)
+    assert not LabelScorer(model, encoder, ONE_TOKEN).fits(longer)
+    assert not LabelScorer(model, encoder, SEVERAL_FORMS).fits(fitting)
 
 
 def test_a_model_that_rescales_its_logits_is_refused(loaded):

@@ -9,6 +9,7 @@ import threading
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from fastapi.testclient import TestClient
 
 import serve_creditmix
 import serving
-from common import InputError
+from common import InputError, add_adapters, load_model, model_fingerprint
 from conftest import TinyEngine, save_adapter
-from creditmix import LABELS, CreditModel
-from serve_creditmix import EXAMPLE, Metrics, build_parser, check_server_flags, create_app
+from creditmix import LABELS, CreditModel, scoring_settings
+from serve_creditmix import EXAMPLE, Metrics, bound_socket, build_parser, check_server_flags, create_app
 from serving import VARIANTS, Engine, Refusal
 
 RESPONSE_FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
@@ -96,6 +97,51 @@ def test_bad_batches_are_refused_whole(client, features):
     assert_error(client.post("/infer/kd/batch", json={"features": features}), 422, "invalid")
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_a_body_of_another_content_type_is_told_so(client, kind):
+    headers = {"content-type": kind} if kind else {}
+    error = assert_error(
+        client.post("/infer/sft", content=b'{"features": "Age: 3"}', headers=headers), 415, "not_json"
+    )
+    assert error["hint"] == "send the header Content-Type: application/json"
+
+
+def test_a_client_that_leaves_ends_its_request(capsys):
+    """Its rows are dropped then (see the engine's test), and the log says so."""
+    ended = []
+
+    class Slow(TinyEngine):
+        async def score(self, variant, features):
+            try:
+                await asyncio.sleep(20)
+            finally:
+                ended.append(features)
+
+    async def ask() -> None:
+        messages = [
+            {"type": "http.request", "body": b'{"features": "Age: 3"}', "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/infer/sft", "headers": headers, "query_string": b""}
+
+        async def receive():
+            await asyncio.sleep(0.1)
+            return messages.pop(0)
+
+        async def send(message):
+            raise AssertionError("nobody is there")
+
+        await create_app(Slow(), Metrics())(scope, receive, send)
+        await asyncio.sleep(0)
+
+    serve_creditmix.log_json_lines()
+    start = time.monotonic()
+    asyncio.run(ask())
+    assert time.monotonic() - start < 10 and ended == [["Age: 3"]]
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["status"] == 499
+
+
 def test_other_paths_and_methods(client):
     assert_error(client.get("/nothing"), 404, "not_found")
     assert_error(client.post("/infer/xyz", json={"features": "x"}), 404, "not_found")
@@ -147,7 +193,7 @@ def test_the_request_id_is_the_callers_or_a_new_one(client):
 def test_a_key_is_asked_for_where_one_is_set():
     with client_of(TinyEngine(), key="s3cret-ü") as client:
         body = {"features": EXAMPLE}
-        for header in (None, "Bearer wrong", "s3cret-ü", "Basic s3cret-ü", "Bearer "):
+        for header in (None, "Bearer wrong", "s3cret-ü", "Basic s3cret-ü", "Bearer ", "Bearer s3cret-ü x"):
             headers = {"authorization": header.encode()} if header else {}
             for reply in (
                 client.post("/infer/sft", json=body, headers=headers),
@@ -155,8 +201,12 @@ def test_a_key_is_asked_for_where_one_is_set():
             ):
                 assert_error(reply, 401, "unauthorized")
                 assert reply.headers["www-authenticate"] == "Bearer"
-        headers = {"authorization": "Bearer s3cret-ü".encode()}
-        assert client.post("/infer/sft", json=body, headers=headers).status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            headers = {"authorization": f"{scheme} s3cret-ü".encode()}
+            assert client.post("/infer/sft", json=body, headers=headers).status_code == 200
+        document = client.get("/openapi.json").json()["paths"]
+        keyed = {path for path, methods in document.items() for method in methods.values() if "security" in method}
+        assert keyed == set(document) - {"/healthz", "/readyz"}
         for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200
 
@@ -186,8 +236,10 @@ def test_under_uvicorn_an_address_of_another_network_needs_a_key():
             "server": server,
         }
 
+        messages = [{"type": "http.request", "body": b"", "more_body": False}]
+
         async def receive():
-            return {"type": "http.request", "body": b"", "more_body": False}
+            return messages.pop() if messages else await asyncio.Event().wait()
 
         async def send(message):
             sent.append(message)
@@ -214,6 +266,29 @@ def test_flags_come_from_the_environment(monkeypatch):
     args = build_parser().parse_args([])
     assert (args.base, args.port, args.log_features) == ("smollm2-135m", 9001, True)
     assert build_parser().parse_args(["--port", "9002"]).port == 9002
+
+
+def test_wrong_environment_ends_with_one_line_under_uvicorn_too(monkeypatch, capsys):
+    for name, value, message in (
+        ("CREDITMIX_QUANTIZATION", "int8", "$CREDITMIX_QUANTIZATION is 'int8'; possible are nf4, none"),
+        ("CREDITMIX_TIMEOUT", "0", "--timeout above 0"),
+        ("CREDITMIX_BASE", "/nothing/here", "/nothing/here: no such model folder"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(SystemExit) as stop:
+                serve_creditmix.app  # noqa: B018
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and message in said
+
+
+def test_a_port_in_use_is_said_before_anything_loads():
+    with bound_socket("127.0.0.1", 0) as bound:
+        bound.listen()
+        port = bound.getsockname()[1]
+        with pytest.raises(InputError, match=f"--host 127.0.0.1 --port {port}: Address already in use; choose"):
+            bound_socket("127.0.0.1", port)
+    bound_socket("127.0.0.1", port).close()
 
 
 def test_importing_the_module_builds_nothing():
@@ -288,7 +363,7 @@ def folders(model_dir, tmp_path_factory) -> dict[str, str]:
 def arguments(model_dir: str, folders: dict[str, str], *flags: str) -> Namespace:
     given = ["--base", model_dir, "--quantization", "none", "--compute_dtype", "float32", "--gather_ms", "5"]
     for variant in VARIANTS[1:]:
-        given += [f"--{variant}", folders.get(variant, "nowhere")]
+        given += [f"--{variant}", folders.get(variant, "none")]
     return build_parser().parse_args([*given, *flags])
 
 
@@ -380,6 +455,18 @@ def test_an_adapter_of_another_base_is_refused_at_once(model_dir, folders, tmp_p
         Engine(arguments(model_dir, folders | {"sft": str(other)}))
 
 
+def test_a_base_may_be_named_by_any_path_to_it(model_dir, folders, monkeypatch):
+    monkeypatch.chdir(Path(model_dir).parent)
+    assert set(Engine(arguments(Path(model_dir).name, folders)).folders) == set(folders)
+
+
+def test_a_folder_that_was_named_must_have_an_adapter(model_dir, tmp_path):
+    with pytest.raises(InputError, match="no adapter there; 'none' leaves this endpoint without one"):
+        Engine(arguments(model_dir, {"kd": str(tmp_path)}))
+    unnamed = build_parser().parse_args(["--base", model_dir])  # what lies under runs/ is served where it is there
+    assert Engine(unnamed).folders == {} and set(Engine(unnamed).missing()) == {"sft", "kd", "dpo"}
+
+
 def test_a_calibration_of_another_model_is_refused_before_anything_loads(model_dir, folders, tmp_path):
     other = save_adapter(tmp_path / "sft", model_dir, 5)
     (tmp_path / "sft" / "calibration.json").write_text(json.dumps({"model": "another"}))
@@ -390,14 +477,14 @@ def test_a_calibration_of_another_model_is_refused_before_anything_loads(model_d
 def test_one_bad_row_does_not_fail_its_neighbours(model_dir, folders, monkeypatch):
     from common import LabelScorer
 
-    original = LabelScorer.raw_scores
+    original = LabelScorer.score
 
-    def failing(self, turns, *rest, **named):
-        if any("poison" in turn for turn in turns):
+    def failing(self, rows, *rest, **named):
+        if any("poison" in self.encoder.tokenizer.decode(row) for row in rows):
             raise ValueError("poison")
-        return original(self, turns, *rest, **named)
+        return original(self, rows, *rest, **named)
 
-    monkeypatch.setattr(LabelScorer, "raw_scores", failing)
+    monkeypatch.setattr(LabelScorer, "score", failing)
 
     async def use(engine):
         asked = [engine.score("sft", [text]) for text in ("Age: 1", "poison", "Age: 2", "Age: 3")]
@@ -416,14 +503,14 @@ def test_a_batch_that_does_not_fit_runs_in_parts(error, model_dir, folders, monk
 
     args = arguments(model_dir, folders)
     wanted = alone(folders["sft"], args)
-    original = LabelScorer.raw_scores
+    original = LabelScorer.score
 
-    def small_only(self, turns, *rest, **named):
-        if len(turns) > 8:  # the prior has 7
+    def small_only(self, rows, *rest, **named):
+        if len(rows) > 8:  # the prior has 7
             raise error
-        return original(self, turns, *rest, **named)
+        return original(self, rows, *rest, **named)
 
-    monkeypatch.setattr(LabelScorer, "raw_scores", small_only)
+    monkeypatch.setattr(LabelScorer, "score", small_only)
 
     async def use(engine):
         return await engine.score("sft", TEXTS)
@@ -439,18 +526,94 @@ def test_a_full_queue_refuses_and_a_long_wait_ends(model_dir, folders, monkeypat
     async def use(engine):
         first = asyncio.create_task(engine.score("sft", ["Age: 1"]))
         await asyncio.sleep(0.1)  # now it is in the worker, behind the gate
-        late = asyncio.create_task(engine.score("sft", ["Age: 2"]))
-        await asyncio.sleep(0)
         with pytest.raises(Refusal) as busy:
             await engine.score("sft", TEXTS * 11)
-        await asyncio.sleep(0.6)
+        late = await asyncio.gather(first, engine.score("sft", ["Age: 2"]), return_exceptions=True)
         gate.set()
-        return busy.value, await first, (await asyncio.gather(late, return_exceptions=True))[0]
+        return busy.value, late, await engine.score("sft", ["Age: 3"])
 
-    busy, first, late = with_engine(arguments(model_dir, folders, "--queue_rows", "256", "--timeout", "0.5"), use)
+    flags = ("--queue_rows", "256", "--timeout", "1.5")
+    busy, late, after = with_engine(arguments(model_dir, folders, *flags), use)
     assert (busy.status, busy.code, busy.retry_after) == (503, "busy", 1)
-    assert first[0]["prediction"] in LABELS
-    assert (late.status, late.code) == (504, "timeout")
+    assert [(refusal.status, refusal.code) for refusal in late] == [(504, "timeout")] * 2  # while the worker was busy
+    assert after[0]["prediction"] in LABELS
+
+
+def test_rows_of_batch_requests_count_against_the_limit(model_dir, folders):
+    async def use(engine):
+        asked = [engine.score("sft", (TEXTS * 11)[:200]) for _ in range(3)]
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+        return replies, await engine.score("sft", (TEXTS * 11)[:200])
+
+    (first, *others), again = with_engine(arguments(model_dir, folders, "--queue_rows", "256"), use)
+    assert len(first) == len(again) == 200
+    assert [(refusal.status, refusal.code) for refusal in others] == [(503, "busy")] * 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 32])
+def test_neither_kind_of_request_starves(size, model_dir):
+    """A quarter of the places are for rows of batch requests as long as both wait, at every batch size."""
+    engine = Engine(arguments(model_dir, {}, "--batch_size", str(size)))
+    for queue, name in ((engine._single, "single"), (engine._bulk, "bulk")):
+        queue.extend(Namespace(kind=name, future=Namespace(done=lambda: False)) for _ in range(20 * size))
+    taken = [engine._take() for _ in range(16)]
+    assert [len(batch) for batch in taken] == [size] * 16
+    assert sum(row.kind == "bulk" for batch in taken for row in batch) == 4 * size
+    engine._single.clear()
+    assert [row.kind for row in engine._take()] == ["bulk"] * size
+
+
+def test_a_failure_in_the_loop_is_said_to_all_who_wait(model_dir, folders, monkeypatch):
+    async def use(engine):
+        monkeypatch.setattr(Engine, "_take", lambda self: 1 / 0)
+        found = await asyncio.gather(engine.score("sft", ["Age: 1"]), return_exceptions=True)
+        late = await asyncio.gather(engine.score("sft", ["Age: 1"]), return_exceptions=True)
+        return [(refusal.status, refusal.code) for refusal in found + late], engine.ready
+
+    assert with_engine(arguments(model_dir, folders), use) == ([(503, "stopped")] * 2, False)
+
+
+def test_texts_are_tokenised_outside_the_event_loop(model_dir, folders, monkeypatch):
+    threads = []
+    original = CreditModel.prompt
+    monkeypatch.setattr(
+        CreditModel, "prompt", lambda *a: threads.append(threading.current_thread().name) or original(*a)
+    )
+
+    async def use(engine):
+        await engine.score("sft", TEXTS)
+
+    with_engine(arguments(model_dir, folders), use)
+    assert len(threads) == len(TEXTS) and {name.partition("_")[0] for name in threads} == {"tokenizer"}
+
+
+def test_each_variant_has_its_own_calibration(model_dir, folders, tmp_path):
+    args = arguments(model_dir, folders)
+    own = {}
+    for number, (variant, folder) in enumerate(folders.items(), 1):
+        own[variant] = str(shutil.copytree(folder, tmp_path / variant))
+        stored = {"bias": dict.fromkeys(LABELS, float(number)), "temperature": 1.0 + number}
+        stored |= scoring_settings(args) | {"model": model_fingerprint(own[variant])}
+        (tmp_path / variant / "calibration.json").write_text(json.dumps(stored))
+    args = arguments(model_dir, own)
+
+    async def use(engine):
+        described = {variant: model["calibration"] for variant, model in engine.description.items()}
+        return {variant: await engine.score(variant, TEXTS) for variant in VARIANTS}, described
+
+    found, described = with_engine(args, use)
+    for variant in VARIANTS:
+        assert_same_answers(found[variant], alone(own.get(variant, model_dir), args))
+    assert [described[v]["temperature"] for v in VARIANTS] == [1, 2, 3, 4]
+    assert [described[v]["method"] for v in VARIANTS] == ["contextual", "fitted", "fitted", "fitted"]
+    assert described["kd"]["bias"] == dict.fromkeys(LABELS, 2.0)
+
+
+def test_adapters_take_the_type_of_computation(model_dir, folders):
+    """In float32, as they were trained, they would need twice the memory."""
+    model, _ = load_model(model_dir, "nf4", "bfloat16")
+    weights = [p for n, p in add_adapters(model, folders).named_parameters() if "lora_" in n]
+    assert len(weights) == 2 * 2 * 7 * len(folders) and {p.dtype for p in weights} == {torch.bfloat16}
 
 
 def test_single_requests_do_not_wait_for_a_whole_batch_request(model_dir, folders):
@@ -473,18 +636,20 @@ def test_rows_of_a_caller_that_left_are_not_scored(model_dir, folders, monkeypat
     scored = []
     original = Engine._score
     monkeypatch.setattr(
-        Engine, "_score", lambda self, rows: scored.extend(r.features for r in rows) or original(self, rows)
+        Engine, "_score", lambda self, rows: scored.extend(r.prompt for r in rows) or original(self, rows)
     )
 
     async def use(engine):
         task = asyncio.create_task(engine.score("sft", ["gone"]))
-        await asyncio.sleep(0)
+        while not engine._single:
+            await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await engine.score("sft", ["Age: 3"])
+        return engine.models["sft"].prompt("Age: 3")
 
-    with_engine(arguments(model_dir, folders), use)
-    assert scored == ["Age: 3"]
+    args = arguments(model_dir, folders, "--gather_ms", "200")
+    assert [with_engine(args, use)] == scored
 
 
 def test_text_longer_than_the_context_is_refused(model_dir, folders):
