@@ -481,7 +481,8 @@ def __getattr__(name: str) -> Any:
 def bound_socket(host: str, port: int) -> socket.socket:
     """A listening address, before anything is loaded. Raises InputError where it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family)
+    # Named TCP, or asyncio leaves Nagle's algorithm on for what it accepts, and each answer waits 40 ms.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 import threading
 import time
 from argparse import Namespace
@@ -284,6 +285,7 @@ def test_wrong_environment_ends_with_one_line_under_uvicorn_too(monkeypatch, cap
 
 def test_a_port_in_use_is_said_before_anything_loads():
     with bound_socket("127.0.0.1", 0) as bound:
+        assert bound.proto == socket.IPPROTO_TCP
         bound.listen()
         port = bound.getsockname()[1]
         with pytest.raises(InputError, match=f"--host 127.0.0.1 --port {port}: Address already in use; choose"):
