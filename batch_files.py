@@ -23,6 +23,8 @@ def failed_line(row: dict, code: str, message: str) -> dict:
 
 def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
     """(object, text of the first of `fields` that is there), or (object with its error, None)."""
+    if any("\ud800" <= sign <= "\udfff" for sign in line):  # what `_lines` makes of bytes that are no UTF-8
+        return failed_line({}, "not_utf8", "the line is not UTF-8 text"), None
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -89,7 +91,7 @@ def _part(output: Path) -> Path:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig", errors="replace") as lines:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         yield from lines
 
 

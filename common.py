@@ -531,9 +531,9 @@ def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05) -> LoraConf
 
 
 def model_fingerprint(model_dir: str) -> str:
-    """Hash of a model's content that survives copying: adapter weights whole, base by name, configuration and, of each
-    weight file, the size and samples from its whole length (an adapter merged into a base leaves the embeddings at
-    the file's beginning as they were). Another adapter or another base has another fingerprint."""
+    """Hash of a model's content that survives copying: adapter weights whole, base by name, configuration, tokenizer,
+    chat template and, of each weight file, the size and samples from its whole length (an adapter merged into a base
+    leaves the embeddings at the file's beginning as they were). Another adapter or base has another fingerprint."""
     digest = hashlib.sha256()
     if adapter_config(model_dir):
         digest.update(file_sha256(Path(model_dir) / "adapter_model.safetensors").encode())
@@ -545,7 +545,8 @@ def model_fingerprint(model_dir: str) -> str:
         from transformers import AutoConfig
 
         digest.update(str(getattr(AutoConfig.from_pretrained(base), "_commit_hash", "")).encode())
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]) if folder.is_dir() else []:
+    names = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for file in sorted(file for name in names for file in folder.glob(name)) if folder.is_dir() else []:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with open(file, "rb") as handle:
@@ -556,6 +557,23 @@ def model_fingerprint(model_dir: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
+
+
+def plain_text_tokenizer(tokenizer: Any) -> Any:
+    """A copy of a tokenizer's backend to which every added token is plain text. `split_special_tokens` alone leaves
+    those in force that are not marked as special, such as Qwen's <tool_call>. Raises InputError without a backend."""
+    from tokenizers import Tokenizer
+
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise InputError(f"{tokenizer.name_or_path}: a tokenizer.json is needed; this tokenizer has none")
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in described["added_tokens"]:
+        token["special"] = True
+    plain = Tokenizer.from_str(json.dumps(described))
+    plain.encode_special_tokens = True
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
 
 
 class PromptEncoder:
@@ -570,6 +588,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self._plain = plain_text_tokenizer(tokenizer)
         self.end_of_turn = tokenizer.eos_token
         self._parts: list[int | str] | None = None
         if tokenizer.chat_template is None:
@@ -594,8 +613,7 @@ class PromptEncoder:
 
     def text(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of plain text; control tokens in it stay text."""
-        encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)
-        return encoded["input_ids"]
+        return self._plain.encode(text, add_special_tokens=add_special_tokens).ids
 
     def prompt(self, user_turn: str) -> list[int]:
         """Token ids of system turn, user turn and assistant start."""

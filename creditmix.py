@@ -354,6 +354,12 @@ def credit_scorer(model: Any, tokenizer: Any, args: Any, adapters: Sequence[str]
     return LabelScorer(model, PromptEncoder(tokenizer), forms, args.aggregate, args.batch_size, shared, adapters)
 
 
+def check_unchanged(model_dir: str, fingerprint: str) -> None:
+    """Raises InputError where a model was replaced while it was loaded: its prior would be stored as the new one's."""
+    if model_fingerprint(model_dir) != fingerprint:
+        raise InputError(f"{model_dir}: changed while it was loaded; start again when its training has ended")
+
+
 @dataclass
 class CreditModel:
     """A loaded model with its scorer and calibration: the same object in infer, eval and the server."""
@@ -371,8 +377,10 @@ class CreditModel:
         check_scoring_flags(args)
         check_model_name(model_dir)
         fitted = fitted_calibration(model_dir, args)
+        before = model_fingerprint(model_dir)
         model, tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
-        return cls._calibrated(model_dir, credit_scorer(model, tokenizer, args), fitted, args)
+        check_unchanged(model_dir, before)
+        return cls._calibrated(model_dir, before, credit_scorer(model, tokenizer, args), fitted, args)
 
     @classmethod
     def load_variants(
@@ -382,24 +390,33 @@ class CreditModel:
 
         fitted: `fitted_calibration` of each, read before anything is loaded."""
         names = {"base": base} | folders
+        before = {variant: model_fingerprint(name) for variant, name in names.items()}
         model, tokenizer = load_model(base, args.quantization, args.compute_dtype, args.offload_folder)
-        if not folders:
-            return {"base": cls._calibrated(base, credit_scorer(model, tokenizer, args), fitted["base"], args)}
-        adapters = {"base": BASE} | {variant: variant for variant in folders}
-        scorer = credit_scorer(add_adapters(model, folders), tokenizer, args, list(adapters.values()))
+        adapters: dict[str, str | None] = {"base": BASE if folders else None}
+        adapters |= {variant: variant for variant in folders}
+        model = add_adapters(model, folders) if folders else model
+        scorer = credit_scorer(model, tokenizer, args, list(adapters.values()) if folders else [])
+        for variant, name in names.items():
+            check_unchanged(name, before[variant])
         return {
-            variant: cls._calibrated(names[variant], scorer, fitted[variant], args, adapter)
+            variant: cls._calibrated(names[variant], before[variant], scorer, fitted[variant], args, adapter)
             for variant, adapter in adapters.items()
         }
 
     @classmethod
     def _calibrated(
-        cls, name: str, scorer: LabelScorer, fitted: dict | None, args: Any, adapter: str | None = None
+        cls,
+        name: str,
+        fingerprint: str,
+        scorer: LabelScorer,
+        fitted: dict | None,
+        args: Any,
+        adapter: str | None = None,
     ) -> CreditModel:
         _, bias, turns = check_scoring_flags(args)
         prior = np.zeros(len(LABELS))
         if args.calibration != "none":
-            key = f"{model_fingerprint(name)} {args.quantization} {compute_dtype(args.compute_dtype)}"
+            key = f"{fingerprint} {args.quantization} {compute_dtype(args.compute_dtype)}"
             prior = label_prior(scorer, key, turns, adapter)
         if fitted:
             bias = bias + np.array([fitted["bias"][label] for label in LABELS])

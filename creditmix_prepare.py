@@ -139,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         sft.append({"input": prompt, "output": row.label})
         kd.append({"input": prompt, "teacher_output": row.label, "label_probs": soft})
         dpo.append({"prompt": prompt, "chosen": row.label, "rejected": wrong})
+    note_path = Path(args.outdir) / "creditmix_prepared.json"
+    note_path.unlink(missing_ok=True)  # an old one must not speak for new files
     files = {}
     for name, lines in (("sft", sft), ("kd", kd), ("dpo", dpo)):
         path = Path(args.outdir) / f"creditmix_{name}.jsonl"
@@ -148,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     # The trainers take the split from here, so that evaluation cannot validate on what was trained.
     note = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "hard_standard")}
     note["source"] = {"file": args.src, "sha256": file_sha256(args.src)}
-    write_json(Path(args.outdir) / "creditmix_prepared.json", note | {"files": files})
+    write_json(note_path, note | {"files": files})
     return 0
 
 

@@ -23,12 +23,14 @@ import numpy as np
 from common import (
     Calibration,
     InputError,
+    adapter_config,
     calibration_path,
     check_folder,
     check_model_name,
     file_sha256,
     fit_calibration,
     model_fingerprint,
+    read_json,
     run_record,
     run_script,
     seed_number,
@@ -78,19 +80,35 @@ def build_parser() -> argparse.ArgumentParser:
 def check_training(model_dir: str, split_seed: int, data_sha256: str) -> None:
     """Refuse an adapter that was trained under another split: its training rows would be in the validation set.
     Say so where it was trained on other rows: whether those have these customers among them cannot be seen."""
+    if not adapter_config(model_dir):
+        return
     run = run_record(model_dir)
-    trained = run.get("split_seed", split_seed)
-    if trained != split_seed:
+    trained = run.get("split_seed")
+    if trained not in (None, split_seed):
         raise InputError(
             f"{model_dir}: trained with --split_seed {trained}, evaluated with {split_seed}: rows would leak"
         )
-    source = (run.get("data") or {}).get("source") or {}
-    if source.get("sha256", data_sha256) != data_sha256:
-        print(
-            f"note: {model_dir} was trained on rows of {source.get('file')}, not of --data; "
-            "customers that both have may have been trained on",
-            file=sys.stderr,
+    sources = run.get("sources") or [None]
+    others = [source["file"] for source in sources if source and source["sha256"] != data_sha256]
+    if others or None in sources or trained is None:
+        where = f"on rows of {', '.join(others)}, not of --data" if others else "on rows whose source is not recorded"
+        print(f"note: {model_dir} was trained {where}; they may be among the validation rows", file=sys.stderr)
+
+
+def check_fitted(model_dir: str, split_seed: int, data_sha256: str) -> None:
+    """Refuse a stored calibration that was fitted under another split, and say so where it was on other rows."""
+    path = calibration_path(model_dir)
+    stored = read_json(path) if path.is_file() else None
+    fitted_on = stored.get("fitted_on") if isinstance(stored, dict) else None
+    if not isinstance(fitted_on, dict):
+        return
+    if fitted_on.get("split_seed") != split_seed:
+        raise InputError(
+            f"{path}: fitted with --split_seed {fitted_on.get('split_seed')}, evaluated with {split_seed}: its rows "
+            "may be validation rows; fit again with --fit, or use --calibration contextual"
         )
+    if fitted_on.get("data_sha256") != data_sha256:
+        print(f"note: {path} was fitted on rows of {fitted_on.get('data')}, not of --data", file=sys.stderr)
 
 
 def draw(rows: Sequence[CreditRow], split: str, per_class: int | None, args: argparse.Namespace) -> list[CreditRow]:
@@ -178,7 +196,13 @@ def fit(model: CreditModel, model_dir: str, rows: list[CreditRow], args: argpars
             "labels": list(LABELS),
             "model": model_fingerprint(model_dir),
             **scoring_settings(args),
-            "fitted_on": {"rows": len(rows), "sha256": digest, "data": args.data, "split_seed": args.split_seed},
+            "fitted_on": {
+                "rows": len(rows),
+                "sha256": digest,
+                "data": args.data,
+                "data_sha256": file_sha256(args.data),
+                "split_seed": args.split_seed,
+            },
         },
     )
     print(f"wrote {path}", file=sys.stderr)
@@ -334,6 +358,8 @@ def main(argv: list[str] | None = None) -> int:
     data_hash = file_sha256(args.data)
     for model_dir in args.model_dir:
         check_training(model_dir, args.split_seed, data_hash)
+        if not args.fit and args.calibration in (None, "fitted"):
+            check_fitted(model_dir, args.split_seed, data_hash)
     validation, calibration, train = draw_samples(rows, args)
     results = [evaluate_model(model_dir, validation, calibration, args) for model_dir in args.model_dir]
     if args.baselines:

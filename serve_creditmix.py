@@ -16,6 +16,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -78,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_server_flags(args: argparse.Namespace) -> None:
     """Raises InputError for flags out of range, and for binding to other machines without a key."""
-    if args.gather_ms < 0 or args.timeout <= 0 or args.queue_rows < MAX_BATCH or not 0 <= args.port < 65536:
+    in_range = 0 <= args.gather_ms < math.inf and 0 < args.timeout < math.inf and 0 <= args.port < 65536
+    if not in_range or args.queue_rows < MAX_BATCH:
         raise InputError(
             f"--gather_ms is 0 or more, --timeout above 0, --queue_rows at least {MAX_BATCH}, --port 0 to 65535"
         )
@@ -370,7 +372,7 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = request.headers.get("content-type", "none").partition(";")[0]
+        kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
         if kind != "application/json":
             message, hint = f"the content type is {kind[:100]}", "send the header Content-Type: application/json"
             return JSONResponse(error_body("not_json", message, hint), 415)
@@ -451,7 +453,13 @@ def app_of(args: argparse.Namespace) -> Any:
     from serving import Engine
 
     metrics = Metrics()
-    return create_app(Engine(args, metrics), metrics, args.log_features, os.environ.get(API_KEY))
+    engine = Engine(args, metrics)
+    # Imports hold the interpreter for tenths of a second: in the loading thread they would stop the health check.
+    import transformers  # noqa: F401
+
+    app = create_app(engine, metrics, args.log_features, os.environ.get(API_KEY))
+    app.state.engine = engine
+    return app
 
 
 def log_json_lines() -> None:
@@ -478,6 +486,22 @@ def __getattr__(name: str) -> Any:
         sys.exit(2)
 
 
+def impatient_protocol() -> Any:
+    """uvicorn's HTTP protocol, closing connections that send no whole request head in time: it waits for ever."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class ImpatientProtocol(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(BODY_SECONDS, self._close_without_request)
+
+        def _close_without_request(self) -> None:
+            if self.cycle is None and not self.transport.is_closing():
+                self.transport.close()
+
+    return ImpatientProtocol
+
+
 def bound_socket(host: str, port: int) -> socket.socket:
     """A listening address, before anything is loaded. Raises InputError where it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -501,8 +525,11 @@ def main(argv: list[str] | None = None) -> int:
     app = app_of(args)
     with bound_socket(args.host, args.port) as bound:
         print(f"http://{args.host}:{bound.getsockname()[1]}/ (page), /docs (endpoints)", file=sys.stderr)
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=15)
+        http = impatient_protocol()
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_keep_alive=15, http=http)
         uvicorn.Server(config).run([bound])
+    if not app.state.engine.models:
+        os._exit(0)  # stopped while loading, which cannot be interrupted and need not be waited for
     return 0
 
 

@@ -94,6 +94,7 @@ class Engine:
         self._single: deque[Row] = deque()
         self._bulk: deque[Row] = deque()
         self._arrived = asyncio.Event()
+        self._stopping = False
         self._accepted = 0  # rows of requests without an answer yet
         self._bulk_share = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -122,13 +123,16 @@ class Engine:
         self._tasks = [asyncio.create_task(self._run())]
 
     async def stop(self) -> None:
-        """Stop after the batch that is running; rows still waiting are refused."""
-        for task in self._tasks:
+        """Stop after the batch that is running, whose rows are answered; rows still waiting are refused. A load is not
+        waited for."""
+        self._stopping = True
+        self._arrived.set()
+        for task in self._tasks if not self.models else []:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._refuse_waiting(Refusal(503, "shutting_down", "the server is shutting down"))
-        self._thread.shutdown(wait=True)
-        self._encoding.shutdown(wait=True)
+        self._thread.shutdown(wait=bool(self.models))
+        self._encoding.shutdown()
 
     def _refuse_waiting(self, refusal: Refusal) -> None:
         for row in (*self._single, *self._bulk):
@@ -152,11 +156,13 @@ class Engine:
         rows: list[Row] = []
         self._accepted += len(features)
         try:
-            prompts = await loop.run_in_executor(self._encoding, self._encode, variant, features)
-            rows = [Row(variant, prompt, loop.create_future()) for prompt in prompts]
-            (self._single if len(rows) == 1 else self._bulk).extend(rows)
-            self._arrived.set()
             async with asyncio.timeout(self.args.timeout):
+                prompts = await loop.run_in_executor(self._encoding, self._encode, variant, features)
+                if self.failure or self._stopping:  # nobody takes rows any more
+                    raise Refusal(503, self.failure or "shutting_down", "no model is at work")
+                rows = [Row(variant, prompt, loop.create_future()) for prompt in prompts]
+                (self._single if len(rows) == 1 else self._bulk).extend(rows)
+                self._arrived.set()
                 return list(await asyncio.gather(*(row.future for row in rows)))
         except TimeoutError:
             text = f"no answer within {self.args.timeout:g} s"
@@ -196,6 +202,8 @@ class Engine:
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
+            if self._stopping:
+                return
             if len(self._single) + len(self._bulk) < self.args.batch_size:
                 await asyncio.sleep(self.args.gather_ms / 1000)
             batch = self._take()

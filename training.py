@@ -30,6 +30,7 @@ from common import (
     compute_dtype,
     file_sha256,
     lora_config,
+    model_fingerprint,
     parameter_count,
     read_json,
     run_record,
@@ -43,28 +44,44 @@ MAX_LOGITS_BYTES = 2**29
 
 
 def preparation(data: str) -> dict[str, Any]:
-    """What a prepare script noted beside a data file (split seed, source), empty for data of another origin."""
+    """What a prepare script noted beside a data file (split seed, source), empty for data of another origin; with
+    "changed" where the note is of other content of that file."""
     for path in Path(data).parent.glob("*_prepared.json"):
         note = read_json(path)
-        if isinstance(note, dict) and note.get("files", {}).get(Path(data).name) == file_sha256(data):
-            return note
+        if isinstance(note, dict) and (noted := note.get("files", {}).get(Path(data).name)):
+            return note if noted == file_sha256(data) else {"changed": str(path)}
     return {}
 
 
 def fill_split_seed(args: argparse.Namespace) -> None:
-    """Set --split_seed, if not given, from the note beside the data. Raises InputError where note, flag and adapter
-    do not have the same: rows that one of them was trained on would be in the validation set."""
-    noted = preparation(args.data).get("split_seed")
+    """Set --split_seed, if not given, from the note beside the data; it stays None where nobody knows it.
+
+    Raises InputError where note, flag and adapter do not have the same: rows that one of them was trained on would be
+    in the validation set."""
+    note = preparation(args.data)
+    if args.split_seed is None and "changed" in note:
+        raise InputError(
+            f"{args.data}: changed since {note['changed']} was written; prepare it again, or say with --split_seed "
+            "how its rows were split"
+        )
+    noted = note.get("split_seed")
     if args.split_seed is None:
-        args.split_seed = noted or 0
+        args.split_seed = noted
     elif noted not in (None, args.split_seed):
         raise InputError(f"--split_seed {args.split_seed}: {args.data} was prepared with {noted}; leave the flag out")
     before = run_record(args.adapter).get("split_seed") if getattr(args, "adapter", None) else None
-    if before not in (None, args.split_seed):
+    if None not in (before, args.split_seed) and before != args.split_seed:
         raise InputError(
             f"--adapter {args.adapter} was trained with --split_seed {before}, {args.data} has {args.split_seed}; "
             "prepare the data with the adapter's"
         )
+
+
+def sources(args: argparse.Namespace) -> list[dict | None]:
+    """Raw files behind the training: that of the data, then those of the adapter that it started from; None where a
+    file is not known."""
+    start = getattr(args, "adapter", None)
+    return [preparation(args.data).get("source"), *(run_record(start).get("sources", [None]) if start else [])]
 
 
 def fill_defaults(args: argparse.Namespace, small: dict[str, Any], large: dict[str, Any], parameters: int) -> None:
@@ -352,6 +369,8 @@ def note_settings(args: argparse.Namespace) -> str:
     ignored = ("resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps")
     settings = {name: value for name, value in vars(args).items() if name not in ignored}
     settings["data_sha256"] = file_sha256(args.data)
+    if getattr(args, "adapter", None):
+        settings["adapter_fingerprint"] = model_fingerprint(args.adapter)
     if args.resume and note.is_file():
         before = read_json(note)
         changed = [
@@ -395,7 +414,8 @@ def train_and_save(
         "method": method,
         "base_model": student,
         "flags": vars(args),
-        "data": {"file": args.data, "sha256": data_hash, "rows": rows, "source": preparation(args.data).get("source")},
+        "data": {"file": args.data, "sha256": data_hash, "rows": rows},
+        "sources": sources(args),
         "split_seed": args.split_seed,
         "seed": args.seed,
         "packages": package_versions(),

@@ -437,10 +437,28 @@ def test_data_other_than_the_trainings_is_noted(here, capsys, adapter, credit_fi
     run = json.loads((own / "run.json").read_text())
     for source, noted in ((credit_file, False), (here / "own/run.json", True)):
         record = {"file": "raw.csv", "sha256": file_sha256(source)}
-        (own / "run.json").write_text(json.dumps(run | {"data": {"source": record}}))
+        (own / "run.json").write_text(json.dumps(run | {"sources": [record]}))
         capsys.readouterr()
         assert evaluate(str(own), credit_file) == 0
         assert ("own was trained on rows of raw.csv, not of --data" in capsys.readouterr().err) == noted
+    for unknown in ({"sources": [None]}, {"sources": [{"file": "a", "sha256": "b"}], "split_seed": None}, {}):
+        (own / "run.json").write_text(json.dumps(run | unknown))
+        assert evaluate(str(own), credit_file) == 0
+        assert "they may be among the validation rows" in capsys.readouterr().err
+
+
+def test_a_calibration_of_another_split_is_refused(here, capsys, model_dir, credit_file, tmp_path):
+    """Its calibration customers may be validation customers now; a base has no run.json that would tell."""
+    evaluate(model_dir, credit_file, "--fit", "--split_seed", "1")
+    with pytest.raises(InputError, match="fitted with --split_seed 1, evaluated with 0: its rows may be validation"):
+        evaluate(model_dir, credit_file)
+    assert evaluate(model_dir, credit_file, "--calibration", "contextual") == 0  # the way out that is named
+    assert evaluate(model_dir, credit_file, "--fit") == 0
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(credit_rows(seed=3)))
+    capsys.readouterr()
+    assert evaluate(model_dir, str(other)) == 0
+    assert "was fitted on rows of" in capsys.readouterr().err
 
 
 def test_a_text_without_a_known_feature_gets_a_note(here, capsys, model_dir):
@@ -549,6 +567,15 @@ def test_intervals_resample_customers():
     "line", ['{"features": "Age: 3", "note": "\\ud800"}', "[" * 100_000, '{"features": "Age: 3", "x": NaN}']
 )
 def test_a_line_that_could_not_be_written_back_carries_an_error(line):
+    """Half a surrogate pair, nesting that Python cannot follow, NaN."""
     row, text = batch_files.parse_line(line, ("features",))
     assert text is None and row["error"]["code"] == "not_json"
     json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+
+
+def test_a_line_that_is_not_utf8_carries_an_error_and_the_others_are_done(here, model_dir):
+    (here / "in.jsonl").write_bytes(b'{"features": "Age: 3"}\n{"features": "caf\xe9"}\n{"features": "caf\xc3\xa9"}\n')
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl") == 1
+    first, second, third = read_lines(here / "out.jsonl")
+    assert second == {"error": {"code": "not_utf8", "message": "the line is not UTF-8 text"}}
+    assert first["prediction"] in LABELS and third["features"] == "café"

@@ -47,6 +47,22 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     return [tokenizer.decode([i]) for i in ids]
 
 
+def test_added_tokens_that_are_not_marked_as_special_are_text_too():
+    """Qwen's <tool_call> and <|fim_prefix|> are such tokens."""
+    from tokenizers import AddedToken
+
+    tokenizer = build_tokenizer()
+    added = ["<tool_call>", "<|fim_prefix|>"]
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in added])
+    ids = set(tokenizer.convert_tokens_to_ids(added))
+    encoder = PromptEncoder(tokenizer)
+    for token in added:
+        assert ids & set(tokenizer(f"a {token} b", split_special_tokens=True)["input_ids"])  # the library alone
+        for found in (encoder.prompt(f"a {token} b"), encoder.completion(token)):
+            assert not ids & set(found)
+        assert token in tokenizer.decode(encoder.prompt(f"a {token} b"))  # nothing is lost
+
+
 @pytest.mark.parametrize(("turn", "expected"), USER_TURNS, ids=[turn for turn, _ in USER_TURNS])
 def test_prompt_is_the_hand_written_token_list(tokenizer, encoder, turn, expected):
     assert pieces(tokenizer, encoder.prompt(turn)) == SYSTEM_PIECES + expected + ASSISTANT_PIECES

@@ -381,6 +381,32 @@ def test_the_fingerprint_of_a_base_follows_its_weights(tmp_path, model_dir):
     assert model_fingerprint(str(folder)) != before
 
 
+def test_the_fingerprint_follows_the_chat_template(tmp_path, model_dir):
+    """A calibration that was fitted under another template is not used."""
+    copy = Path(shutil.copytree(model_dir, tmp_path / "base"))
+    before = model_fingerprint(str(copy))
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert model_fingerprint(str(copy)) != before
+
+
+def test_a_model_that_is_replaced_while_it_loads_is_refused(tmp_path, model_dir, monkeypatch):
+    """Or the old adapter's prior would be stored as the new one's, for good."""
+    import creditmix
+
+    adapter = save_adapter(tmp_path / "adapter", model_dir, seed=1)
+
+    def replaced(*args):
+        loaded = load_model(*args)
+        save_adapter(tmp_path / "adapter", model_dir, seed=2)
+        return loaded
+
+    monkeypatch.setattr(creditmix, "load_model", replaced)
+    with pytest.raises(InputError, match="changed while it was loaded"):
+        CreditModel.load(adapter, flags())
+    assert not stored_priors()
+
+
 def test_the_fingerprint_of_a_base_reaches_its_last_layer(tmp_path, model_dir):
     """An adapter merged into the same folder again changes the projections and leaves the embeddings."""
     from safetensors.torch import save_file

@@ -194,8 +194,9 @@ def test_run_folder(method, run, model_dir, data, sft_adapter, monkeypatch):
     assert set(result["flags"]) == dests and None not in (
         result["flags"][name] for name in ("learning_rate", "batch_size", "grad_accum", "lora_dropout")
     )
-    assert result["data"] == {"file": data[rows], "sha256": common.file_sha256(data[rows]), "rows": 10, "source": None}
-    assert (result["split_seed"], result["seed"], result["resumed_from"]) == (0, 0, None)
+    assert result["data"] == {"file": data[rows], "sha256": common.file_sha256(data[rows]), "rows": 10}
+    assert result["sources"] and set(result["sources"]) == {None}  # nothing noted beside the data
+    assert (result["split_seed"], result["seed"], result["resumed_from"]) == (None, 0, None)
     assert {"python", "torch", "transformers", "peft", "trl", "bitsandbytes"} <= set(result["packages"])
     assert result["metrics"]["steps"] == 4 and result["metrics"]["train_loss"] > 0
     assert result["wall_seconds"] > 0 and result["memory"]["peak_gb"] > 0 and result["memory"]["device"]
@@ -728,22 +729,90 @@ def test_the_split_of_the_data_is_recorded(method, run, prepared):
     """Evaluation refuses an adapter of another split, so a wrong record would let training rows into validation."""
     recorded = json.loads((run(method, "run", "--data", prepared / f"{method}.jsonl") / "run.json").read_text())
     assert recorded["split_seed"] == recorded["flags"]["split_seed"] == 7
-    assert recorded["data"]["source"] == {"file": "raw.csv", "sha256": "abc"}
+    assert recorded["sources"] == [{"file": "raw.csv", "sha256": "abc"}]
     with pytest.raises(InputError, match=r"--split_seed 0: .* was prepared with 7; leave the flag out"):
         run(method, "other", "--data", prepared / f"{method}.jsonl", "--split_seed", 0)
+
+
+def test_the_sources_of_the_adapter_to_go_on_from_are_recorded(run, prepared):
+    """A student that was made in two steps has seen the rows of both."""
+    first = run("sft", "first", "--data", prepared / "sft.jsonl")
+    note = json.loads((prepared / "creditmix_prepared.json").read_text())
+    note["source"] = {"file": "other.csv", "sha256": "def"}
+    (prepared / "creditmix_prepared.json").write_text(json.dumps(note))
+    flags = ("--adapter", first, "--data", prepared / "dpo.jsonl")
+    recorded = json.loads((run("dpo", "second", *flags, base=False) / "run.json").read_text())
+    assert [source["file"] for source in recorded["sources"]] == ["other.csv", "raw.csv"]
 
 
 def test_the_note_of_other_data_is_not_believed(run, prepared):
     with open(prepared / "sft.jsonl", "a") as out:
         out.write('{"input": "Debt: 1", "output": "Good"}\n')
-    recorded = json.loads((run("sft", "run", "--data", prepared / "sft.jsonl") / "run.json").read_text())
-    assert (recorded["split_seed"], recorded["data"]["source"]) == (0, None)
+    with pytest.raises(InputError, match=r"sft\.jsonl: changed since .*creditmix_prepared\.json was written"):
+        run("sft", "run", "--data", prepared / "sft.jsonl")
+    saved = run("sft", "run", "--data", prepared / "sft.jsonl", "--split_seed", 3)
+    recorded = json.loads((saved / "run.json").read_text())
+    assert (recorded["split_seed"], recorded["sources"]) == (3, [None])
 
 
 @pytest.mark.parametrize("method", ["kd", "dpo"])
-def test_an_adapter_of_another_split_is_not_gone_on_from(method, run, prepared, sft_adapter):
+def test_an_adapter_of_another_split_is_not_gone_on_from(method, run, prepared, sft_adapter, tmp_path):
+    sft_adapter = shutil.copytree(sft_adapter, tmp_path / "sft")
+    record = json.loads((sft_adapter / "run.json").read_text())
+    (sft_adapter / "run.json").write_text(json.dumps(record | {"split_seed": 0}))
     with pytest.raises(InputError, match=r"--adapter .* was trained with --split_seed 0, .* has 7"):
         run(method, "run", "--adapter", sft_adapter, "--data", prepared / f"{method}.jsonl", base=False)
+
+
+@pytest.mark.parametrize("changed", ["data", "adapter"])
+def test_a_killed_run_is_not_gone_on_with_other_data_or_another_start(changed, data, sft_adapter, tmp_path):
+    """DPO's frozen reference would be another network than before the kill."""
+    start = Path(shutil.copytree(sft_adapter, tmp_path / "start"))
+    rows = Path(shutil.copy(data["dpo"], tmp_path / "dpo.jsonl"))
+    args = (
+        TRAINERS["dpo"]
+        .build_parser()
+        .parse_args(
+            ["--adapter", str(start), "--data", str(rows), "--save_dir", str(tmp_path / "run"), "--split_seed", "0"]
+        )
+    )
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    training.note_settings(args)
+    args.resume = True
+    training.note_settings(args)
+    if changed == "data":
+        rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
+    else:
+        weights = load_file(start / "adapter_model.safetensors")
+        save_file({name: 2 * weight for name, weight in weights.items()}, start / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"--resume with other settings: (data_sha256|adapter_fingerprint) "):
+        training.note_settings(args)
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [([1, 2], []), ([1, 2], [7]), ([], [5, 7])])
+def test_rows_with_nothing_or_everything_to_learn_are_refused(prompt, answer, model_dir):
+    """An encoder that forgets the answer, its text or the prompt must not train on."""
+
+    class Encoder:
+        tokenizer = training.load_tokenizer(model_dir)
+        end_of_turn = "<|im_end|>"
+
+        def prompt(self, turn):
+            return prompt
+
+        def completion(self, text):
+            return answer
+
+    with pytest.raises(InputError, match=r"rows: row 1: . of . tokens supervised"):
+        training.completion_dataset([{"input": "a", "output": "b"}], "output", Encoder(), 10, "rows")
+
+
+def test_run_json_is_written_last(run, monkeypatch, tmp_path):
+    """It is the mark of completeness: a run that dies while saving must not have it."""
+    monkeypatch.setattr(training, "plot_curve", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("sft", "run")
+    assert (tmp_path / "run/adapter_model.safetensors").is_file() and not (tmp_path / "run/run.json").exists()
 
 
 def test_label_probs_in_sft_rows_are_not_used(run, data, tmp_path):
