@@ -1,4 +1,5 @@
-"""JSONL in, JSONL out, for the infer scripts: one line for each line read, in the same order, and resumable.
+"""JSONL in, JSONL out, resumable: for the infer scripts one line for each line read, in the same order; for scripts
+that ask a model for training data answers as they come.
 
 Apart from common.py because training never needs it. Results go to <output>.part and are renamed at the end; a run
 that was interrupted goes on from there, if it is the same run.
@@ -109,3 +110,45 @@ def _resume_point(part: Path, settings: dict) -> int:
     whole = whole[: whole.rfind(b"\n") + 1]
     part.write_bytes(whole)
     return whole.count(b"\n")
+
+
+class AnswerFile:
+    """Answers as they come, in <output>.part: a killed run's are read again, a half-written last line is cut off."""
+
+    def __init__(self, output: str, settings: dict[str, Any], overwrite: bool):
+        self.path = Path(output).with_name(Path(output).name + ".part")
+        self.note = self.path.with_name(self.path.name + ".json")
+        self.answers: dict[int, dict[str, Any]] = {}
+        if overwrite or not self.path.exists():
+            self.path.unlink(missing_ok=True)
+            write_json(self.note, settings)
+        elif not self.note.exists() or read_json(self.note) != settings:
+            raise InputError(
+                f"{self.path}: left by a run with another teacher, input or flags; --overwrite starts over"
+            )
+        else:
+            whole = self.path.read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            self.path.write_bytes(whole)
+            for line in whole.decode().splitlines():
+                answer = parse_json(line)
+                self.answers[answer.pop("row")] = answer
+            print(f"{self.path}: going on after {len(self.answers)} answers", file=sys.stderr)
+
+    def collect(self, answers: Iterator[tuple[int, dict[str, Any]]], total: int, name: str) -> None:
+        """Write each answer at once, with a progress bar."""
+        from tqdm import tqdm
+
+        with (
+            open(self.path, "a", encoding="utf-8") as out,
+            tqdm(total=total, initial=len(self.answers), desc=name, unit="row", file=sys.stderr) as bar,
+        ):
+            for number, answer in answers:
+                out.write(json.dumps({"row": number} | answer, ensure_ascii=False) + "\n")
+                out.flush()
+                self.answers[number] = answer
+                bar.update()
+
+    def remove(self) -> None:
+        self.path.unlink()
+        self.note.unlink()

@@ -173,6 +173,16 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
     return rows
 
 
+def preparation(data: str) -> dict[str, Any]:
+    """What a prepare script noted beside a data file (split seed, source), empty for data of another origin; with
+    "changed" where the note is of other content of that file."""
+    for path in Path(data).parent.glob("*_prepared.json"):
+        note = read_json(path)
+        if isinstance(note, dict) and (noted := note.get("files", {}).get(Path(data).name)):
+            return note if noted == file_sha256(data) else {"changed": str(path)}
+    return {}
+
+
 def write_parts(outdir: str, task: str, parts: dict[str, list[dict]]) -> None:
     """Write `task`_<part>.jsonl of each part of a split. Raises InputError, before it writes, for an empty part."""
     check_folder(outdir)
@@ -875,6 +885,15 @@ class Calibration:
         return softmax(self.scores(raw) / self.temperature, axis=1)
 
 
+def with_shares(calibration: Calibration, shares: np.ndarray) -> Calibration:
+    """The calibration for a field where the labels have these shares [labels], not equal ones: the odds of each label
+    change by its share (Saerens et al. 2002), scores and probabilities alike."""
+    import numpy as np
+
+    shift = calibration.temperature * np.log(shares * len(shares))
+    return Calibration(calibration.method, calibration.prior, calibration.bias + shift, calibration.temperature)
+
+
 def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calibration:
     """Bias per label and temperature that minimise the negative log-likelihood of the right answers.
 
@@ -897,6 +916,19 @@ def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> 
     temperature = float(np.exp(-found[0]))
     bias = np.append(found[1:], 0.0) * temperature
     return Calibration("fitted", prior, bias - bias.mean(), temperature)
+
+
+def cross_fitted_nll(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray, groups: Sequence[str]) -> float:
+    """Negative log-likelihood (natural log, mean over rows) of fitted calibrations on rows that they were not fitted
+    on, in five folds by group: so a fit can be compared with calibrators that have nothing to fit."""
+    import numpy as np
+    from sklearn.model_selection import GroupKFold
+
+    total = 0.0
+    for train, test in GroupKFold(5).split(raw, answers, groups):
+        probabilities = fit_calibration(raw[train], prior, answers[train]).probabilities(raw[test])
+        total -= np.log(probabilities[np.arange(len(test)), answers[test]].clip(1e-12)).sum()
+    return total / len(raw)
 
 
 def calibration_path(model_dir: str) -> Path:
@@ -925,9 +957,12 @@ def read_fitted(model_dir: str, settings: dict[str, Any]) -> dict | None:
                 "fit again with eval_creditmix.py --fit, or use --calibration contextual"
             )
     bias, temperature = stored.get("bias"), stored.get("temperature")
-    numbers = [*bias.values(), temperature] if isinstance(bias, dict) else [None]
-    if not all(type(x) in (int, float) for x in numbers) or temperature <= 0 or set(bias) != set(settings["forms"]):
-        raise InputError(f"{path}: bias or temperature is damaged; fit again with eval_creditmix.py --fit")
+    tables = [stored.get("prior"), bias]
+    numbers = [temperature]
+    for table in tables:
+        numbers += table.values() if isinstance(table, dict) and set(table) == set(settings["forms"]) else [None]
+    if not all(type(x) in (int, float) for x in numbers) or temperature <= 0:
+        raise InputError(f"{path}: prior, bias or temperature is damaged; fit again with eval_creditmix.py --fit")
     return stored
 
 

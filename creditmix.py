@@ -14,7 +14,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ from common import (
     read_jsonl,
     read_text,
     read_verbalizers,
+    with_shares,
 )
 
 LABELS = ("Good", "Standard", "Bad")
+CALIBRATIONS = ("none", "contextual", "batch", "fitted", "auto")
 UNKNOWN = "Unknown"
 CSV_COLUMNS = {
     "Age": "Age",
@@ -282,6 +284,70 @@ def gradient_boosting(seed: int = 0) -> Any:
     )
 
 
+def logistic_regression() -> Any:
+    """The simple baseline, on a DataFrame of `tabular_features`."""
+    import pandas as pd
+    from sklearn.compose import make_column_selector, make_column_transformer
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
+    columns = make_column_transformer(
+        (numbers, make_column_selector(dtype_include="number")),
+        (OneHotEncoder(handle_unknown="ignore"), make_column_selector(dtype_include=pd.CategoricalDtype)),
+    )
+    return make_pipeline(columns, LogisticRegression(max_iter=2000))
+
+
+def tabular_teacher(rows: Sequence[CreditRow], known: Sequence[bool], seed: int) -> np.ndarray:
+    """Class probabilities [rows, labels] by gradient boosting under equal class weights, each row's by a model that
+    never saw its customer: cross-fitted over the `known` rows, and by a model of all of these for the others, whose
+    labels are not used. Raises InputError where there are too few customers for five folds."""
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.utils.class_weight import compute_sample_weight
+
+    seen = np.flatnonzero(known)
+    groups = [rows[i].customer for i in seen]
+    answers = np.array([LABELS.index(rows[i].label) for i in seen])
+    fewest = min(len({g for g, a in zip(groups, answers, strict=True) if a == k}) for k in range(len(LABELS)))
+    if fewest < 5:
+        raise InputError(f"a class has {fewest} training customers; at least 5 are needed for cross-fitting")
+    frame = tabular_features([row.features for row in rows])
+    weights = compute_sample_weight("balanced", answers)
+    probabilities = np.empty((len(rows), len(LABELS)))
+    probabilities[seen] = cross_val_predict(
+        gradient_boosting(seed),
+        frame.iloc[seen],
+        answers,
+        groups=groups,
+        cv=StratifiedGroupKFold(5, shuffle=True, random_state=seed),
+        method="predict_proba",
+        params={"sample_weight": weights},
+    )
+    others = np.flatnonzero(~np.asarray(known, dtype=bool))
+    if len(others):
+        model = gradient_boosting(seed).fit(frame.iloc[seen], answers, sample_weight=weights)
+        probabilities[others] = model.predict_proba(frame.iloc[others])
+    return probabilities
+
+
+def simple_baselines(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """Accuracy of the most frequent answer, and of a cross-validated logistic regression where the prompts are
+    CreditMix prompts: what a teacher has to beat."""
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    counts = Counter(answers)
+    result = {"majority": max(counts.values()) / len(answers)}
+    features = [prompt.rpartition("\n")[2] for prompt in prompts]
+    if all(known_fields(text) for text in features) and min(counts.values()) >= 5 and len(counts) > 1:
+        folds = StratifiedKFold(5, shuffle=True, random_state=0)
+        scores = cross_val_score(logistic_regression(), tabular_features(features), list(answers), cv=folds)
+        result["logistic regression"] = float(scores.mean())
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------- using a model
 
 
@@ -290,9 +356,12 @@ def add_scoring_flags(parser: Any) -> None:
     add = parser.add_argument_group("scoring").add_argument
     add(
         "--calibration",
-        choices=("none", "contextual", "fitted"),
-        help="default: fitted if there is one, else contextual",
+        choices=CALIBRATIONS,
+        default="auto",
+        help="of the scores; auto: what eval_creditmix.py stored beside the adapter, else contextual (%(default)s)",
     )
+    add("--class_shares", metavar="LABEL=P,...", help="shares in the field, such as Good=0.25,Standard=0.45,Bad=0.30")
+    add("--abstain_below", type=float, metavar="P", help="refer rows to a human whose label has a lower probability")
     add("--bias", metavar="LABEL=B,...", help="add to calibrated scores, such as Standard=0.3 (default: none)")
     add(
         "--null_prompts", type=int, default=len(NULL_FEATURES), help="content-free prompts for the prior (%(default)s)"
@@ -303,7 +372,7 @@ def add_scoring_flags(parser: Any) -> None:
     add_loading_flags(parser)
 
 
-def parse_label_numbers(text: str | None) -> dict[str, float]:
+def parse_label_numbers(text: str | None, flag: str = "--bias") -> dict[str, float]:
     """'Standard=0.3,Bad=-0.1' -> {'Standard': 0.3, 'Bad': -0.1}. Raises InputError."""
     pairs = {}
     for part in (text or "").split(",") if text else []:
@@ -311,10 +380,21 @@ def parse_label_numbers(text: str | None) -> dict[str, float]:
         try:
             pairs[label.strip()] = float(number)
         except ValueError:
-            raise InputError(f"--bias {text}: {part!r} is not LABEL=NUMBER") from None
+            raise InputError(f"{flag} {text}: {part!r} is not LABEL=NUMBER") from None
         if label.strip() not in LABELS or not math.isfinite(pairs[label.strip()]):
-            raise InputError(f"--bias {text}: labels are {', '.join(LABELS)}, numbers finite")
+            raise InputError(f"{flag} {text}: labels are {', '.join(LABELS)}, numbers finite")
     return pairs
+
+
+def class_shares(args: Any) -> np.ndarray | None:
+    """Shares [labels] in the field that the flags give, None where they give none. Raises InputError."""
+    if not args.class_shares:
+        return None
+    given = parse_label_numbers(args.class_shares, "--class_shares")
+    shares = np.array([given.get(label, 0.0) for label in LABELS])
+    if (shares <= 0).any() or abs(shares.sum() - 1) > 0.01:
+        raise InputError(f"--class_shares {args.class_shares}: a share above 0 for each label, 1 together")
+    return shares / shares.sum()
 
 
 def check_scoring_flags(args: Any) -> tuple[dict[str, list[str]], np.ndarray, list[str]]:
@@ -323,6 +403,9 @@ def check_scoring_flags(args: Any) -> tuple[dict[str, list[str]], np.ndarray, li
     given = parse_label_numbers(args.bias)
     if args.batch_size < 1:
         raise InputError(f"--batch_size {args.batch_size}: at least 1")
+    if args.abstain_below is not None and not 0 < args.abstain_below <= 1:
+        raise InputError(f"--abstain_below {args.abstain_below}: a probability above 0")
+    class_shares(args)
     return forms, np.array([given.get(label, 0.0) for label in LABELS]), null_prompts(args.null_prompts)
 
 
@@ -339,12 +422,22 @@ def scoring_settings(args: Any) -> dict[str, Any]:
 
 def fitted_calibration(model_dir: str, args: Any) -> dict | None:
     """The stored calibration that `args.calibration` asks for, None where another is to be used. Raises InputError."""
-    if args.calibration not in (None, "fitted"):
+    if args.calibration in ("none", "contextual"):
         return None
-    fitted = read_fitted(model_dir, scoring_settings(args))
-    if args.calibration == "fitted" and not fitted:
-        raise InputError(f"{calibration_path(model_dir)}: not there; fit it with eval_creditmix.py --fit")
-    return fitted
+    stored = read_fitted(model_dir, scoring_settings(args))
+    if args.calibration != "auto" and (stored or {}).get("calibration") != args.calibration:
+        raise InputError(
+            f"{calibration_path(model_dir)}: no {args.calibration} one there; "
+            f"eval_creditmix.py --fit --calibration {args.calibration} makes it"
+        )
+    return stored
+
+
+def adjusted(calibration: Calibration, args: Any) -> Calibration:
+    """With what --bias and --class_shares add."""
+    calibration = replace(calibration, bias=calibration.bias + check_scoring_flags(args)[1])
+    shares = class_shares(args)
+    return calibration if shares is None else with_shares(calibration, shares)
 
 
 def credit_scorer(model: Any, tokenizer: Any, args: Any, adapters: Sequence[str] = ()) -> LabelScorer:
@@ -366,14 +459,13 @@ class CreditModel:
 
     name: str
     scorer: LabelScorer
-    prior: np.ndarray
     calibration: Calibration
     adapter: str | None = None
+    abstain_below: float | None = None
 
     @classmethod
     def load(cls, model_dir: str, args: Any) -> CreditModel:
-        """Load a base, folder or adapter with the flags of `add_scoring_flags` and `args.calibration` (none,
-        contextual, fitted; None: fitted where calibration.json is there, else contextual). Raises InputError."""
+        """Load a base, folder or adapter with the flags of `add_scoring_flags`. Raises InputError."""
         check_scoring_flags(args)
         check_model_name(model_dir)
         fitted = fitted_calibration(model_dir, args)
@@ -413,16 +505,17 @@ class CreditModel:
         args: Any,
         adapter: str | None = None,
     ) -> CreditModel:
-        _, bias, turns = check_scoring_flags(args)
-        prior = np.zeros(len(LABELS))
-        if args.calibration != "none":
-            key = f"{fingerprint} {args.quantization} {compute_dtype(args.compute_dtype)}"
-            prior = label_prior(scorer, key, turns, adapter)
+        zero = np.zeros(len(LABELS))
         if fitted:
-            bias = bias + np.array([fitted["bias"][label] for label in LABELS])
-        method = "fitted" if fitted else args.calibration or "contextual"
-        calibration = Calibration(method, prior, bias, fitted["temperature"] if fitted else 1.0)
-        return cls(name, scorer, prior, calibration, adapter)
+            prior, bias = (np.array([fitted[key][label] for label in LABELS]) for key in ("prior", "bias"))
+            used = Calibration(fitted["calibration"], prior, bias, fitted["temperature"])
+        elif args.calibration == "none":
+            used = Calibration("none", zero, zero)
+        else:
+            key = f"{fingerprint} {args.quantization} {compute_dtype(args.compute_dtype)}"
+            turns = check_scoring_flags(args)[2]
+            used = Calibration("contextual", label_prior(scorer, key, turns, adapter), zero)
+        return cls(name, scorer, adjusted(used, args), adapter, args.abstain_below)
 
     def settings(self) -> dict[str, Any]:
         """What decides its answers beyond flags and weights: contents of files that flags or folders name."""
@@ -441,7 +534,8 @@ class CreditModel:
         return self.scorer.score([self.prompt(text) for text in features], progress, [self.adapter] * len(features))
 
     def responses(self, raw: np.ndarray) -> list[dict]:
-        """The whitepaper's response (section 7) for each row of raw scores [N, labels]."""
+        """The whitepaper's response (section 7) for each row of raw scores [N, labels]; where --abstain_below is given
+        with {"extra": {"refer": whether a human should decide}}."""
         scores, probabilities = self.calibration.scores(raw), self.calibration.probabilities(raw)
         prior = _by_label(self.calibration.prior)
         results = []
@@ -458,6 +552,8 @@ class CreditModel:
                     "top2_margin": round(float(best - second), 6),
                 }
             )
+            if self.abstain_below is not None:
+                results[-1]["extra"] = {"refer": bool(row_probabilities.max() < self.abstain_below)}
         return results
 
 

@@ -24,9 +24,8 @@ from creditmix import (
     CreditRow,
     balanced_sample,
     creditmix_prompt,
-    gradient_boosting,
     read_creditmix,
-    tabular_features,
+    tabular_teacher,
 )
 
 
@@ -52,28 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
-
-
-def cross_fitted_probabilities(rows: Sequence[CreditRow], seed: int) -> np.ndarray:
-    """Class probabilities [rows, labels] by gradient boosting, each row by a model that never saw its customer,
-    under equal class weights. Raises InputError where there are too few customers for five folds."""
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.utils.class_weight import compute_sample_weight
-
-    groups = [row.customer for row in rows]
-    answers = np.array([LABELS.index(row.label) for row in rows])
-    fewest = min(len({row.customer for row in rows if row.label == label}) for label in LABELS)
-    if fewest < 5:
-        raise InputError(f"a class has {fewest} training customers; at least 5 are needed to find hard negatives")
-    return cross_val_predict(
-        gradient_boosting(seed),
-        tabular_features([row.features for row in rows]),
-        answers,
-        groups=groups,
-        cv=StratifiedGroupKFold(5, shuffle=True, random_state=seed),
-        method="predict_proba",
-        params={"sample_weight": compute_sample_weight("balanced", answers)},
-    )
 
 
 def enrich_standard(
@@ -126,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     sample = balanced_sample(pool, per_class, args.seed)
     print(f"gradient boosting on {len(pool)} training rows, cross-fitted by customer ...", file=sys.stderr)
-    by_row = dict(zip(pool, cross_fitted_probabilities(pool, args.seed), strict=True))
+    by_row = dict(zip(pool, tabular_teacher(pool, [True] * len(pool), args.seed), strict=True))
     if args.hard_standard:
         sample = enrich_standard(sample, pool, by_row, args.hard_standard, args.seed)
     show_counts("balanced training rows written", sample)

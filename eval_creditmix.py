@@ -27,6 +27,7 @@ from common import (
     calibration_path,
     check_folder,
     check_model_name,
+    cross_fitted_nll,
     file_sha256,
     fit_calibration,
     model_fingerprint,
@@ -43,8 +44,11 @@ from creditmix import (
     CreditModel,
     CreditRow,
     add_scoring_flags,
+    adjusted,
     balanced_sample,
+    class_shares,
     gradient_boosting,
+    logistic_regression,
     read_creditmix,
     scoring_settings,
     tabular_features,
@@ -65,7 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=seed_number, default=0, help="of the sample and the bootstrap (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the training's own (%(default)s)")
     add = parser.add_argument_group("calibration").add_argument
-    add("--fit", action="store_true", help="fit bias and temperature on calibration rows; writes calibration.json")
+    add(
+        "--fit",
+        action="store_true",
+        help="find the --calibration on calibration rows and write calibration.json; auto: the likeliest of all",
+    )
     add("--fit_per_class", type=int, default=300, help="calibration rows a class at most (%(default)s)")
     add = parser.add_argument_group("report").add_argument
     add("--baselines", action="store_true", help="add majority, logistic regression and gradient boosting")
@@ -132,67 +140,124 @@ def draw_samples(rows: Sequence[CreditRow], args: argparse.Namespace) -> tuple[l
     return validation, calibration, draw(rows, "train", None, args) if args.baselines else []
 
 
-def point_metrics(answers: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro-F1, recall per label; NLL (natural log), Brier (sum over labels), ECE (15 equal-width bins)."""
+def coverage_curve(right: np.ndarray, confidence: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(coverage, accuracy) [N each] where the rows are answered from the surest on and the others referred."""
+    order = np.argsort(-confidence, kind="stable")
+    answered = weights[order].cumsum()
+    return answered / answered[-1], (right * weights)[order].cumsum() / answered
+
+
+def point_metrics(
+    answers: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None
+) -> dict[str, float]:
+    """Accuracy, macro-F1, recall per label; NLL (natural log), Brier (sum over labels), ECE (15 equal-width bins),
+    AURC (mean error rate over all coverages, Geifman and El-Yaniv 2017). Each row counts by its weight, default 1."""
     from sklearn.metrics import accuracy_score, f1_score, recall_score
 
+    weights = np.ones(len(answers)) if weights is None else weights
     right = predicted == answers
     confidence = probabilities[np.arange(len(answers)), predicted]
     bins = np.minimum((confidence * 15).astype(int), 14)
-    gaps = [abs(right[bins == b].sum() - confidence[bins == b].sum()) for b in range(15)]
+    gaps = [abs((weights * (right - confidence))[bins == b].sum()) for b in range(15)]
     chosen = np.clip(probabilities[np.arange(len(answers)), answers], 1e-12, 1)
-    recalls = recall_score(answers, predicted, labels=range(len(LABELS)), average=None, zero_division=0)
+    squares = ((probabilities - np.eye(len(LABELS))[answers]) ** 2).sum(axis=1)
+    table = {"labels": range(len(LABELS)), "sample_weight": weights, "zero_division": 0}
+    recalls = recall_score(answers, predicted, average=None, **table)
     return {
-        "accuracy": float(accuracy_score(answers, predicted)),
-        "macro_f1": float(f1_score(answers, predicted, labels=range(len(LABELS)), average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(answers, predicted, sample_weight=weights)),
+        "macro_f1": float(f1_score(answers, predicted, average="macro", **table)),
         **{f"recall_{label}": float(recall) for label, recall in zip(LABELS, recalls, strict=True)},
-        "nll": float(-np.log(chosen).mean()),
-        "brier": float(((probabilities - np.eye(len(LABELS))[answers]) ** 2).sum(axis=1).mean()),
-        "ece": float(sum(gaps) / len(answers)),
+        "nll": float(np.average(-np.log(chosen), weights=weights)),
+        "brier": float(np.average(squares, weights=weights)),
+        "ece": float(sum(gaps) / weights.sum()),
+        "aurc": float(np.average(1 - coverage_curve(right, confidence, weights)[1])),
     }
 
 
 def intervals(
-    answers: np.ndarray, predicted: np.ndarray, customers: Sequence[str], resamples: int, seed: int
+    answers: np.ndarray,
+    predicted: np.ndarray,
+    customers: Sequence[str],
+    resamples: int,
+    seed: int,
+    weights: np.ndarray | float = 1.0,
 ) -> dict[str, tuple[float, float]]:
     """95 % percentile bootstrap of accuracy, macro-F1 and recalls, resampling customers with all their rows."""
     index = {customer: i for i, customer in enumerate(dict.fromkeys(customers))}
     size = len(LABELS)
     tables = np.zeros((len(index), size * size))
-    np.add.at(tables, ([index[c] for c in customers], answers * size + predicted), 1)
+    np.add.at(tables, ([index[c] for c in customers], answers * size + predicted), weights)
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=resamples)
-    confusion = (weights @ tables).reshape(resamples, size, size)
+    times = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=resamples)
+    confusion = (times @ tables).reshape(resamples, size, size)
     hits, actual, claimed = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1)
-    f1 = 2 * hits / np.maximum(actual + claimed, 1)
+    f1 = 2 * hits / np.maximum(actual + claimed, 1e-9)
     samples = {"accuracy": hits.sum(axis=1) / confusion.sum(axis=(1, 2)), "macro_f1": f1.mean(axis=1)}
-    samples |= {f"recall_{label}": hits[:, i] / np.maximum(actual[:, i], 1) for i, label in enumerate(LABELS)}
+    samples |= {f"recall_{label}": hits[:, i] / np.maximum(actual[:, i], 1e-9) for i, label in enumerate(LABELS)}
     return {name: tuple(np.percentile(values, [2.5, 97.5]).tolist()) for name, values in samples.items()}
 
 
 def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
-    """Metrics and intervals of one model's probabilities [N, labels]."""
+    """Metrics and intervals of one model's probabilities [N, labels]. With --class_shares the balanced rows are
+    weighted so that each label has its share; the probabilities must be for these shares."""
     answers = np.array([LABELS.index(row.label) for row in rows])
     predicted = probabilities.argmax(axis=1)
-    result: dict[str, Any] = point_metrics(answers, predicted, probabilities)
-    result["interval_95"] = intervals(answers, predicted, [r.customer for r in rows], args.bootstrap, args.seed)
+    shares = class_shares(args)
+    weights = np.ones(len(rows)) if shares is None else len(LABELS) * shares[answers]
+    customers = [row.customer for row in rows]
+    result: dict[str, Any] = point_metrics(answers, predicted, probabilities, weights)
+    result["interval_95"] = intervals(answers, predicted, customers, args.bootstrap, args.seed, weights)
     result["predicted"] = [LABELS[i] for i in predicted]
+    if args.abstain_below is not None:
+        sure = probabilities.max(axis=1) >= args.abstain_below
+        result["abstain"] = {
+            "below": args.abstain_below,
+            "coverage": float(np.average(sure, weights=weights)),
+            "accuracy": float(np.average((predicted == answers)[sure], weights=weights[sure])) if sure.any() else None,
+        }
     return result
 
 
-def fit(model: CreditModel, model_dir: str, rows: list[CreditRow], args: argparse.Namespace) -> CreditModel:
-    """Fit bias and temperature on calibration rows and store them; returns the model with that calibration."""
+def calibrators(
+    raw: np.ndarray, contextual: np.ndarray, answers: np.ndarray, customers: Sequence[str]
+) -> tuple[dict[str, Calibration], dict[str, float]]:
+    """({method: calibration}, {method: negative log-likelihood}) on calibration rows; raw: [N, labels]. The fitted
+    one's likelihood is that of fits that did not see the customer. Batch calibration: the shift is the mean raw score
+    of the rows, whatever their labels (Zhou et al. 2023)."""
+    zero = np.zeros(len(LABELS))
+    found = {
+        "none": Calibration("none", zero, zero),
+        "contextual": Calibration("contextual", contextual, zero),
+        "batch": Calibration("batch", raw.mean(axis=0), zero),
+    }
+    index = np.arange(len(answers))
+    nll = {name: float(-np.log(c.probabilities(raw)[index, answers].clip(1e-12)).mean()) for name, c in found.items()}
+    found["fitted"] = fit_calibration(raw, contextual, answers)
+    nll["fitted"] = cross_fitted_nll(raw, contextual, answers, customers)
+    return found, nll
+
+
+def fit(
+    model: CreditModel, model_dir: str, rows: list[CreditRow], args: argparse.Namespace
+) -> tuple[Calibration, dict[str, Calibration]]:
+    """Find the calibration on calibration rows and store it; returns it and all that were compared. model: with the
+    contextual calibration and no bias."""
     raw = model.raw_scores([row.features for row in rows], "calibration rows")
     answers = np.array([LABELS.index(row.label) for row in rows])
-    fitted = fit_calibration(raw, model.prior, answers)
+    found, nll = calibrators(raw, model.calibration.prior, answers, [row.customer for row in rows])
+    chosen = found[min(nll, key=nll.__getitem__) if args.calibration == "auto" else args.calibration]
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in nll.items())
+    print(f"{model_dir}: likelihood on calibration rows: {shown} -> {chosen.method}", file=sys.stderr)
     digest = hashlib.sha256(json.dumps([[row.features, row.label] for row in rows]).encode()).hexdigest()
     path = calibration_path(model_dir)
     write_json(
         path,
         {
-            "calibration": "fitted",
-            "bias": dict(zip(LABELS, fitted.bias.tolist(), strict=True)),
-            "temperature": fitted.temperature,
+            "calibration": chosen.method,
+            "prior": dict(zip(LABELS, chosen.prior.tolist(), strict=True)),
+            "bias": dict(zip(LABELS, chosen.bias.tolist(), strict=True)),
+            "temperature": chosen.temperature,
+            "nll": nll,
             "labels": list(LABELS),
             "model": model_fingerprint(model_dir),
             **scoring_settings(args),
@@ -206,8 +271,7 @@ def fit(model: CreditModel, model_dir: str, rows: list[CreditRow], args: argpars
         },
     )
     print(f"wrote {path}", file=sys.stderr)
-    bias = fitted.bias + model.calibration.bias  # what --bias gave comes on top
-    return replace(model, calibration=replace(fitted, bias=bias))
+    return chosen, found
 
 
 def evaluate_model(
@@ -215,16 +279,17 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score one model once and measure it under each calibration that it has."""
     if args.fit:
-        args = argparse.Namespace(**{**vars(args), "calibration": "contextual"})
-    model = CreditModel.load(model_dir, args)
-    if args.fit:
-        model = fit(model, model_dir, calibration_rows, args)
+        plain = {"calibration": "contextual", "bias": None, "class_shares": None}
+        model = CreditModel.load(model_dir, argparse.Namespace(**vars(args) | plain))
+        chosen, choices = fit(model, model_dir, calibration_rows, args)
+        model = replace(model, calibration=adjusted(chosen, args))
+    else:
+        model = CreditModel.load(model_dir, args)
+        zero = np.zeros(len(LABELS))
+        choices = {"none": Calibration("none", zero, zero)}
     raw = model.raw_scores([row.features for row in rows], model_dir)
-    zero = np.zeros(len(LABELS))
     used = model.calibration
-    choices = {"none": Calibration("none", zero, zero), "contextual": Calibration("contextual", model.prior, zero)}
-    choices = {name: choice for name, choice in choices.items() if name == "none" or model.prior.any()}
-    choices[used.method] = used
+    choices = {name: adjusted(choice, args) for name, choice in choices.items()} | {used.method: used}
     compared = {name: measure(rows, choice.probabilities(raw), args) for name, choice in choices.items()}
     result = compared[used.method] | {
         "model": model_dir,
@@ -241,30 +306,22 @@ def evaluate_model(
 
 def baselines(train: list[CreditRow], rows: list[CreditRow], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Majority, logistic regression and gradient boosting (the ceiling), trained on all balanced training rows."""
-    import pandas as pd
-    from sklearn.compose import make_column_selector, make_column_transformer
     from sklearn.dummy import DummyClassifier
-    from sklearn.impute import SimpleImputer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
     frame = tabular_features([row.features for row in train + rows])
     answers = [LABELS.index(row.label) for row in train]
-    numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
-    columns = make_column_transformer(
-        (numbers, make_column_selector(dtype_include="number")),
-        (OneHotEncoder(handle_unknown="ignore"), make_column_selector(dtype_include=pd.CategoricalDtype)),
-    )
     models = {
         "majority": DummyClassifier(strategy="prior"),
-        "logistic regression": make_pipeline(columns, LogisticRegression(max_iter=2000)),
+        "logistic regression": logistic_regression(),
         "gradient boosting": gradient_boosting(args.seed),
     }
     results = []
     for name, model in models.items():
         model.fit(frame[: len(train)], answers)
         probabilities = model.predict_proba(frame[len(train) :])
+        if (shares := class_shares(args)) is not None:
+            probabilities = probabilities * shares
+            probabilities /= probabilities.sum(axis=1, keepdims=True)
         results.append(measure(rows, probabilities, args) | {"model": name, "probabilities": probabilities})
     return results
 
@@ -280,24 +337,33 @@ def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any)
         print(f"confusion matrix (rows: truth, columns: prediction; {', '.join(LABELS)})", file=out)
         print(confusion_matrix(answers, result["predicted"], labels=LABELS), file=out)
         for name, metrics in result.get("calibrations", {}).items():
-            shown = ", ".join(f"{key} {metrics[key]:.4f}" for key in ("accuracy", "macro_f1", "nll", "brier", "ece"))
+            shown = ", ".join(
+                f"{key} {metrics[key]:.4f}" for key in ("accuracy", "macro_f1", "nll", "brier", "ece", "aurc")
+            )
             print(f"  calibration {name:<11}{shown}", file=out)
     width = max(len(result["model"]) for result in results)
     print(
         f"\n{len(rows)} validation rows, {len(rows) // len(LABELS)} a class; 95 % intervals by customer bootstrap",
         file=out,
     )
-    print(f"{'model':<{width}}  {'accuracy':<24}{'macro-F1':<24}{'Standard recall':<24}NLL     ECE", file=out)
+    print(f"{'model':<{width}}  {'accuracy':<24}{'macro-F1':<24}{'Standard recall':<24}NLL     ECE     AURC", file=out)
     for result in results:
         cells = []
         for name in ("accuracy", "macro_f1", "recall_Standard"):
             low, high = result["interval_95"][name]
             cells.append(f"{result[name]:.4f} [{low:.4f}, {high:.4f}]  ")
-        print(f"{result['model']:<{width}}  {''.join(cells)}{result['nll']:.4f}  {result['ece']:.4f}", file=out)
+        cells += [f"{result[name]:.4f}  " for name in ("nll", "ece", "aurc")]
+        print(f"{result['model']:<{width}}  {''.join(cells).rstrip()}", file=out)
+        if abstain := result.get("abstain"):
+            print(
+                f"{'':<{width}}  answered where the probability is at least {abstain['below']:g}: "
+                f"{abstain['coverage']:.3f} of the rows, {abstain['accuracy'] or 0:.4f} of these right",
+                file=out,
+            )
 
 
 def plots(result: dict[str, Any], rows: list[CreditRow], folder: Path) -> None:
-    """confusion_matrix.png and reliability.png of one model."""
+    """confusion_matrix.png, reliability.png and coverage.png of one model."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -324,6 +390,16 @@ def plots(result: dict[str, Any], rows: list[CreditRow], folder: Path) -> None:
         title=f"{result['model']}, ECE {result['ece']:.3f}",
     )
     figure.savefig(folder / "reliability.png", dpi=120)
+    coverage, accuracy = coverage_curve(right, confidence, np.ones(len(right)))
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(coverage, accuracy)
+    axis.set(
+        xlabel="share of rows answered, the surest first",
+        ylabel="share right of these",
+        title=f"{result['model']}, AURC {result['aurc']:.3f}",
+    )
+    figure.savefig(folder / "coverage.png", dpi=120)
 
 
 def write_report(results: list[dict[str, Any]], rows: list[CreditRow], summary: dict, report_dir: Path) -> None:
@@ -348,8 +424,6 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--val_per_class, --fit_per_class and --bootstrap are at least 1")
     if args.val_frac is not None and not 0 < args.val_frac <= 0.3:
         raise InputError("--val_frac is a share above 0 and at most 0.3, the validation part")
-    if args.fit and args.calibration in ("none", "contextual"):
-        raise InputError(f"--fit measures the fitted calibration; leave --calibration {args.calibration} out")
     if args.report_dir:
         check_folder(args.report_dir)
     for model_dir in args.model_dir:
@@ -358,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
     data_hash = file_sha256(args.data)
     for model_dir in args.model_dir:
         check_training(model_dir, args.split_seed, data_hash)
-        if not args.fit and args.calibration in (None, "fitted"):
+        if not args.fit and args.calibration not in ("none", "contextual"):
             check_fitted(model_dir, args.split_seed, data_hash)
     validation, calibration, train = draw_samples(rows, args)
     results = [evaluate_model(model_dir, validation, calibration, args) for model_dir in args.model_dir]

@@ -331,6 +331,7 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
         prior: dict[str, float] = Field(description="raw scores of content-free prompts")
         probabilities: dict[str, float]
         top2_margin: float = Field(description="best calibrated score less the second")
+        extra: dict[str, bool] | None = Field(None, description="with --abstain_below: whether to refer to a human")
 
     class BatchResponse(Strict):
         results: list[Classification]
@@ -397,7 +398,7 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
             metrics.answer(variant, result)
         return results
 
-    post = functools.partial(app.post, responses=errors, dependencies=keyed)
+    post = functools.partial(app.post, responses=errors, dependencies=keyed, response_model_exclude_unset=True)
 
     def add_routes(variant: str) -> None:
         @post(f"/infer/{variant}", response_model=Classification, name=f"infer_{variant}")

@@ -32,6 +32,7 @@ from common import (
     lora_config,
     model_fingerprint,
     parameter_count,
+    preparation,
     read_json,
     run_record,
     write_json,
@@ -41,16 +42,6 @@ from common import (
 SMALL_STUDENT = 1e9
 # Own loss only where the supervised logits stay below this; above, TRL's fused head computes them in tiles.
 MAX_LOGITS_BYTES = 2**29
-
-
-def preparation(data: str) -> dict[str, Any]:
-    """What a prepare script noted beside a data file (split seed, source), empty for data of another origin; with
-    "changed" where the note is of other content of that file."""
-    for path in Path(data).parent.glob("*_prepared.json"):
-        note = read_json(path)
-        if isinstance(note, dict) and (noted := note.get("files", {}).get(Path(data).name)):
-            return note if noted == file_sha256(data) else {"changed": str(path)}
-    return {}
 
 
 def fill_split_seed(args: argparse.Namespace) -> None:

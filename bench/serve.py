@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clients", type=int, default=64, help="(%(default)s)")
     add("--quantization", choices=("nf4", "none"), default="nf4", help="(%(default)s)")
     add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
-    add("--calibration", choices=("none", "contextual"), help="default: as stored beside the adapters")
+    add("--calibration", choices=("none", "contextual", "auto"), default="auto", help="(%(default)s)")
     add("--quick", action="store_true", help="320 requests: below 3 minutes on two cores")
     add("--json", action="store_true", help="print one JSON object on standard output")
     add("--debug", action="store_true", help="show tracebacks")
@@ -75,7 +75,7 @@ class Server:
         flags = ["--base", args.base, "--port", str(self.port), "--quantization", args.quantization]
         for variant in VARIANTS[1:]:
             flags += [f"--{variant}", str(folder / f"creditmix_{variant}") if variant in variants else "none"]
-        flags += ["--calibration", args.calibration] if args.calibration else []
+        flags += ["--calibration", args.calibration]
         command = [sys.executable, str(ROOT / "serve_creditmix.py"), *flags, "--compute_dtype", args.compute_dtype]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(command, stderr=self.log)

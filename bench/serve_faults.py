@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             args.base = save_random_model(folder / "base", build_tokenizer(), "qwen2")
             for seed, variant in enumerate(VARIANTS[1:]):
                 save_adapter(folder / f"creditmix_{variant}", args.base, seed)
-        args.quantization, args.compute_dtype, args.calibration = "nf4", "auto", None
+        args.quantization, args.compute_dtype, args.calibration = "nf4", "auto", "auto"
         server = Server(args, folder, VARIANTS)
         print("bad requests:", asyncio.run(bad_bodies(server.port)))
         asyncio.run(leaving_clients(server.port, 300))

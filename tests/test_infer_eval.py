@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import eval_creditmix
 import infer_creditmix
 from common import InputError, file_sha256, model_fingerprint, split_of
 from conftest import credit_rows, save_adapter
-from creditmix import LABELS, read_creditmix
+from creditmix import LABELS, CreditModel, read_creditmix
 
 PLAIN = ["--quantization", "none", "--compute_dtype", "float32", "--null_prompts", "2"]
 FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
@@ -40,7 +41,7 @@ def here(tmp_path, monkeypatch) -> Path:
 def fitted(tmp_path_factory, adapter, credit_file) -> str:
     """An adapter with its calibration."""
     own = str(shutil.copytree(adapter, tmp_path_factory.mktemp("fitted") / "own"))
-    assert evaluate(own, credit_file, "--fit") == 0
+    assert evaluate(own, credit_file, "--fit", "--calibration", "fitted") == 0
     return own
 
 
@@ -262,7 +263,10 @@ def test_an_interrupted_run_is_not_mixed_with_another_calibration(here, monkeypa
         (["--features", "x", "--batch_size", "0"], "--batch_size 0: at least 1"),
         (["--features", "x", "--verbalizers", "missing.json"], r"missing\.json: no such file"),
         (["--features", "word " * 400], "a text has [0-9]+ tokens; the model's context is 512: shorten it"),
-        (["--features", "x", "--calibration", "fitted"], r"calibration\.json: not there; fit it with eval_creditmix"),
+        (
+            ["--features", "x", "--calibration", "fitted"],
+            r"calibration\.json: no fitted one there; eval_creditmix\.py --fit --calibration fitted makes it",
+        ),
     ],
 )
 def test_infer_refuses_wrong_input_and_leaves_nothing(here, model_dir, flags, message):
@@ -312,7 +316,7 @@ def test_eval_agrees_with_infer_on_rows_of_validation_customers(here, capsys, ad
     assert names == [adapter, "majority", "logistic regression", "gradient boosting"]
     for folder in ("creditmix_sft", "majority", "logistic_regression", "gradient_boosting"):
         files = sorted(path.name for path in (here / "report" / folder).iterdir())
-        assert files == ["confusion_matrix.png", "predictions.jsonl", "reliability.png"]
+        assert files == ["confusion_matrix.png", "coverage.png", "predictions.jsonl", "reliability.png"]
         assert (here / "report" / folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
     lines = read_lines(here / "report/creditmix_sft/predictions.jsonl")
     assert Counter(line["answer"] for line in lines) == dict.fromkeys(LABELS, 20)
@@ -343,8 +347,14 @@ def test_models_side_by_side_keep_their_reports_apart(here, capsys, adapter, cre
 def test_fit_writes_a_calibration_that_eval_and_infer_then_use(here, capsys, adapter, credit_file):
     own = str(shutil.copytree(adapter, here / "own"))
     before = infer_one(capsys, own)
-    fitted = evaluate_json(capsys, own, credit_file, "--fit")["models"][0]
-    assert fitted["calibration"] == "fitted" and set(fitted["calibrations"]) == {"none", "contextual", "fitted"}
+    assert before["prior"] != dict.fromkeys(LABELS, 0.0)
+    fitted = evaluate_json(capsys, own, credit_file, "--fit", "--calibration", "fitted")["models"][0]
+    assert fitted["calibration"] == "fitted" and set(fitted["calibrations"]) == {
+        "none",
+        "contextual",
+        "batch",
+        "fitted",
+    }
     stored = json.loads((here / "own/calibration.json").read_text())
     assert {"calibration", "bias", "temperature", "labels", "model", "fitted_on"} <= set(stored)
     assert stored["calibration"] == "fitted" and stored["labels"] == list(LABELS)
@@ -373,7 +383,7 @@ def test_fitting_lowers_the_nll_of_the_rows_it_was_fitted_on(here, capsys, adapt
     real = eval_creditmix.draw
     with monkeypatch.context() as patch:  # measure on the very rows of the fit
         patch.setattr(eval_creditmix, "draw", lambda rows, _, n, args: real(rows, "calibration", None, args))
-        result = evaluate_json(capsys, own, credit_file, "--fit")["models"][0]
+        result = evaluate_json(capsys, own, credit_file, "--fit", "--calibration", "fitted")["models"][0]
     assert result["nll"] < min(result["calibrations"]["none"]["nll"], result["calibrations"]["contextual"]["nll"])
     assert result["nll"] <= np.log(3) + 1e-6  # zero weight on the scores is among what was fitted
 
@@ -410,6 +420,7 @@ def test_a_calibration_of_another_model_or_other_forms_is_refused(here, capsys, 
 DAMAGE = {
     "a list": lambda stored: [],
     "no bias": lambda stored: stored | {"bias": None},
+    "no prior": lambda stored: stored | {"prior": None},
     "a label missing": lambda stored: stored | {"bias": {"Good": 0.0, "Bad": 0.0}},
     "bias as text": lambda stored: stored | {"bias": stored["bias"] | {"Good": "0.1"}},
     "temperature 0": lambda stored: stored | {"temperature": 0},
@@ -483,7 +494,6 @@ def test_an_adapter_of_another_split_is_refused(here, adapter, credit_file, mode
         (["--val_per_class", "0"], "at least 1"),
         (["--val_per_class", "5", "--val_frac", "0.1"], "--val_per_class or --val_frac, not both"),
         (["--bootstrap", "0"], "--bootstrap are at least 1"),
-        (["--fit", "--calibration", "none"], "--fit measures the fitted calibration"),
         (["--model_dir", "runs/nothing"], "runs/nothing: no such model folder; under runs/ there is no adapter yet"),
         (["--data", "missing.json"], r"missing\.json: no such file"),
     ],
@@ -541,6 +551,106 @@ def test_certain_and_right_has_no_loss_and_certain_and_wrong_stays_finite():
     assert (right["accuracy"], right["nll"], right["brier"], right["ece"]) == (1, 0, 0, 0)
     wrong = eval_creditmix.point_metrics(np.array([1, 2, 0]), np.arange(3), certain)
     assert wrong["accuracy"] == 0 and wrong["ece"] == 1 and wrong["brier"] == 2 and np.isfinite(wrong["nll"])
+
+
+def test_weights_count_rows_as_often():
+    """A row of weight 3 is three rows."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([1, 1, 1], 50)
+    answers, predicted, times = rng.integers(0, 3, 50), probabilities.argmax(axis=1), rng.integers(1, 4, 50)
+    weighted = eval_creditmix.point_metrics(answers, predicted, probabilities, times.astype(float))
+    repeated = eval_creditmix.point_metrics(
+        answers.repeat(times), predicted.repeat(times), probabilities.repeat(times, axis=0)
+    )
+    for name in set(weighted) - {"aurc"}:  # which takes rows one by one
+        assert weighted[name] == pytest.approx(repeated[name]), name
+
+
+def test_aurc_by_hand():
+    """Surest first: right, right, wrong, right -> error rates 0, 0, 1/3, 1/4."""
+    probabilities = np.array([[0.9, 0.05, 0.05], [0.8, 0.1, 0.1], [0.1, 0.7, 0.2], [0.2, 0.2, 0.6]])
+    found = eval_creditmix.point_metrics(np.array([0, 0, 0, 2]), np.array([0, 0, 1, 2]), probabilities)
+    assert found["aurc"] == pytest.approx((1 / 3 + 1 / 4) / 4)
+
+
+def test_the_likeliest_calibrator_is_stored_and_used(here, capsys, adapter, credit_file):
+    """By the likelihood of calibration rows; what is fitted is judged on customers that it did not see."""
+    own = str(shutil.copytree(adapter, here / "own"))
+    result = evaluate_json(capsys, own, credit_file, "--fit")["models"][0]
+    stored = json.loads((here / "own/calibration.json").read_text())
+    assert set(stored["nll"]) == {"none", "contextual", "batch", "fitted"}
+    assert stored["calibration"] == min(stored["nll"], key=stored["nll"].get) == result["calibration"]
+    response = infer_one(capsys, own)
+    assert response["prior"] == pytest.approx(stored["prior"], abs=1e-6)
+    again = evaluate_json(capsys, own, credit_file)["models"][0]
+    assert (again["calibration"], again["nll"]) == (result["calibration"], pytest.approx(result["nll"], abs=1e-6))
+
+
+@pytest.mark.parametrize("method", ["none", "contextual", "batch", "fitted"])
+def test_a_calibrator_that_is_named_is_stored_whatever_its_likelihood(here, capsys, adapter, credit_file, method):
+    own = str(shutil.copytree(adapter, here / "own"))
+    assert evaluate(own, credit_file, "--fit", "--calibration", method) == 0
+    stored = json.loads((here / "own/calibration.json").read_text())
+    assert stored["calibration"] == method
+    response = infer_one(capsys, own)
+    if method == "none":
+        assert response["scores"] == response["raw_scores"]
+    if method == "batch":  # the mean raw score of the calibration rows, whatever their labels
+        rows, _ = read_creditmix(credit_file)
+        flags = Namespace(split_seed=0, seed=0, data="x")
+        model = CreditModel.load(own, infer_creditmix.build_parser().parse_args(["--model_dir", own, *PLAIN]))
+        drawn = eval_creditmix.draw(rows, "calibration", None, flags)
+        mean = model.raw_scores([row.features for row in drawn]).mean(axis=0)
+        np.testing.assert_allclose(list(stored["prior"].values()), mean, atol=1e-4)
+
+
+def test_class_shares_change_the_odds(here, capsys, model_dir):
+    plain = infer_one(capsys, model_dir)
+    field = infer_one(capsys, model_dir, "--class_shares", "Good=0.25,Standard=0.45,Bad=0.3")
+    for a, b, odds in (("Standard", "Good", 0.45 / 0.25), ("Bad", "Good", 0.3 / 0.25)):
+        before, after = (r["probabilities"][a] / r["probabilities"][b] for r in (plain, field))
+        assert after == pytest.approx(odds * before, rel=1e-3)
+    assert field["prediction"] == max(field["probabilities"], key=field["probabilities"].get)
+    even = infer_one(capsys, model_dir, "--class_shares", "Good=0.3333,Standard=0.3334,Bad=0.3333")
+    assert even["scores"] == pytest.approx(plain["scores"], abs=1e-3)
+
+
+def test_class_shares_weigh_the_evaluation(here, capsys, adapter, credit_file):
+    flags = ("--class_shares", "Good=0.2,Standard=0.7,Bad=0.1", "--baselines")
+    model, *others = evaluate_json(capsys, adapter, credit_file, *flags)["models"]
+    wanted = sum(share * model[f"recall_{label}"] for label, share in (("Good", 0.2), ("Standard", 0.7), ("Bad", 0.1)))
+    assert model["accuracy"] == pytest.approx(wanted)
+    majority = next(other for other in others if other["model"] == "majority")
+    assert majority["accuracy"] == pytest.approx(0.7)  # in this field the majority is Standard
+
+
+def test_unsure_rows_are_referred(here, capsys, model_dir, credit_file):
+    response = infer_one(capsys, model_dir, "--abstain_below", "0.999")
+    assert list(response) == [*FIELDS, "extra"] and response["extra"] == {"refer": True}
+    assert infer_one(capsys, model_dir, "--abstain_below", "0.0001")["extra"] == {"refer": False}
+    middle = sorted(response["probabilities"].values())[-1]
+    found = evaluate_json(capsys, model_dir, credit_file, "--abstain_below", str(middle), "--report_dir", "report")
+    abstain = found["models"][0]["abstain"]
+    lines = [json.loads(line) for line in next((here / "report").glob("*/predictions.jsonl")).read_text().splitlines()]
+    sure = [line for line in lines if not line["extra"]["refer"]]
+    assert 0 < abstain["coverage"] < 1 and abstain["coverage"] == pytest.approx(len(sure) / len(lines))
+    assert abstain["accuracy"] == pytest.approx(np.mean([line["prediction"] == line["answer"] for line in sure]))
+    assert next((here / "report").glob("*/coverage.png")).stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--class_shares", "Good=0.5"], "--class_shares Good=0.5: a share above 0 for each label, 1 together"),
+        (["--class_shares", "Good=0.5,Standard=0.5,Bad=0.5"], "1 together"),
+        (["--class_shares", "Good=0.5,Fair=0.5"], "--class_shares .*: labels are Good, Standard, Bad"),
+        (["--abstain_below", "0"], "--abstain_below 0.0: a probability above 0"),
+        (["--abstain_below", "nan"], "--abstain_below nan: a probability above 0"),
+    ],
+)
+def test_trust_flags_out_of_range(here, model_dir, flags, message):
+    with pytest.raises(InputError, match=message):
+        infer_creditmix.main(["--model_dir", model_dir, "--features", "Age: 3", *flags])
 
 
 def test_intervals_resample_customers():

@@ -317,6 +317,8 @@ def flags(**changes) -> Namespace:
         "compute_dtype": "float32",
         "batch_size": 8,
         "offload_folder": None,
+        "class_shares": None,
+        "abstain_below": None,
     }
     return Namespace(**given | changes)
 
@@ -331,12 +333,14 @@ def test_an_old_prior_never_meets_a_changed_model_template_label_or_null_prompt(
     adapter = save_adapter(tmp_path / "adapter", model_dir, seed=1)
     words = tmp_path / "words.json"
     words.write_text(json.dumps({"Standard": ["Standard", "Typical"]}))
-    first = CreditModel.load(adapter, flags()).prior
+    first = CreditModel.load(adapter, flags()).calibration.prior
     spoil_priors()
-    np.testing.assert_array_equal(CreditModel.load(adapter, flags()).prior, [777.0] * 3)  # the file is in use
+    np.testing.assert_array_equal(
+        CreditModel.load(adapter, flags()).calibration.prior, [777.0] * 3
+    )  # the file is in use
 
     def prior(model=adapter, **changes):
-        found = CreditModel.load(model, flags(**changes)).prior
+        found = CreditModel.load(model, flags(**changes)).calibration.prior
         assert found.max() < 0, (model, changes)
         spoil_priors()
         return found
@@ -423,7 +427,7 @@ def test_the_fingerprint_of_a_base_reaches_its_last_layer(tmp_path, model_dir):
 
 def test_calibration_none_has_no_prior(model_dir):
     model = CreditModel.load(model_dir, flags(calibration="none"))
-    assert not model.prior.any() and not stored_priors()
+    assert not model.calibration.prior.any() and not stored_priors()
     raw = model.raw_scores(["Age: 30", "Age: 60, Occupation: Lawyer"])
     np.testing.assert_allclose(model.calibration.probabilities(raw), np.exp(log_softmax(raw, axis=1)))
 

@@ -637,7 +637,9 @@ def test_each_variant_has_its_own_calibration(model_dir, folders, tmp_path):
     own = {}
     for number, (variant, folder) in enumerate(folders.items(), 1):
         own[variant] = str(shutil.copytree(folder, tmp_path / variant))
-        stored = {"bias": dict.fromkeys(LABELS, float(number)), "temperature": 1.0 + number}
+        prior = dict.fromkeys(LABELS, -0.5)
+        stored = {"calibration": "fitted", "prior": prior, "temperature": 1.0 + number}
+        stored["bias"] = dict.fromkeys(LABELS, float(number))
         stored |= scoring_settings(args) | {"model": model_fingerprint(own[variant])}
         (tmp_path / variant / "calibration.json").write_text(json.dumps(stored))
     args = arguments(model_dir, own)
@@ -652,6 +654,18 @@ def test_each_variant_has_its_own_calibration(model_dir, folders, tmp_path):
     assert [described[v]["temperature"] for v in VARIANTS] == [1, 2, 3, 4]
     assert [described[v]["method"] for v in VARIANTS] == ["contextual", "fitted", "fitted", "fitted"]
     assert described["kd"]["bias"] == dict.fromkeys(LABELS, 2.0)
+
+
+def test_unsure_rows_are_referred_where_the_server_is_told_to(model_dir, folders):
+    args = arguments(model_dir, folders, "--abstain_below", "0.999")
+    metrics = Metrics()
+    with TestClient(create_app(Engine(args, metrics), metrics)) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.02)
+        one = client.post("/infer/sft", json={"features": "Age: 3"}).json()
+        many = client.post("/infer/sft/batch", json={"features": ["Age: 3", "Age: 4"]}).json()["results"]
+    assert [list(answer) for answer in (one, *many)] == [[*RESPONSE_FIELDS, "extra"]] * 3
+    assert one["extra"] == {"refer": True}
 
 
 def test_adapters_take_the_type_of_computation(model_dir, folders):
@@ -791,7 +805,7 @@ def test_priors_come_from_disk_at_the_next_start(model_dir, folders, monkeypatch
     )
 
     async def use(engine):
-        return {variant: model.prior.tolist() for variant, model in engine.models.items()}
+        return {variant: model.calibration.prior.tolist() for variant, model in engine.models.items()}
 
     args = arguments(model_dir, folders)
     first, count = with_engine(args, use), len(scored)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -15,6 +20,7 @@ import eval_creditmix
 import infer_codegen
 import infer_creditmix
 import infer_idp
+import kd_prepare
 import sft_train
 from common import (
     EMBEDDED_MODEL,
@@ -155,3 +161,40 @@ def test_code_comes_out_and_is_run(capsys):
     assert infer_codegen.main([*argv, "--max_new_tokens", "60", "--plan_then_code"]) == 0
     shown = capsys.readouterr()
     assert shown.err.count("plan: ") == 1 and shown.out.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------- a teacher
+
+
+@pytest.fixture(scope="module")
+def teacher_url(embedded):
+    """A real OpenAI-compatible server on loopback, with the embedded model as the teacher."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(embedded), "--port", str(port)]
+    process = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            assert process.poll() is None
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_teacher_over_http_and_the_gate_that_calls_it_weak(prepared, embedded, teacher_url, tmp_path, capsys):
+    rows = read_jsonl(prepared / "creditmix_sft.jsonl", ("input", "output"))[:24]
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "kd.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--teacher_url", teacher_url, "--teacher_model", str(embedded), "--input", str(source)]
+    argv += ["--output", str(output), "--labels", ",".join(LABELS), "--max_new_tokens", "8", "--concurrency", "2"]
+    assert kd_prepare.main(argv) == 0
+    said = capsys.readouterr()
+    assert "WARNING: the teacher is weaker than" in said.err  # an untrained small model knows nothing of credit
+    written = read_jsonl(output, ("input", "teacher_output"))
+    assert written and all(row["teacher_output"].strip("*\"'. ").startswith(LABELS) for row in written)
+    assert all("label_probs" not in row for row in written)  # this server sends no likelihoods, though asked for

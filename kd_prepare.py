@@ -1,0 +1,288 @@
+"""Ask a teacher for answers to distil: a model, an OpenAI-compatible endpoint, or gradient boosting for CreditMix.
+
+Departures from saving what the teacher says: its accuracy against gold labels is measured and compared with simple
+baselines before a single training step, each row keeps which teacher said it, and nothing that was answered is asked
+again after an interruption.
+
+    python kd_prepare.py --teacher tabular --src data/creditmix_dataset.json --output data/creditmix_kd.jsonl
+    python kd_prepare.py --teacher smollm2-135m --input data/creditmix_sft.jsonl --output data/creditmix_llm_kd.jsonl
+    python kd_prepare.py --teacher_url http://127.0.0.1:8000/v1 --teacher_model NAME --input a.jsonl --output kd.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from batch_files import AnswerFile
+from common import (
+    InputError,
+    add_loading_flags,
+    check_folder,
+    file_sha256,
+    hash_share,
+    preparation,
+    read_jsonl,
+    run_script,
+    seed_number,
+    split_of,
+    write_json,
+    write_jsonl,
+)
+
+GOLD_FIELDS = ("output", "chosen", "answer")
+TABULAR = "tabular"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("teacher").add_argument
+    add("--teacher", help=f"base model, model folder, adapter folder, or '{TABULAR}': gradient boosting for CreditMix")
+    add("--teacher_url", help="or: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
+    add("--teacher_model", help="name of the model there")
+    add("--api_key_env", default="OPENAI_API_KEY", help="environment variable with the endpoint's key (%(default)s)")
+    add("--concurrency", type=int, default=8, help="requests under way at the endpoint (%(default)s)")
+    add("--retries", type=int, default=6, help="further tries where it is busy or unreachable (%(default)s)")
+    add("--timeout", type=float, default=120.0, help="seconds for an answer of the endpoint (%(default)s)")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--input", help='JSONL with "input" or "prompt", and "output" where a right answer is known')
+    add("--src", default="data/creditmix_dataset.json", help=f"raw rows for the {TABULAR} teacher (%(default)s)")
+    add(
+        "--output",
+        required=True,
+        help='JSONL to write: {"input", "teacher_output"}, "label_probs" if there are any',
+    )
+    add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's answers")
+    add("--labels", help="comma-separated, if the answers are labels (default: the gold answers, up to 10 different)")
+    add = parser.add_argument_group("answers").add_argument
+    add("--rationale", action="store_true", help="label first, then a short reason")
+    add("--max_new_tokens", type=int, default=256, help="of an answer (%(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    add("--batch_size", type=int, default=16, help="prompts a model answers together (%(default)s)")
+    add(
+        "--filter",
+        choices=("agree", "confident", "none"),
+        default="none",
+        help="keep only answers that agree with gold, or whose label has --min_confidence (%(default)s)",
+    )
+    add(
+        "--min_confidence",
+        type=float,
+        default=0.6,
+        help="of the label, for --filter confident (%(default)s)",
+    )
+    add = parser.add_argument_group(f"{TABULAR} teacher").add_argument
+    add("--per_class", type=int, default=0, help="rows a class; 0: as many as the rarest has (%(default)s)")
+    add("--gold_share", type=float, default=1.0, help="share 0..1 of customers whose label it may know (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of sampling (%(default)s)")
+    add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
+    add_loading_flags(parser)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises InputError for flags that contradict each other or are out of range."""
+    if (args.teacher is None) == (args.teacher_url is None):
+        raise InputError("give either --teacher or --teacher_url")
+    if args.teacher_url and not args.teacher_model:
+        raise InputError("--teacher_url needs --teacher_model")
+    if args.teacher != TABULAR and not args.input:
+        raise InputError("--input is needed: JSONL with the prompts")
+    least = {"concurrency": 1, "retries": 0, "max_new_tokens": 1, "batch_size": 1, "per_class": 0, "temperature": 0}
+    problems = [f"--{name} is at least {low}" for name, low in least.items() if not getattr(args, name) >= low]
+    if not 0 < args.gold_share <= 1 or not 0 <= args.min_confidence <= 1:
+        problems.append("--gold_share is above 0 and at most 1, --min_confidence from 0 to 1")
+    if args.timeout <= 0:
+        problems.append("--timeout is above 0")
+    if problems:
+        raise InputError("; ".join(problems))
+    check_folder(Path(args.output).parent)
+    if Path(args.output).exists() and not args.overwrite:
+        raise InputError(f"{args.output}: exists; --overwrite replaces it")
+
+
+def read_prompts(path: str, labels: str | None) -> tuple[list[str], list[str | None], list[str]]:
+    """(prompts [N], gold answers [N] or None, labels of the task, empty for free text). Raises InputError."""
+    prompts: list[str] = []
+    gold: list[str | None] = []
+    for number, row in enumerate(read_jsonl(path, ()), 1):
+        prompt = row.get("input", row.get("prompt"))
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f'{path}: row {number} needs "input" or "prompt" as a non-empty string')
+        prompts.append(prompt)
+        gold.append(next((row[field] for field in GOLD_FIELDS if isinstance(row.get(field), str)), None))
+    if labels:
+        names = [label.strip() for label in labels.split(",")]
+        if len(set(names)) < 2 or not all(names):
+            raise InputError(f"--labels {labels}: at least two different labels are needed")
+        return prompts, gold, names
+    known = list(dict.fromkeys(answer for answer in gold if answer is not None))
+    is_label_task = 2 <= len(known) <= 10 and len(known) < len(prompts) and all(len(x) <= 40 for x in known)
+    return prompts, gold, sorted(known) if is_label_task else []
+
+
+def ask(args: argparse.Namespace, prompts: Sequence[str], labels: Sequence[str]) -> tuple[AnswerFile, str]:
+    """All prompts that have no answer yet, to the teacher; returns the answers and the teacher's name."""
+    from teachers import PROMPT_VERSION, HttpTeacher, ModelTeacher, user_turn
+
+    name = args.teacher or args.teacher_model
+    deciding = (
+        "teacher",
+        "teacher_url",
+        "teacher_model",
+        "rationale",
+        "max_new_tokens",
+        "temperature",
+        "quantization",
+    )
+    settings = {key: getattr(args, key) for key in deciding}
+    settings |= {"labels": list(labels), "input": file_sha256(args.input), "prompt": PROMPT_VERSION}
+    file = AnswerFile(args.output, settings, args.overwrite)
+    waiting = {
+        number: user_turn(prompt, args.rationale)
+        for number, prompt in enumerate(prompts)
+        if number not in file.answers
+    }
+    if waiting:
+        teacher = ModelTeacher(args.teacher, args) if args.teacher else HttpTeacher(args)
+        file.collect(teacher.answers(waiting, labels), len(prompts), name)
+    return file, name
+
+
+# --------------------------------------------------------------------------------------------------------- the gate
+
+
+def gate(
+    said: Sequence[str | None], gold: Sequence[str | None], labels: Sequence[str], prompts: Sequence[str]
+) -> dict:
+    """Print and return how often the teacher is right, for each label, beside the majority and a logistic regression
+    on the same rows (CreditMix), and warn of a teacher that is worse than one of them. said: the teacher's labels."""
+    from sklearn.metrics import accuracy_score, classification_report
+
+    from creditmix import simple_baselines
+
+    known = [i for i, answer in enumerate(gold) if answer is not None]
+    if not known:
+        print("no gold answers: the teacher cannot be checked before training", file=sys.stderr)
+        return {}
+    truth = [gold[i] for i in known]
+    given = [said[i] or "(none)" for i in known]
+    report = {"rows": len(known), "teacher": accuracy_score(truth, given)}
+    report |= simple_baselines([prompts[i] for i in known], truth)
+    print(classification_report(truth, given, labels=list(labels), digits=4, zero_division=0))
+    for name in ("teacher", "majority", "logistic regression"):
+        if name in report:
+            print(f"{name:<20} accuracy {report[name]:.4f} on {len(known)} rows with a gold answer")
+    better = [name for name in ("majority", "logistic regression") if report.get(name, 0) > report["teacher"]]
+    if better:
+        print(
+            f"WARNING: the teacher is weaker than {' and '.join(better)}; a student of it will learn its mistakes. "
+            "Use --filter agree, another teacher, or --teacher tabular for CreditMix",
+            file=sys.stderr,
+        )
+    return report
+
+
+def kept(answer: dict[str, Any], said: str | None, gold: str | None, args: argparse.Namespace) -> bool:
+    if args.filter == "agree":
+        return gold is not None and (said or answer["teacher_output"]).strip() == gold.strip()
+    if args.filter == "confident":
+        return max(answer.get("label_probs", {"": 0.0}).values()) >= args.min_confidence
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------- the rows
+
+
+def kd_row(prompt: str, answer: dict[str, Any], name: str, version: int) -> dict[str, Any]:
+    """A training row with its provenance: which teacher, which version of the prompt, which probability."""
+    said = {"name": name, "prompt": version}
+    if probabilities := answer.get("label_probs"):
+        said["probability"] = max(probabilities.values())
+    return {"input": prompt, **answer, "teacher": said}
+
+
+def tabular_rows(args: argparse.Namespace) -> tuple[list[str], list[str | None], list[dict[str, Any]], list[str]]:
+    """(prompts, gold answers or None, answers, labels) of CreditMix training rows by gradient boosting, each row's by
+    a model that never saw its customer. With --gold_share the labels of the other customers are not used at all."""
+    from creditmix import LABELS, balanced_sample, creditmix_prompt, read_creditmix, tabular_teacher
+    from teachers import answer_of_probabilities
+
+    rows, _ = read_creditmix(args.src)
+    pool = [row for row in rows if split_of(row.customer, args.split_seed) == "train"]
+    known = [hash_share(f"gold {row.customer}", args.split_seed) < args.gold_share for row in pool]
+    probabilities = tabular_teacher(pool, known, args.seed)
+    answers = [answer_of_probabilities(dict(zip(LABELS, row.tolist(), strict=True))) for row in probabilities]
+    # Classes are balanced by gold where all of it is known, else by what the teacher says.
+    labelled = [
+        row if args.gold_share == 1 else replace(row, label=answer["teacher_output"])
+        for row, answer in zip(pool, answers, strict=True)
+    ]
+    index = {id(row): i for i, row in enumerate(labelled)}
+    per_class = args.per_class or min(Counter(row.label for row in labelled).values())
+    chosen = [index[id(row)] for row in balanced_sample(labelled, per_class, args.seed)]
+    prompts = [creditmix_prompt(pool[i].features) for i in chosen]
+    gold = [pool[i].label if known[i] else None for i in chosen]
+    return prompts, gold, [answers[i] for i in chosen], list(LABELS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    check_flags(args)
+    from teachers import PROMPT_VERSION, label_first, label_of
+
+    if args.teacher == TABULAR:
+        prompts, gold, answers, labels = tabular_rows(args)
+        name, file = TABULAR, None
+        note = {"split_seed": args.split_seed, "source": {"file": args.src, "sha256": file_sha256(args.src)}}
+    else:
+        prompts, gold, labels = read_prompts(args.input, args.labels)
+        file, name = ask(args, prompts, labels)
+        missing = [number for number in range(len(prompts)) if number not in file.answers]
+        if missing:
+            print(
+                f"{len(missing)} of {len(prompts)} prompts got no answer; the others are kept in {file.path}: run the "
+                "same command again",
+                file=sys.stderr,
+            )
+            return 1
+        answers = [file.answers[number] for number in range(len(prompts))]
+        note = preparation(args.input)
+    said = [label_of(a["teacher_output"], labels) if labels else a["teacher_output"].strip() for a in answers]
+    nothing = sum(label is None for label in said)
+    if nothing:
+        print(f"{nothing} answers name none or several of {', '.join(labels)} and are left out", file=sys.stderr)
+    report = gate(said, gold, labels, prompts) if labels else {}
+    if labels:
+        for answer, label in zip(answers, said, strict=True):
+            answer["teacher_output"] = label_first(answer["teacher_output"], label or "", args.rationale)
+    rows = [
+        kd_row(prompt, answer, name, PROMPT_VERSION)
+        for prompt, answer, label, right in zip(prompts, answers, said, gold, strict=True)
+        if label is not None and kept(answer, label, right, args)
+    ]
+    if not rows:
+        raise InputError(f"--filter {args.filter} leaves no row")
+    if any("label_probs" in row for row in rows) and not all("label_probs" in row for row in rows):
+        for row in rows:  # the trainer takes them from all rows or from none
+            row.pop("label_probs", None)
+        print("not every answer came with likelihoods: label_probs are left out", file=sys.stderr)
+    write_jsonl(args.output, rows)
+    output = Path(args.output)
+    if "split_seed" in note:
+        files = {"files": {output.name: file_sha256(output)}, "teacher": {"name": name, **report}}
+        write_json(output.with_name(f"{output.stem}_prepared.json"), note | files)
+    if file:
+        file.remove()
+    print(f"wrote {len(rows)} of {len(prompts)} rows to {output} (--filter {args.filter})")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,209 @@
+"""Teachers that answer prompts for distillation: a model through transformers, or one behind an OpenAI-compatible URL.
+
+Apart from kd_prepare.py, which checks and writes what they say. A teacher yields (number, answer) as answers come, in
+any order; an answer is {"teacher_output"} and, where the teacher's likelihoods can be read, "label_probs".
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from time import sleep
+from typing import Any
+
+from common import (
+    SYSTEM_PROMPT,
+    InputError,
+    LabelScorer,
+    PromptEncoder,
+    check_model_name,
+    compute_dtype,
+    label_prior,
+    load_model,
+    model_fingerprint,
+)
+
+RATIONALE = "Answer with the label first, then give the reason in one short sentence."
+PROMPT_VERSION = 1  # of RATIONALE and SYSTEM_PROMPT; kept with every answer
+PRIOR_PROMPTS = 128  # from which a model teacher's shift is estimated
+
+
+def user_turn(prompt: str, rationale: bool) -> str:
+    """What a teacher is asked: the student's own prompt, with the wish for a reason after it."""
+    return f"{prompt}\n{RATIONALE}" if rationale else prompt
+
+
+def label_of(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer begins with, or else the only one that it names; None where there is no such one."""
+    text = answer.lstrip("*\"'`#-_ \n").casefold()
+    found = [label for label in labels if text.startswith(label.casefold())]
+    found = found or [label for label in labels if re.search(rf"\b{re.escape(label.casefold())}\b", text)]
+    longest = max(found, key=len, default="")
+    return longest if found and all(label in longest for label in found) else None
+
+
+def label_first(answer: str, label: str, rationale: bool) -> str:
+    """The answer with its label at the beginning, where the student's are scored; without a reason it is all."""
+    if not rationale:
+        return label
+    text = answer.lstrip("*\"'`#-_ \n")
+    return text if text.startswith(label) else f"{label}. {text}"
+
+
+class ModelTeacher:
+    """A base, folder or adapter through transformers. Label tasks are answered by calibrated label likelihood, as the
+    student will be; the shift is the mean over prompts (batch calibration, Zhou et al. 2023), since a teacher has no
+    prompts without content for an unknown task."""
+
+    def __init__(self, model_dir: str, args: argparse.Namespace):
+        check_model_name(model_dir)
+        self.model_dir, self.args = model_dir, args
+        self.model, self.tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
+        self.encoder = PromptEncoder(self.tokenizer)
+
+    def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, answer) of each numbered prompt. Raises InputError for a prompt that does not fit the context."""
+        if labels:
+            forms = {label: [label] for label in labels}
+            scorer = LabelScorer(self.model, self.encoder, forms, batch_size=self.args.batch_size)
+            sample = random.Random(0).sample(list(prompts.values()), min(PRIOR_PROMPTS, len(prompts)))
+            how = f"{model_fingerprint(self.model_dir)} {self.args.quantization}"
+            prior = label_prior(scorer, f"{how} {compute_dtype(self.args.compute_dtype)}", sample)
+        numbers = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)
+        for first in range(0, len(numbers), self.args.batch_size):
+            chosen = numbers[first : first + self.args.batch_size]
+            turns = [prompts[number] for number in chosen]
+            answers: list[dict[str, Any]] = [{} for _ in chosen]
+            starts = [self.encoder.prompt(turn) for turn in turns]
+            if labels:
+                from scipy.special import softmax
+
+                for i, row in enumerate(softmax(scorer.raw_scores(turns) - prior, axis=1)):
+                    answers[i] = answer_of_probabilities(dict(zip(labels, row.tolist(), strict=True)))
+                    starts[i] += self.encoder.text(answers[i]["teacher_output"])
+            if not labels or self.args.rationale:
+                for answer, text in zip(answers, self._written(starts), strict=True):
+                    answer["teacher_output"] = answer.get("teacher_output", "") + text
+            yield from zip(chosen, answers, strict=True)
+
+    def _written(self, starts: list[list[int]]) -> list[str]:
+        """What the model writes after each start (token ids), to the end of its turn."""
+        import torch
+        from transformers import GenerationConfig
+
+        width = max(map(len, starts))
+        context = self.model.config.get_text_config().max_position_embeddings
+        if width + self.args.max_new_tokens > context:
+            raise InputError(
+                f"a prompt of {width} tokens and --max_new_tokens {self.args.max_new_tokens} exceed the teacher's "
+                f"context of {context}; lower --max_new_tokens or shorten the prompts"
+            )
+        sampling = {"do_sample": True, "temperature": self.args.temperature}
+        config = GenerationConfig(
+            max_new_tokens=self.args.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **(sampling if self.args.temperature else {"do_sample": False}),
+        )
+        pads = [width - len(start) for start in starts]
+        filler = self.tokenizer.pad_token_id
+        ids = torch.tensor([[filler] * pad + start for pad, start in zip(pads, starts, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+        device = self.model.device
+        with torch.inference_mode():
+            made = self.model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            )
+        return self.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+
+
+class HttpTeacher:
+    """A model behind an OpenAI-compatible endpoint. What fails for a while (429, 5xx, timeouts, closed connections,
+    half answers) is asked again with growing pauses; what is refused for good raises InputError."""
+
+    def __init__(self, args: argparse.Namespace):
+        from openai import OpenAI
+
+        self.args = args
+        # Retries are ours: the client's own do not cover an answer that came as half a JSON text.
+        self.client = OpenAI(
+            base_url=args.teacher_url,
+            api_key=os.environ.get(args.api_key_env) or "none",
+            timeout=args.timeout,
+            max_retries=0,
+        )
+
+    def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, answer) of each numbered prompt, as they come; a prompt that got none in all tries is left out.
+        Raises InputError where the endpoint refuses key, model or request."""
+        with ThreadPoolExecutor(self.args.concurrency) as pool:
+            asked = {pool.submit(self._ask, prompt, labels): number for number, prompt in prompts.items()}
+            try:
+                for done in as_completed(asked):
+                    if (answer := done.result()) is not None:
+                        yield asked[done], answer
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _ask(self, prompt: str, labels: Sequence[str]) -> dict[str, Any] | None:
+        import openai
+
+        for attempt in range(self.args.retries + 1):
+            pause = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.5)
+            try:
+                return self._answer(self._request(prompt, bool(labels)), labels)
+            except openai.APIStatusError as error:
+                if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
+                    raise InputError(
+                        f"{self.args.teacher_url} answers {error.status_code}: {' '.join(str(error).split())[:200]}"
+                    ) from None
+                after = error.response.headers.get("retry-after", "")
+                pause = max(pause, min(60.0, float(after))) if after.isdigit() else pause
+            except (openai.APIConnectionError, openai.APIError, ValueError):  # ValueError: half an answer
+                pass
+            if attempt < self.args.retries:
+                sleep(pause)
+        return None
+
+    def _request(self, prompt: str, logprobs: bool) -> Any:
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
+        wanted = {"logprobs": True, "top_logprobs": 20} if logprobs else {}
+        return self.client.chat.completions.create(
+            model=self.args.teacher_model,
+            messages=messages,
+            temperature=self.args.temperature,
+            max_tokens=self.args.max_new_tokens,
+            **wanted,
+        )
+
+    @staticmethod
+    def _answer(reply: Any, labels: Sequence[str]) -> dict[str, Any]:
+        """Raises ValueError for a reply without text. Label probabilities only where the endpoint sent likelihoods:
+        some take the wish for them and send none."""
+        text = reply.choices[0].message.content if getattr(reply, "choices", None) else None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("no text")
+        logprobs = reply.choices[0].logprobs
+        first = (getattr(logprobs, "content", None) or [None])[0]
+        mass = dict.fromkeys(labels, 0.0)
+        for token in first.top_logprobs if labels and first else []:
+            starts = [label for label in labels if token.token.strip() and label.startswith(token.token.strip())]
+            if len(starts) == 1:  # a token that begins two labels says nothing
+                mass[starts[0]] += math.exp(token.logprob)
+        total = sum(mass.values())
+        if total < 0.5:
+            return {"teacher_output": text.strip()}
+        return {"teacher_output": text.strip(), "label_probs": {label: p / total for label, p in mass.items()}}
+
+
+def answer_of_probabilities(probabilities: dict[str, float]) -> dict[str, Any]:
+    """The most probable label as the answer, with the probabilities."""
+    return {
+        "teacher_output": max(probabilities, key=probabilities.__getitem__),
+        "label_probs": {label: round(p, 4) for label, p in probabilities.items()},
+    }

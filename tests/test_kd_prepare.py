@@ -1,0 +1,414 @@
+"""Teachers: a tiny model, an endpoint that fails in every way, and gradient boosting; the gate; resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kd_prepare
+import teachers
+from common import InputError, LabelScorer, PromptEncoder, load_model, split_of
+from conftest import ROOT, credit_rows
+from creditmix import LABELS, CreditRow, creditmix_prompt, read_creditmix, tabular_teacher
+from teachers import RATIONALE, label_of
+
+PLAIN = ["--quantization", "none", "--compute_dtype", "float32"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_lines(name: str, rows: list[dict]) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def read_lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in Path(name).read_text().splitlines()]
+
+
+def gold_rows(count: int) -> list[dict]:
+    rows = credit_rows(customers=count, months=1)
+    return [{"input": creditmix_prompt(row["question"]), "output": LABELS[i % 3]} for i, row in enumerate(rows)]
+
+
+# ----------------------------------------------------------------------------------------------------------- endpoint
+
+
+class Endpoint:
+    """An OpenAI-compatible server that answers by rule; `faults` are played before the answers."""
+
+    def __init__(self, faults: tuple[str, ...] = (), logprobs: bool = False, seconds: float = 0.0):
+        self.faults, self.logprobs, self.seconds = list(faults), logprobs, seconds
+        self.answered: Counter[str] = Counter()
+        self.asked: list[dict] = []
+        endpoint, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    endpoint.asked.append(body)
+                    fault = endpoint.faults.pop(0) if endpoint.faults else None
+                time.sleep(endpoint.seconds)
+                if fault == "drop":
+                    self.close_connection = True
+                    return
+                if fault and fault.isdigit():
+                    self.reply(int(fault), b'{"error": {"message": "not now"}}', {"retry-after": "1"})
+                    return
+                prompt = body["messages"][-1]["content"]
+                content = json.dumps(endpoint.reply_to(prompt)).encode()
+                if fault == "half json":
+                    self.reply(200, content[: len(content) // 2])
+                    return
+                if fault == "half body":
+                    self.reply(200, content[: len(content) // 2], length=len(content))
+                    self.close_connection = True
+                    return
+                if fault == "empty":
+                    content = json.dumps(endpoint.reply_to(prompt) | {"choices": []}).encode()
+                else:
+                    endpoint.answered[prompt] += 1
+                self.reply(200, content)
+
+            def reply(self, status, content, headers=None, length=None):
+                self.send_response(status)
+                for name, value in ({"content-type": "application/json"} | (headers or {})).items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(length or len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def reply_to(self, prompt: str) -> dict:
+        """Right for two rows of three; a reason where one is asked for."""
+        text = LABELS[len(prompt) % 3] + (" because of the debt." if RATIONALE in prompt else "")
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        if self.logprobs:
+            shares = {"Good": 0.5, " Good": 0.1, "Stand": 0.2, "Bad": 0.1, "x": 0.05}
+            top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in shares.items()]
+            choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}]}
+        return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+@pytest.fixture
+def endpoint():
+    made = []
+
+    def make(*args, **kwargs) -> Endpoint:
+        made.append(Endpoint(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.server.shutdown()
+        each.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_long_pauses(monkeypatch):
+    monkeypatch.setattr(teachers, "sleep", lambda seconds: time.sleep(min(seconds, 0.02)))
+
+
+def ask(url: str, *flags, source: str = "in.jsonl") -> int:
+    argv = ["--teacher_url", url, "--teacher_model", "m", "--input", source, "--output", "kd.jsonl", *flags]
+    return kd_prepare.main([str(flag) for flag in argv])
+
+
+FAULTS = ("429", "500", "503", "drop", "half json", "half body", "empty")
+
+
+def test_an_unreliable_endpoint_answers_every_prompt_once(here, endpoint):
+    rows = gold_rows(30)
+    write_lines("in.jsonl", rows)
+    server = endpoint(FAULTS * 2)
+    assert ask(server.url) == 0
+    assert server.faults == [] and len(server.asked) == 30 + 2 * len(FAULTS)
+    assert server.answered == {row["input"]: 1 for row in rows}  # nothing lost, nothing asked twice
+    written = read_lines("kd.jsonl")
+    assert [row["input"] for row in written] == [row["input"] for row in rows]  # in order, whatever came first
+    for row in written:
+        assert row["teacher_output"] == LABELS[len(row["input"]) % 3] and "label_probs" not in row
+        assert row["teacher"] == {"name": "m", "prompt": teachers.PROMPT_VERSION}
+    assert sorted(path.name for path in here.iterdir()) == ["in.jsonl", "kd.jsonl"]
+
+
+def test_what_was_answered_is_not_asked_again(here, endpoint, capsys):
+    rows = gold_rows(12)
+    write_lines("in.jsonl", rows)
+    server = endpoint(("500",) * 5)
+    assert ask(server.url, "--retries", 0, "--concurrency", 1) == 1
+    assert "5 of 12 prompts got no answer; the others are kept in kd.jsonl.part" in capsys.readouterr().err
+    assert not Path("kd.jsonl").exists() and len(server.asked) == 12
+    with open("kd.jsonl.part", "a") as out:
+        out.write('{"row": 11, "teacher_out')  # killed while writing
+    assert ask(server.url) == 0
+    assert len(server.asked) == 17 and server.answered == {row["input"]: 1 for row in rows}
+    assert len(read_lines("kd.jsonl")) == 12
+
+
+def test_other_answers_are_not_mixed_in(here, endpoint):
+    write_lines("in.jsonl", gold_rows(6))
+    assert ask(endpoint(("500",)).url, "--retries", 0) == 1
+    with pytest.raises(InputError, match=r"kd\.jsonl\.part: left by a run with another teacher, input or flags"):
+        ask(endpoint().url)
+    fresh = endpoint()
+    assert ask(fresh.url, "--overwrite") == 0
+    assert len(fresh.asked) == 6
+
+
+def test_killed_and_run_again(here, endpoint):
+    """kill -9 in the middle, twice: only what was not yet written is asked again."""
+    rows = gold_rows(40)
+    write_lines("in.jsonl", rows)
+    server = endpoint(seconds=0.1)
+    command = [sys.executable, str(ROOT / "kd_prepare.py"), "--teacher_url", server.url, "--teacher_model", "m"]
+    command += ["--input", "in.jsonl", "--output", "kd.jsonl", "--concurrency", "2"]
+    kept = 0
+    for _ in range(2):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not Path("kd.jsonl.part").exists() or len(Path("kd.jsonl.part").read_bytes().splitlines()) < kept + 5:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept = Path("kd.jsonl.part").read_bytes().count(b"\n")
+        time.sleep(0.3)  # the endpoint finishes what it was asked
+    written = {rows[json.loads(line)["row"]]["input"] for line in Path("kd.jsonl.part").read_text().splitlines()}
+    before = server.answered.copy()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert all(server.answered[prompt] == before[prompt] for prompt in written)
+    assert [row["input"] for row in read_lines("kd.jsonl")] == [row["input"] for row in rows]
+    assert sum(server.answered.values()) <= 40 + 2 * 2  # at most what was under way at each kill
+
+
+@pytest.mark.parametrize("status", ["400", "401", "404"])
+def test_what_is_refused_for_good_ends_at_once(here, endpoint, status):
+    write_lines("in.jsonl", gold_rows(6))
+    server = endpoint((status,) * 50)
+    with pytest.raises(InputError, match=f"/v1 answers {status}: .*not now"):
+        ask(server.url, "--concurrency", 1)
+    assert len(server.asked) <= 2
+
+
+def test_an_endpoint_that_is_not_there(here, capsys):
+    write_lines("in.jsonl", gold_rows(6))
+    assert ask("http://127.0.0.1:9/v1", "--retries", 1) == 1
+    assert "6 of 6 prompts got no answer" in capsys.readouterr().err
+
+
+def test_likelihoods_of_an_endpoint_become_label_probs(here, endpoint):
+    write_lines("in.jsonl", gold_rows(6))
+    assert ask(endpoint(logprobs=True).url) == 0
+    for row in read_lines("kd.jsonl"):
+        assert row["label_probs"] == pytest.approx({"Good": 0.6 / 0.9, "Standard": 0.2 / 0.9, "Bad": 0.1 / 0.9})
+        assert row["teacher"]["probability"] == pytest.approx(0.6 / 0.9)
+
+
+def test_the_key_comes_from_the_environment_and_goes_nowhere_else(here, endpoint, monkeypatch):
+    write_lines("in.jsonl", gold_rows(6))
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    server = endpoint(("500",))
+    assert ask(server.url, "--api_key_env", "MY_KEY", "--retries", 0) == 1
+    assert "s3cret" not in Path("kd.jsonl.part.json").read_text() + Path("kd.jsonl.part").read_text()
+
+
+def test_a_reason_is_asked_for_and_the_student_is_asked_as_ever(here, endpoint):
+    rows = gold_rows(6)
+    write_lines("in.jsonl", rows)
+    server = endpoint()
+    assert ask(server.url, "--rationale") == 0
+    assert all(body["messages"][-1]["content"].endswith(RATIONALE) for body in server.asked)
+    for row, given in zip(read_lines("kd.jsonl"), rows, strict=True):
+        assert row["input"] == given["input"]
+        assert label_of(row["teacher_output"], LABELS) and "because of the debt" in row["teacher_output"]
+
+
+# ----------------------------------------------------------------------------------------------------------- the gate
+
+
+def test_a_weak_teacher_gets_a_warning_and_a_good_one_none(here, endpoint, capsys):
+    rows = gold_rows(30)
+    for agree, warned in ((False, True), (True, False)):
+        given = [row | {"output": LABELS[(len(row["input"]) + (not agree)) % 3]} for row in rows]
+        write_lines("in.jsonl", given)
+        assert ask(endpoint().url, "--overwrite") == 0
+        said = capsys.readouterr()
+        assert ("WARNING: the teacher is weaker than majority" in said.err) == warned
+        assert f"teacher              accuracy {float(agree):.4f} on 30 rows" in said.out
+        assert "Standard" in said.out and "recall" in said.out  # for each class
+
+
+@pytest.mark.parametrize(("flags", "count"), [([], 9), (["--filter", "agree"], 3), (["--filter", "confident"], 9)])
+def test_filters(here, endpoint, flags, count):
+    rows = [{"input": "x" * i, "output": LABELS[0] if i > 3 else LABELS[i % 3]} for i in range(1, 10)]
+    write_lines("in.jsonl", rows)
+    assert ask(endpoint(logprobs=True).url, *flags) == 0
+    written = read_lines("kd.jsonl")
+    if "agree" in flags:
+        assert [row["input"] for row in written] == [
+            row["input"] for row in rows if LABELS[len(row["input"]) % 3] == row["output"]
+        ]
+    else:
+        assert len(written) == count
+
+
+def test_a_filter_that_leaves_nothing_is_said(here, endpoint):
+    write_lines("in.jsonl", gold_rows(6))
+    with pytest.raises(InputError, match="--filter confident leaves no row"):
+        ask(endpoint(logprobs=True).url, "--filter", "confident", "--min_confidence", 0.99)
+    assert not Path("kd.jsonl").exists() and Path("kd.jsonl.part").exists()  # the answers are not lost
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("Bad", "Bad"),
+        ("**Bad** because", "Bad"),
+        ('"good".', "Good"),
+        ("The label is Bad", "Bad"),
+        ("Badly", "Bad"),
+        ("Not bad but good", None),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_label_of(answer, label):
+    assert label_of(answer, LABELS) == label
+    assert label_of("Good enough", ["Good", "Good enough"]) == "Good enough"
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def test_a_model_answers_label_tasks_by_calibrated_likelihood(here, model_dir):
+    rows = gold_rows(9)
+    write_lines("in.jsonl", rows)
+    argv = ["--teacher", model_dir, "--input", "in.jsonl", "--output", "kd.jsonl", "--batch_size", "4", *PLAIN]
+    assert kd_prepare.main(argv) == 0
+    model, tokenizer = load_model(model_dir, "none", "float32")
+    names = sorted(LABELS)
+    raw = LabelScorer(model, PromptEncoder(tokenizer), {n: [n] for n in names}).raw_scores([r["input"] for r in rows])
+    logits = raw - raw.mean(axis=0)
+    wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for row, probabilities in zip(read_lines("kd.jsonl"), wanted, strict=True):
+        np.testing.assert_allclose([row["label_probs"][n] for n in names], probabilities, atol=1e-3)
+        assert row["teacher_output"] == names[int(np.argmax([row["label_probs"][n] for n in names]))]
+        assert row["teacher"]["name"] == model_dir
+
+
+def test_a_model_writes_reasons_and_free_text(here, model_dir):
+    write_lines("in.jsonl", gold_rows(6))
+    argv = ["--teacher", model_dir, "--output", "kd.jsonl", "--max_new_tokens", "8", "--overwrite", *PLAIN]
+    assert kd_prepare.main([*argv, "--input", "in.jsonl", "--rationale"]) == 0
+    for row in read_lines("kd.jsonl"):
+        assert row["teacher_output"].startswith(max(row["label_probs"], key=row["label_probs"].get))
+    write_lines("free.jsonl", [{"prompt": f"Write {i}"} for i in range(5)])
+    assert kd_prepare.main([*argv, "--input", "free.jsonl"]) == 0
+    assert all(set(row) == {"input", "teacher_output", "teacher"} for row in read_lines("kd.jsonl"))
+
+
+def test_a_prompt_beyond_the_teachers_context_is_refused(here, model_dir):
+    write_lines("in.jsonl", [{"input": "x y " * 400}])
+    with pytest.raises(InputError, match="exceed the teacher's context of 512"):
+        kd_prepare.main(["--teacher", model_dir, "--input", "in.jsonl", "--output", "kd.jsonl", *PLAIN])
+
+
+# ------------------------------------------------------------------------------------------------------------ tabular
+
+
+def test_tabular_labels_training_customers_that_it_never_saw(here, credit_file, capsys):
+    assert kd_prepare.main(["--teacher", "tabular", "--src", credit_file, "--output", "kd.jsonl"]) == 0
+    written = read_lines("kd.jsonl")
+    owners = {creditmix_prompt(row.features): row.customer for row in read_creditmix(credit_file)[0]}
+    assert {split_of(owners[row["input"]]) for row in written} == {"train"}
+    for row in written:
+        assert row["teacher_output"] == max(row["label_probs"], key=row["label_probs"].get)
+        assert row["teacher"]["name"] == "tabular"
+    note = json.loads(Path("kd_prepared.json").read_text())
+    assert note["split_seed"] == 0 and note["teacher"]["teacher"] > 0.8
+    assert "logistic regression  accuracy" in capsys.readouterr().out
+
+
+def test_labels_that_may_not_be_known_are_not_used():
+    """With the others' labels all wrong, the probabilities are the same to the last bit."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(300):
+        label = LABELS[number % 3]
+        debt = 500 + 900 * (number % 3) + int(rng.integers(0, 600))
+        rows.append(CreditRow(f"C{number}", f"Age: {20 + number % 50}, Outstanding Debt: {debt}", label))
+    known = [number % 4 == 0 for number in range(300)]
+    wrong = [
+        row if k else CreditRow(row.customer, row.features, LABELS[(LABELS.index(row.label) + 1) % 3])
+        for row, k in zip(rows, known, strict=True)
+    ]
+    first = tabular_teacher(rows, known, 0)
+    np.testing.assert_array_equal(first, tabular_teacher(wrong, known, 0))
+    others = [i for i, k in enumerate(known) if not k]
+    assert np.mean([LABELS[first[i].argmax()] == rows[i].label for i in others]) > 0.7
+
+
+def test_a_tenth_of_the_gold_labels(here, credit_file):
+    argv = ["--teacher", "tabular", "--src", credit_file, "--output", "kd.jsonl", "--gold_share", "0.4"]
+    assert kd_prepare.main(argv) == 0
+    counts = Counter(row["teacher_output"] for row in read_lines("kd.jsonl"))
+    assert len(set(counts.values())) == 1 and set(counts) == set(LABELS)  # balanced by what the teacher says
+
+
+# -------------------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --teacher or --teacher_url"),
+        (["--teacher", "m", "--teacher_url", "u"], "give either --teacher or --teacher_url"),
+        (["--teacher_url", "u"], "--teacher_url needs --teacher_model"),
+        (["--teacher", "m"], "--input is needed"),
+        (["--teacher", "tabular", "--gold_share", "0"], "--gold_share is above 0"),
+        (["--teacher", "tabular", "--concurrency", "0"], "--concurrency is at least 1"),
+        (["--teacher", "m", "--input", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--teacher", "m", "--input", "bad.jsonl"], 'bad.jsonl: row 1 needs "input" or "prompt"'),
+        (["--teacher", "runs/none", "--input", "in.jsonl"], "runs/none: no such model folder"),
+        (["--teacher", "m", "--input", "in.jsonl", "--labels", "Good"], "at least two different labels"),
+    ],
+)
+def test_wrong_flags_and_files(here, flags, message):
+    write_lines("in.jsonl", gold_rows(6))
+    write_lines("bad.jsonl", [{"text": "x"}])
+    with pytest.raises(InputError, match=message):
+        kd_prepare.main([*flags, "--output", "kd.jsonl"])
+    assert not Path("kd.jsonl").exists()
+
+
+def test_an_output_that_exists_is_kept(here):
+    Path("kd.jsonl").write_text("precious")
+    write_lines("in.jsonl", gold_rows(6))
+    with pytest.raises(InputError, match=r"kd\.jsonl: exists; --overwrite replaces it"):
+        ask("http://127.0.0.1:9/v1")
+    assert Path("kd.jsonl").read_text() == "precious"
