@@ -24,12 +24,15 @@ def failed_line(row: dict, code: str, message: str) -> dict:
 
 def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
     """(object, text of the first of `fields` that is there), or (object with its error, None)."""
+    if not line.strip():
+        return failed_line({}, "not_json", "the line is empty"), None
     if any("\ud800" <= sign <= "\udfff" for sign in line):  # what `_lines` makes of bytes that are no UTF-8
         return failed_line({}, "not_utf8", "the line is not UTF-8 text"), None
     try:
         row = parse_json(line)
     except ValueError as error:
-        return failed_line({}, "not_json", f"the line is not JSON: {error}"[:300]), None
+        reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return failed_line({}, "not_json", f"the line is not JSON: {reason}"[:300]), None
     if not isinstance(row, dict):
         return failed_line({}, "not_an_object", f"an object is needed, found {type(row).__name__}"), None
     row.pop("error", None)  # of an earlier run, whose error lines were put right
@@ -44,6 +47,8 @@ def check_files(source: Path, output: Path, overwrite: bool) -> int:
     """Lines of the input. Raises InputError where it is missing or empty, or the output is there already."""
     if not source.is_file():
         raise InputError(f"{source}: no such file")
+    if source.suffix.lower() == ".csv":
+        raise InputError(f"{source}: JSONL is needed, one object a line (the server's page takes CSV files)")
     if output.is_dir():
         raise InputError(f"{output}: is a folder, a file is needed")
     check_folder(output.parent)

@@ -52,6 +52,15 @@ def run_script(main: Callable[[list[str] | None], int | None]) -> None:
     except InputError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         status = 2
+    except ModuleNotFoundError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(
+            f"{name}: error: the package {error.name} is missing: activate the environment that `make demo` makes "
+            "(source .venv/bin/activate), or pip install -r requirements.txt",
+            file=sys.stderr,
+        )
+        status = 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         status = 130

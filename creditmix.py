@@ -311,9 +311,13 @@ def tabular_teacher(rows: Sequence[CreditRow], known: Sequence[bool], seed: int)
     seen = np.flatnonzero(known)
     groups = [rows[i].customer for i in seen]
     answers = np.array([LABELS.index(rows[i].label) for i in seen])
-    fewest = min(len({g for g, a in zip(groups, answers, strict=True) if a == k}) for k in range(len(LABELS)))
-    if fewest < 5:
-        raise InputError(f"a class has {fewest} training customers; at least 5 are needed for cross-fitting")
+    for k, label in enumerate(LABELS):
+        customers = len({group for group, answer in zip(groups, answers, strict=True) if answer == k})
+        if customers < 5:
+            raise InputError(
+                f"{customers} training customers are {label}; at least 5 of each label are needed for cross-fitting "
+                "(of all customers six in ten are for training)"
+            )
     frame = tabular_features([row.features for row in rows])
     weights = compute_sample_weight("balanced", answers)
     probabilities = np.empty((len(rows), len(LABELS)))

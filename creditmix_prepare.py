@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         Counter({label: 0 for label in LABELS} | Counter(r.label for r in pool)).values()
     )
     sample = balanced_sample(pool, per_class, args.seed)
-    print(f"gradient boosting on {len(pool)} training rows, cross-fitted by customer ...", file=sys.stderr)
+    if pool:
+        print(f"gradient boosting on {len(pool)} training rows, cross-fitted by customer ...", file=sys.stderr)
     by_row = dict(zip(pool, tabular_teacher(pool, [True] * len(pool), args.seed), strict=True))
     if args.hard_standard:
         sample = enrich_standard(sample, pool, by_row, args.hard_standard, args.seed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def read_document(given: str) -> str:
         text = sys.stdin.read()
     elif "\n" not in given and len(given) < 1000 and Path(given).is_file():
         text = read_text(given)
+    elif re.fullmatch(r"\S*/\S*|\S+\.\w{2,4}", given):
+        raise InputError(f"--document {given}: no such file")
     else:
         text = given
     if not text.strip():

@@ -61,6 +61,7 @@ def adapter_folders(args: argparse.Namespace) -> dict[str, str]:
             continue
         if not adapter_config(folder):
             if folder != default_folder(variant):
+                check_model_name(folder)  # a run that did not finish is said to be one
                 raise InputError(f"--{variant} {folder}: no adapter there; 'none' leaves this endpoint without one")
             continue
         check_model_name(folder)

@@ -94,9 +94,15 @@ def raising(error: BaseException):
             1,
             "script.py: failed: RuntimeError: two lines (--debug shows the traceback)\n",
         ),
+        (
+            raising(ModuleNotFoundError("No module named 'sklearn'", name="sklearn")),
+            2,
+            "script.py: error: the package sklearn is missing: activate the environment that `make demo` makes "
+            "(source .venv/bin/activate), or pip install -r requirements.txt\n",
+        ),
         (raising(KeyboardInterrupt()), 130, "script.py: interrupted\n"),
     ],
-    ids=["done", "none", "failed lines", "wrong input", "failure", "ctrl-c"],
+    ids=["done", "none", "failed lines", "wrong input", "failure", "no package", "ctrl-c"],
 )
 def test_exit_status(monkeypatch, capsys, main, status, line):
     assert status_of(monkeypatch, main) == status
@@ -144,6 +150,14 @@ WRONG = {
     "an adapter inside a file": (
         ["sft_train.py", "--data", "sft.jsonl", "--save_dir", "plain/run"],
         "sft_train.py: error: plain: is a file, a folder is needed",
+    ),
+    "a CSV where JSONL is needed": (
+        ["infer_creditmix.py", "--model_dir", "m", "--input", "open.csv", "--output", "out.jsonl"],
+        "infer_creditmix.py: error: open.csv: JSONL is needed, one object a line",
+    ),
+    "a document that is not there": (
+        ["infer_idp.py", "--model_dir", "m", "--document", "invoice.txt"],
+        "infer_idp.py: error: --document invoice.txt: no such file",
     ),
     "the input as output": (
         ["infer_creditmix.py", "--model_dir", "m", "--input", "good.jsonl", "--output", "./good.jsonl", "--overwrite"],

@@ -487,7 +487,7 @@ def test_probabilities_come_from_models_that_never_saw_the_customer():
 def test_prepare_refuses_too_few_customers(tmp_path):
     path = tmp_path / "small.json"
     path.write_text(json.dumps(credit_rows(customers=12)))
-    with pytest.raises(InputError, match="at least 5 are needed"):
+    with pytest.raises(InputError, match=r". training customers are \w+; at least 5 of each label are needed"):
         creditmix_prepare.main(["--src", str(path), "--outdir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
