@@ -61,7 +61,8 @@ def adapter_folders(args: argparse.Namespace) -> dict[str, str]:
             continue
         if not adapter_config(folder):
             if folder != default_folder(variant):
-                check_model_name(folder)  # a run that did not finish is said to be one
+                if (Path(folder) / "checkpoints").is_dir():
+                    check_model_name(folder)  # says that the run did not finish
                 raise InputError(f"--{variant} {folder}: no adapter there; 'none' leaves this endpoint without one")
             continue
         check_model_name(folder)
