@@ -142,6 +142,11 @@ def test_nothing_is_wider_than_the_window(page, width):
         width,
     )
     assert wide == []
+    spilling = page.execute_script(
+        "return [...document.querySelectorAll('.card table')].filter((t) => t.getBoundingClientRect().right"
+        " > t.parentElement.getBoundingClientRect().right - 8).length"
+    )
+    assert spilling == 0
 
 
 def test_light_and_dark(page):
