@@ -72,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--fit",
         action="store_true",
-        help="find the --calibration on calibration rows and write calibration.json; auto: the likeliest of all",
+        help="fit bias and temperature on calibration rows and write calibration.json; with --calibration another "
+        "one, with auto the likeliest of all",
     )
     add("--fit_per_class", type=int, default=300, help="calibration rows a class at most (%(default)s)")
     add = parser.add_argument_group("report").add_argument
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bootstrap", type=int, default=1000, help="resamples for the 95 %% intervals (%(default)s)")
     add("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
     add_scoring_flags(parser)
+    parser.set_defaults(calibration=None)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -346,13 +348,13 @@ def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any)
         f"\n{len(rows)} validation rows, {len(rows) // len(LABELS)} a class; 95 % intervals by customer bootstrap",
         file=out,
     )
-    print(f"{'model':<{width}}  {'accuracy':<24}{'macro-F1':<24}{'Standard recall':<24}NLL     ECE     AURC", file=out)
+    print(f"{'model':<{width}}  {'accuracy':<24}{'macro-F1':<24}{'Standard recall':<24}NLL     ECE", file=out)
     for result in results:
         cells = []
         for name in ("accuracy", "macro_f1", "recall_Standard"):
             low, high = result["interval_95"][name]
             cells.append(f"{result[name]:.4f} [{low:.4f}, {high:.4f}]  ")
-        cells += [f"{result[name]:.4f}  " for name in ("nll", "ece", "aurc")]
+        cells += [f"{result[name]:.4f}  " for name in ("nll", "ece")]
         print(f"{result['model']:<{width}}  {''.join(cells).rstrip()}", file=out)
         if abstain := result.get("abstain"):
             print(
@@ -426,6 +428,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--val_frac is a share above 0 and at most 0.3, the validation part")
     if args.report_dir:
         check_folder(args.report_dir)
+    args.calibration = args.calibration or ("fitted" if args.fit else "auto")
     for model_dir in args.model_dir:
         check_model_name(model_dir)
     rows, _ = read_creditmix(args.data)

@@ -348,7 +348,7 @@ def test_fit_writes_a_calibration_that_eval_and_infer_then_use(here, capsys, ada
     own = str(shutil.copytree(adapter, here / "own"))
     before = infer_one(capsys, own)
     assert before["prior"] != dict.fromkeys(LABELS, 0.0)
-    fitted = evaluate_json(capsys, own, credit_file, "--fit", "--calibration", "fitted")["models"][0]
+    fitted = evaluate_json(capsys, own, credit_file, "--fit")["models"][0]
     assert fitted["calibration"] == "fitted" and set(fitted["calibrations"]) == {
         "none",
         "contextual",
@@ -576,7 +576,7 @@ def test_aurc_by_hand():
 def test_the_likeliest_calibrator_is_stored_and_used(here, capsys, adapter, credit_file):
     """By the likelihood of calibration rows; what is fitted is judged on customers that it did not see."""
     own = str(shutil.copytree(adapter, here / "own"))
-    result = evaluate_json(capsys, own, credit_file, "--fit")["models"][0]
+    result = evaluate_json(capsys, own, credit_file, "--fit", "--calibration", "auto")["models"][0]
     stored = json.loads((here / "own/calibration.json").read_text())
     assert set(stored["nll"]) == {"none", "contextual", "batch", "fitted"}
     assert stored["calibration"] == min(stored["nll"], key=stored["nll"].get) == result["calibration"]
