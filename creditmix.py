@@ -362,7 +362,7 @@ def add_scoring_flags(parser: Any) -> None:
         "--calibration",
         choices=CALIBRATIONS,
         default="auto",
-        help="of the scores; auto, the default: what eval_creditmix.py --fit stored beside the adapter, else contextual",
+        help="of the scores; auto, the default: what eval_creditmix.py --fit stored, else contextual",
     )
     add("--class_shares", metavar="LABEL=P,...", help="shares in the field, such as Good=0.25,Standard=0.45,Bad=0.30")
     add("--abstain_below", type=float, metavar="P", help="refer rows to a human whose label has a lower probability")
