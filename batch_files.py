@@ -49,19 +49,24 @@ def check_files(source: Path, output: Path, overwrite: bool) -> int:
         raise InputError(f"{source}: no such file")
     if source.suffix.lower() == ".csv":
         raise InputError(f"{source}: JSONL is needed, one object a line (the server's page takes CSV files)")
-    if output.is_dir():
-        raise InputError(f"{output}: is a folder, a file is needed")
-    check_folder(output.parent)
     if output.exists() and output.samefile(source):
         raise InputError(f"{output}: is the --input; choose another --output")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists; --overwrite replaces it")
+    check_output(output, overwrite)
     if overwrite:
         _part(output).unlink(missing_ok=True)
     total = sum(1 for _ in _lines(source))
     if not total:
         raise InputError(f"{source}: empty")
     return total
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises InputError where the output cannot be written, or is there already."""
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder, a file is needed")
+    check_folder(output.parent)
+    if output.exists() and not overwrite:
+        raise InputError(f"{output}: exists; --overwrite replaces it")
 
 
 def run_file(
@@ -101,7 +106,7 @@ def _lines(path: Path) -> Iterator[str]:
         yield from lines
 
 
-def _resume_point(part: Path, settings: dict) -> int:
+def _resume_point(part: Path, settings: dict, answering: str = "model") -> int:
     """Lines already done in an interrupted run's .part file; a half-written last line is cut off.
 
     Raises InputError where that run had other settings: its lines must not be mixed with ours."""
@@ -110,7 +115,7 @@ def _resume_point(part: Path, settings: dict) -> int:
         write_json(note, settings)
         return 0
     if not note.exists() or read_json(note) != settings:
-        raise InputError(f"{part}: left by a run with another model, input or flags; --overwrite starts again")
+        raise InputError(f"{part}: left by a run with another {answering}, input or flags; --overwrite starts again")
     whole = part.read_bytes()
     whole = whole[: whole.rfind(b"\n") + 1]
     part.write_bytes(whole)
@@ -121,21 +126,12 @@ class AnswerFile:
     """Answers as they come, in <output>.part: a killed run's are read again, a half-written last line is cut off."""
 
     def __init__(self, output: str, settings: dict[str, Any], overwrite: bool):
-        self.path = Path(output).with_name(Path(output).name + ".part")
-        self.note = self.path.with_name(self.path.name + ".json")
+        self.path = _part(Path(output))
         self.answers: dict[int, dict[str, Any]] = {}
-        if overwrite or not self.path.exists():
+        if overwrite:
             self.path.unlink(missing_ok=True)
-            write_json(self.note, settings)
-        elif not self.note.exists() or read_json(self.note) != settings:
-            raise InputError(
-                f"{self.path}: left by a run with another teacher, input or flags; --overwrite starts over"
-            )
-        else:
-            whole = self.path.read_bytes()
-            whole = whole[: whole.rfind(b"\n") + 1]
-            self.path.write_bytes(whole)
-            for line in whole.decode().splitlines():
+        if _resume_point(self.path, settings, "teacher"):
+            for line in _lines(self.path):
                 answer = parse_json(line)
                 self.answers[answer.pop("row")] = answer
             print(f"{self.path}: going on after {len(self.answers)} answers", file=sys.stderr)
@@ -156,4 +152,4 @@ class AnswerFile:
 
     def remove(self) -> None:
         self.path.unlink()
-        self.note.unlink()
+        self.path.with_name(self.path.name + ".json").unlink()

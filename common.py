@@ -192,6 +192,14 @@ def preparation(data: str) -> dict[str, Any]:
     return {}
 
 
+def note_preparation(output: str, note: dict[str, Any], **more: Any) -> None:
+    """Leave beside a data file made from another what was noted of that one, if its split is known."""
+    path = Path(output)
+    if "split_seed" in note:
+        note = note | {"files": {path.name: file_sha256(path)}, **more}
+        write_json(path.with_name(f"{path.stem}_prepared.json"), note)
+
+
 def write_parts(outdir: str, task: str, parts: dict[str, list[dict]]) -> None:
     """Write `task`_<part>.jsonl of each part of a split. Raises InputError, before it writes, for an empty part."""
     check_folder(outdir)

@@ -18,21 +18,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from batch_files import AnswerFile
+from batch_files import AnswerFile, check_output
 from common import (
     InputError,
     add_loading_flags,
-    check_folder,
     check_model_name,
     file_sha256,
     model_fingerprint,
+    note_preparation,
     parse_json,
     preparation,
     read_json,
     read_jsonl,
     run_script,
     seed_number,
-    write_json,
     write_jsonl,
 )
 
@@ -65,9 +64,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--max_new_tokens and --batch_size are at least 1, --temperature and --seconds above 0")
     if args.n + args.gold < 2 and args.task != "label":
         raise InputError("--n is at least 2, or 1 with --gold: a pair needs two answers")
-    check_folder(Path(args.output).parent)
-    if Path(args.output).exists() and not args.overwrite:
-        raise InputError(f"{args.output}: exists; --overwrite replaces it")
+    check_output(Path(args.output), args.overwrite)
     check_model_name(args.model_dir)
 
 
@@ -77,7 +74,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def json_judge(rows: Sequence[dict], schema: Any, where: str) -> Callable[[int, str], float]:
     """judge(number, answer): -1 for what is no JSON or breaks the schema, else the F1 of its fields (see eval_idp)."""
     from decoding import validator_class
-    from eval_idp import count_fields, f1_of
+    from eval_idp import count_fields, f1_of_all
 
     validator = validator_class(schema, where)(schema)
     expected = [parse_json(row["output"]) for row in rows]
@@ -91,10 +88,7 @@ def json_judge(rows: Sequence[dict], schema: Any, where: str) -> Callable[[int, 
             return -1.0
         counts: Counter = Counter()
         count_fields(found, expected[number], counts)
-        overall: Counter = Counter()
-        for (_, kind), times in counts.items():
-            overall["", kind] += times
-        return f1_of(overall, "")["f1"]
+        return f1_of_all(counts)
 
     return judge
 
@@ -206,11 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     if not lines:
         raise InputError("no pair has contrast; raise --n or --temperature, or add --gold")
     write_jsonl(args.output, lines)
-    note = preparation(args.input)
-    if "split_seed" in note:
-        output = Path(args.output)
-        files = {"files": {output.name: file_sha256(output)}, "student": model_fingerprint(args.model_dir)}
-        write_json(output.with_name(f"{output.stem}_prepared.json"), note | files)
+    note_preparation(args.output, preparation(args.input), student=model_fingerprint(args.model_dir))
     if file:
         file.remove()
     print(f"wrote {len(lines)} pairs to {args.output}")

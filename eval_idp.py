@@ -192,6 +192,14 @@ def f1_of(counts: Counter | dict, path: str) -> dict[str, float]:
     }
 
 
+def f1_of_all(counts: Counter) -> float:
+    """F1 of all fields together."""
+    overall: Counter = Counter()
+    for (_, kind), number in counts.items():
+        overall["", kind] += number
+    return f1_of(overall, "")["f1"]
+
+
 def measure(
     rows: Sequence[dict], answers: Sequence[dict], schema: Any, resamples: int, seed: int = 0
 ) -> dict[str, Any]:
@@ -221,16 +229,13 @@ def measure(
     fields = {path: f1_of(total, path) for path in paths}
     for i, path in enumerate(paths):
         fields[path]["interval_95"] = np.percentile(fields_f1[:, i], [2.5, 97.5]).tolist()
-    overall: Counter = Counter()
-    for (_, kind), number in total.items():
-        overall["", kind] += number
     exact = [all(c[p, "right"] == c[p, "found"] == c[p, "expected"] for p, _ in c) for c in each]
     return {
         "documents": len(rows),
         "valid": sum("json" in answer for answer in answers) / len(rows),
         "truncated": sum(bool(answer.get("truncated")) for answer in answers) / len(rows),
         "exact": float(np.mean(exact)),
-        "f1": f1_of(overall, "")["f1"],
+        "f1": f1_of_all(total),
         "f1_interval_95": np.percentile(all_f1, [2.5, 97.5]).tolist(),
         "macro_f1": float(np.mean([field["f1"] for field in fields.values()])),
         "invention_rate": invented / read if read else 0.0,

@@ -19,19 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from batch_files import AnswerFile
+from batch_files import AnswerFile, check_output
 from common import (
     InputError,
     add_loading_flags,
-    check_folder,
     file_sha256,
     hash_share,
+    note_preparation,
     preparation,
     read_jsonl,
     run_script,
     seed_number,
     split_of,
-    write_json,
     write_jsonl,
 )
 
@@ -102,9 +101,7 @@ def check_flags(args: argparse.Namespace) -> None:
         problems.append("--timeout is above 0")
     if problems:
         raise InputError("; ".join(problems))
-    check_folder(Path(args.output).parent)
-    if Path(args.output).exists() and not args.overwrite:
-        raise InputError(f"{args.output}: exists; --overwrite replaces it")
+    check_output(Path(args.output), args.overwrite)
 
 
 def read_prompts(path: str, labels: str | None) -> tuple[list[str], list[str | None], list[str]]:
@@ -274,13 +271,10 @@ def main(argv: list[str] | None = None) -> int:
             row.pop("label_probs", None)
         print("not every answer came with likelihoods: label_probs are left out", file=sys.stderr)
     write_jsonl(args.output, rows)
-    output = Path(args.output)
-    if "split_seed" in note:
-        files = {"files": {output.name: file_sha256(output)}, "teacher": {"name": name, **report}}
-        write_json(output.with_name(f"{output.stem}_prepared.json"), note | files)
+    note_preparation(args.output, note, teacher={"name": name, **report})
     if file:
         file.remove()
-    print(f"wrote {len(rows)} of {len(prompts)} rows to {output} (--filter {args.filter})")
+    print(f"wrote {len(rows)} of {len(prompts)} rows to {args.output} (--filter {args.filter})")
     return 0
 
 
