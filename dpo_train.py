@@ -172,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.sft_weight:
         losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, args.sft_weight]}
     model, tokenizer = load_model(args.adapter or student, args.quantization, args.compute_dtype, trainable=True)
+    if training.eager_attention(max(lengths)):
+        model.set_attn_implementation("eager")
     weights = training.adapter_weights(model)
     trainer = PairTrainer(
         model,

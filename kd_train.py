@@ -208,6 +208,8 @@ def main(argv: list[str] | None = None) -> int:
             distillation_loss_sum, label_ids=ids, alpha=args.kd_alpha, temperature=args.kd_temperature
         )
     model, tokenizer = load_model(args.adapter or student, args.quantization, args.compute_dtype, trainable=True)
+    if training.eager_attention(max(lengths)):
+        model.set_attn_implementation("eager")
     weights = training.adapter_weights(model)
     trainer = training.CompletionTrainer(
         model,

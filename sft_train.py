@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     training.check_memory(estimate, args.max_memory_gb)
     model, tokenizer = load_model(args.student, args.quantization, args.compute_dtype, trainable=True)
+    if training.eager_attention(max(lengths)):
+        model.set_attn_implementation("eager")
     trainer = training.CompletionTrainer(
         model,
         SFTConfig(**training.trainer_arguments(args)),

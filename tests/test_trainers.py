@@ -510,6 +510,44 @@ def test_loss_equals_that_of_trl(built, model_dir, data):
     assert right[0] == pytest.approx(right[1])
 
 
+@pytest.mark.parametrize("folder", ["model_dir", "llama_dir"])
+def test_the_start_that_prompts_share_is_run_once_with_the_same_gradients(folder, built, data, monkeypatch, request):
+    flags = ("--quantization", "none", "--compute_dtype", "float32", "--lora_dropout", 0)
+    start = ("--student", request.getfixturevalue(folder), "--data", data["kd"], "--save_dir", "never")
+    trainer = built("kd", *start, *flags)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # zero at the start: lora_A would have no gradient
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    batch = trainer.data_collator(list(trainer.train_dataset)[:4])
+    widths = []
+
+    def gradients() -> torch.Tensor:
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1)).backward()
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+    trainer.model.get_base_model().model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    once = gradients()
+    monkeypatch.setattr(training, "MIN_SHARED_TOKENS", 10**6)
+    plain = gradients()
+    (first, shared), (rows, rest), whole = widths
+    assert (first, rows) == (1, 4) and shared >= 16 and (4, shared + rest) == whole
+    assert plain.abs().max() > 1e-2
+    torch.testing.assert_close(once, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_how_much_of_its_start_a_batch_shares(monkeypatch):
+    monkeypatch.setattr(training, "MIN_SHARED_TOKENS", 2)
+    ids = torch.tensor([[1, 2, 3, 4, 9], [1, 2, 3, 5, 9], [1, 2, 3, 4, 8]])
+    assert training.shared_columns(ids, 5) == 3
+    assert training.shared_columns(ids, 2) == 2  # no further than the token before the first answer
+    assert training.shared_columns(ids[[0, 0]], 4) == 4
+    assert training.shared_columns(ids[:1], 5) == 0  # one row: nothing to save
+    assert training.shared_columns(ids, 1) == 0
+
+
 def test_padding_does_not_change_the_loss(built, model_dir, data):
     """Rows one by one and all in one batch have the same summed loss."""
     flags = ("--quantization", "none", "--compute_dtype", "float32", "--lora_dropout", 0)
