@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             if task.name in held_out
         ],
     }
-    write_parts(args.outdir, "codegen", parts)
+    write_parts(args.outdir, "codegen", parts, args.src, {"split_seed": args.split_seed, "val_share": args.val_share})
     return 0
 
 

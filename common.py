@@ -200,16 +200,21 @@ def note_preparation(output: str, note: dict[str, Any], **more: Any) -> None:
         write_json(path.with_name(f"{path.stem}_prepared.json"), note)
 
 
-def write_parts(outdir: str, task: str, parts: dict[str, list[dict]]) -> None:
-    """Write `task`_<part>.jsonl of each part of a split. Raises InputError, before it writes, for an empty part."""
+def write_parts(outdir: str, task: str, parts: dict[str, list[dict]], src: str, note: dict[str, Any]) -> None:
+    """Write `task`_<part>.jsonl of each part, then beside them `note` (split_seed ...) with the source's hash, from
+    where trainers take the split. Raises InputError, before it writes, for an empty part."""
     check_folder(outdir)
     for part, rows in parts.items():
         if not rows:
             raise InputError(f"nothing falls into the {part} part; change --val_share or --split_seed")
+    note_path, files = Path(outdir) / f"{task}_prepared.json", {}
+    note_path.unlink(missing_ok=True)  # an old one must not speak for new files
     for part, rows in parts.items():
         path = Path(outdir) / f"{task}_{part}.jsonl"
         write_jsonl(path, rows)
-        print(f"wrote {len(rows)} rows to {path}", file=sys.stderr)
+        files[path.name] = file_sha256(path)
+        print(f"wrote {len(rows)} rows to {path}")
+    write_json(note_path, note | {"source": {"file": src, "sha256": file_sha256(src)}, "files": files})
 
 
 def file_sha256(path: str | Path) -> str:

@@ -14,11 +14,10 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from common import InputError, check_folder, file_sha256, run_script, seed_number, split_of, write_json, write_jsonl
+from common import InputError, check_folder, run_script, seed_number, split_of, write_parts
 from creditmix import (
     LABELS,
     CreditRow,
@@ -117,18 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         sft.append({"input": prompt, "output": row.label})
         kd.append({"input": prompt, "teacher_output": row.label, "label_probs": soft})
         dpo.append({"prompt": prompt, "chosen": row.label, "rejected": wrong})
-    note_path = Path(args.outdir) / "creditmix_prepared.json"
-    note_path.unlink(missing_ok=True)  # an old one must not speak for new files
-    files = {}
-    for name, lines in (("sft", sft), ("kd", kd), ("dpo", dpo)):
-        path = Path(args.outdir) / f"creditmix_{name}.jsonl"
-        write_jsonl(path, lines)
-        files[path.name] = file_sha256(path)
-        print(f"wrote {len(lines)} rows to {path}")
-    # The trainers take the split from here, so that evaluation cannot validate on what was trained.
     note = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "hard_standard")}
-    note["source"] = {"file": args.src, "sha256": file_sha256(args.src)}
-    write_json(note_path, note | {"files": files})
+    write_parts(args.outdir, "creditmix", {"sft": sft, "kd": kd, "dpo": dpo}, args.src, note)
     return 0
 
 

@@ -336,15 +336,17 @@ class JsonDecoder:
         filler = self.tokenizer.pad_token_id
         with torch.inference_mode():
             while not all(draft.done for draft in drafts):
-                width = max(len(draft.pending) for draft in drafts)
+                # After the prompts no row is padded for another's forced tokens: each takes as many as all have.
+                waiting = [len(draft.pending) for draft in drafts if not draft.done]
+                width = min(waiting) if any(lengths) else max(waiting)
                 rows, new, places = [], [], []
                 for i, draft in enumerate(drafts):
-                    pad = width - len(draft.pending)
-                    rows.append([filler] * pad + draft.pending)
-                    new.append([0] * pad + [1] * len(draft.pending))
-                    places.append([0] * pad + list(range(lengths[i], lengths[i] + len(draft.pending))))
-                    lengths[i] += len(draft.pending)
-                    draft.pending = []
+                    now, draft.pending = draft.pending[:width], draft.pending[width:]
+                    pad = width - len(now)
+                    rows.append([filler] * pad + now)
+                    new.append([0] * pad + [1] * len(now))
+                    places.append([0] * pad + list(range(lengths[i], lengths[i] + len(now))))
+                    lengths[i] += len(now)
                 mask = torch.cat([mask, torch.tensor(new, device=device)], dim=1)
                 logits = self.model(
                     input_ids=torch.tensor(rows, device=device),
@@ -355,7 +357,7 @@ class JsonDecoder:
                     logits_to_keep=1,
                 ).logits[:, -1]
                 for draft, scores in zip(drafts, logits.float().cpu(), strict=True):
-                    if not draft.done:
+                    if not draft.done and not draft.pending:
                         self._advance(draft, scores, max_new_tokens, temperature, random)
         for draft in drafts:
             if draft.text is not None:

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             parts[part].append({"input": idp_prompt(document), "output": compact_json(answer)})
         else:
             parts[part].append({"document": document, "expected": answer})
-    write_parts(args.outdir, "idp", parts)
+    write_parts(args.outdir, "idp", parts, args.src, {"split_seed": args.split_seed, "val_share": args.val_share})
     print("groups: " + ", ".join(f"{len(names)} in {part}" for part, names in groups.items()), file=sys.stderr)
     return 0
 

@@ -10,7 +10,7 @@ import codegen_prepare
 import eval_codegen
 import infer_codegen
 from codegen import Coder, codegen_plan_prompt, codegen_prompt, extract_code, parses, task_of
-from common import InputError, PromptEncoder
+from common import InputError, PromptEncoder, preparation
 from conftest import run_cli
 from eval_codegen import pass_at_k
 from sandbox import run_program
@@ -268,6 +268,7 @@ def test_prepare_leaves_out_what_fails_and_splits_by_task(tmp_path):
     )
     assert len(sft) + len(validation) == 19 and sft and validation
     assert sft[0] == {"input": codegen_prompt(OURS["prompt"]), "output": "def half(n): return n / 2"}
+    assert preparation(str(tmp_path / "out" / "codegen_sft.jsonl"))["split_seed"] == 0
 
 
 @pytest.mark.parametrize(

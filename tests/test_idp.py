@@ -12,7 +12,7 @@ import eval_idp
 import idp
 import idp_prepare
 import infer_idp
-from common import InputError, load_model
+from common import InputError, load_model, preparation
 from conftest import run_cli
 from decoding import JsonDecoder, compile_schema, grammar_tokenizer, subschemas
 from eval_idp import count_fields, days, numbers, same, stands_in
@@ -351,6 +351,8 @@ def test_prepare_brings_answers_into_the_schema_and_keeps_groups_together(tmp_pa
     assert all(list(json.loads(r["output"])) == ["company", "total"] for r in sft)
     assert not {json.loads(r["output"])["company"] for r in sft} & {r["expected"]["company"] for r in validation}
     assert sft[0]["input"].startswith(idp_prompt("d")[:10])
+    noted = preparation(str(tmp_path / "idp_sft.jsonl"))  # where the trainers take the split from
+    assert noted["split_seed"] == 0 and noted["source"]["file"] == str(tmp_path / "src.jsonl")
 
 
 @pytest.mark.parametrize(
