@@ -1,0 +1,137 @@
+"""Merge an adapter into its base and save a plain model folder, which any program that reads such folders can load.
+
+Departures from merging in place: the base is loaded in bf16, never in NF4 (a merge into 4-bit weights rounds the
+adapter away); the folder is loaded again and scores a sample beside the adapter it came from, so that what the export
+changed is known. Without a GPU of its size set CUDA_VISIBLE_DEVICES= to do it on the CPU.
+
+    python export_adapter.py --model_dir runs/creditmix_sft --save_dir runs/creditmix_sft_merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import (
+    InputError,
+    LabelScorer,
+    PromptEncoder,
+    adapter_config,
+    check_folder,
+    check_model_name,
+    load_model,
+    model_fingerprint,
+    read_jsonl,
+    run_record,
+    run_script,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MOST_LABELS = 10  # answers of a sample that differ less are labels; the others are compared by their likelihood
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_dir", required=True, help="adapter folder")
+    add("--save_dir", required=True, help="model folder to write")
+    add("--sample", help='JSONL of {"input", "output"} to compare on (default: the data of its training)')
+    add("--rows", type=int, default=200, help="first rows of it to compare; 0: none (%(default)s)")
+    add("--batch_size", type=int, default=32, help="rows scored in one forward (%(default)s)")
+    add("--overwrite", action="store_true", help="replace --save_dir")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def read_sample(args: argparse.Namespace) -> list[dict]:
+    """Rows with `input` and `output`. Raises InputError where there are none."""
+    if not args.rows:
+        return []
+    source = args.sample or run_record(args.model_dir).get("data", {}).get("file", "")
+    if not args.sample and not Path(source).is_file():
+        raise InputError(f"{args.model_dir}: its training data are not here; name rows with --sample, or --rows 0")
+    return read_jsonl(source, ("input", "output"))[: args.rows]
+
+
+def sample_scores(model_dir: str, quantization: str, rows: list[dict], batch_size: int) -> np.ndarray:
+    """Mean log-probability per token [N, labels] of the sample's labels, or [N, 1] of each row's own answer."""
+    import numpy as np
+
+    model, tokenizer = load_model(model_dir, quantization, "bfloat16")
+    encoder, answers = PromptEncoder(tokenizer), sorted({row["output"] for row in rows})
+    if len(answers) <= MOST_LABELS:
+        scorer = LabelScorer(model, encoder, {a: [a] for a in answers}, batch_size=batch_size)
+        scores = scorer.raw_scores([row["input"] for row in rows], Path(model_dir).name)
+    else:
+        scorers = (LabelScorer(model, encoder, {"answer": [row["output"]]}) for row in rows)
+        scores = np.concatenate([scorer.raw_scores([row["input"]]) for scorer, row in zip(scorers, rows, strict=True)])
+    del model
+    gc.collect()
+    return scores
+
+
+def difference(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """Of scores [N, labels]: the largest and the mean difference, and the share of rows with the same best label."""
+    import numpy as np
+
+    report = {"largest": float(np.abs(after - before).max()), "mean": float(np.abs(after - before).mean())}
+    if before.shape[1] > 1:
+        report["same_label"] = float((before.argmax(axis=1) == after.argmax(axis=1)).mean())
+    return {name: round(value, 4) for name, value in report.items()}
+
+
+def merge(model_dir: str, folder: Path) -> None:
+    """Write the merged model and its tokenizer into a folder. The adapter's product is added in float32 accuracy."""
+    model, tokenizer = load_model(model_dir, "none", "bfloat16", trainable=True)
+    merged: Any = model.merge_and_unload(safe_merge=True)
+    merged.config.use_cache = True
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    check_model_name(args.model_dir)
+    if not adapter_config(args.model_dir):
+        raise InputError(f"{args.model_dir}: not an adapter folder; there is nothing to merge")
+    save_dir = Path(args.save_dir)
+    if save_dir.resolve() == Path(args.model_dir).resolve():
+        raise InputError(f"--save_dir {save_dir} is the adapter itself; choose another folder")
+    if args.rows < 0 or args.batch_size < 1:
+        raise InputError("--rows is at least 0, --batch_size at least 1")
+    if save_dir.exists() and any(save_dir.iterdir()) and not args.overwrite:
+        raise InputError(f"{save_dir}: is not empty; replace it with --overwrite or choose another folder")
+    check_folder(save_dir.parent)
+    rows = read_sample(args)
+
+    part = save_dir.with_name(save_dir.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    merge(args.model_dir, part)
+    report: dict[str, Any] = {"adapter": args.model_dir, "fingerprint": model_fingerprint(args.model_dir)}
+    if rows:
+        after = sample_scores(str(part), "none", rows, args.batch_size)
+        report["rows"] = len(rows)
+        for name, quantization in (("adapter on bf16 base", "none"), ("adapter on NF4 base", "nf4")):
+            before = sample_scores(args.model_dir, quantization, rows, args.batch_size)
+            report[f"change from {name}"] = difference(before, after)
+    write_json(part / "export.json", report)
+    shutil.rmtree(save_dir, ignore_errors=True)
+    part.rename(save_dir)
+    print(json.dumps(report, indent=2))
+    print(
+        f"{save_dir}: written; calibrate it anew (--quantization none) before its probabilities are used",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
