@@ -5,7 +5,7 @@ DEMO := runs/demo
 STUDENT := smollm2-135m
 EXAMPLE := Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench doctor clean
 
 .venv/.installed: requirements.txt requirements-embedded.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -46,6 +46,10 @@ bench: .venv/.installed
 	$(PY) bench/scoring.py
 	$(PY) bench/serve.py
 	$(PY) bench/serve_faults.py
+
+# STUDENT=Qwen/Qwen2.5-3B-Instruct looks for that model instead.
+doctor: .venv/.installed
+	$(PY) doctor.py --student $(STUDENT)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache $(DEMO)

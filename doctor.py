@@ -1,0 +1,150 @@
+"""Look at this machine as the other scripts will find it, and say for each problem what mends it.
+
+python doctor.py --student smollm2-135m
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from common import DEFAULT_STUDENT, InputError, PromptEncoder, cache_dir, check_model_name, local_or_hub, run_script
+
+LABELS = ("Good", "Standard", "Bad")
+NEEDED_DISK_GB, NEEDED_MEMORY_GB, NEEDED_GPU_GB = 10, 8, 7.5
+
+
+class Finding(Exception):
+    """A problem; its arguments: what is wrong, what mends it."""
+
+
+def check_packages(student: str) -> str:
+    wrong = []
+    for name, wanted in re.findall(r"(?m)^([\w.-]+)==(\S+)", Path(__file__).with_name("requirements.txt").read_text()):
+        try:
+            found = version(name).split("+")[0]
+        except PackageNotFoundError:
+            found = "missing"
+        if found != wanted:
+            wrong.append(f"{name} {found} (tested: {wanted})")
+    if wrong:
+        raise Finding(", ".join(wrong), "activate .venv (source .venv/bin/activate), or install requirements.txt anew")
+    return f"as in requirements.txt, Python {platform.python_version()}"
+
+
+def check_gpu(student: str) -> str:
+    """What the driver shows PyTorch must use, or all runs on the CPU and nobody is told."""
+    import torch
+
+    try:
+        shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        shown = ""
+    if shown and not torch.cuda.is_available():
+        fix = "update the driver on Windows, and install a CUDA build: pip install --force-reinstall torch==2.13.0"
+        raise Finding(f"there is {shown.splitlines()[0]}, but PyTorch {torch.__version__} does not use it", fix)
+    if not shown:
+        return "none; smollm2-135m is the student for a CPU"
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if memory < NEEDED_GPU_GB:
+        raise Finding(f"{memory:.1f} GB of memory", "train a student of at most 1.5 B parameters")
+    return f"{torch.cuda.get_device_name(0)}, {memory:.1f} GB, CUDA {torch.version.cuda}"
+
+
+def check_4bit(student: str) -> str:
+    """bitsandbytes packs a matrix into NF4 and gets it back."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from common import compute_dtype
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.randn(64, 64, device=device)
+    try:
+        error = (dequantize_4bit(*quantize_4bit(weight, quant_type="nf4")) - weight).abs().mean().item()
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as failure:
+        raise Finding(f"no NF4 on {device}: {failure}", "reinstall bitsandbytes, or use --quantization none") from None
+    if not error < 0.2:
+        raise Finding(f"NF4 on {device} is off by {error:.2f} on average", "reinstall bitsandbytes for this CUDA")
+    return f"NF4 works on {device}; computes in {str(compute_dtype('auto')).removeprefix('torch.')}"
+
+
+def check_memory(student: str) -> str:
+    import psutil
+
+    total, wsl = psutil.virtual_memory().total / 1e9, "microsoft" in platform.release().lower()
+    if total < NEEDED_MEMORY_GB * 0.95:
+        fix = "set memory=12GB under [wsl2] in %UserProfile%\\.wslconfig, then run wsl --shutdown in Windows"
+        raise Finding(
+            f"{total:.1f} GB, {NEEDED_MEMORY_GB} are needed", fix if wsl else "use smollm2-135m, or add memory"
+        )
+    return f"{total:.1f} GB{' for WSL2' if wsl else ''}"
+
+
+def check_disk(student: str) -> str:
+    """Room for models and checkpoints, in a cache that can be written."""
+    cache = cache_dir()
+    place = next(path for path in (cache, *cache.parents) if path.exists())
+    if not os.access(place, os.W_OK):
+        raise Finding(f"{place} cannot be written", "set DISTIL_SLM_CACHE to a folder of yours")
+    free = {path: shutil.disk_usage(path).free / 1e9 for path in (place, Path.cwd())}
+    for path, gigabytes in free.items():
+        if gigabytes < NEEDED_DISK_GB:
+            fix = f"free {NEEDED_DISK_GB} GB, or move the caches: DISTIL_SLM_CACHE and HF_HOME"
+            raise Finding(f"{gigabytes:.1f} GB free in {path}", fix)
+    return f"{min(free.values()):.0f} GB free"
+
+
+def check_model(student: str) -> str:
+    try:
+        check_model_name(student)
+        local_or_hub(student)
+    except InputError as error:
+        raise Finding(str(error), "hf auth login for a gated model, a local folder, or smollm2-135m") from None
+    return student
+
+
+def check_labels(student: str) -> str:
+    """Labels are single tokens that the text before them does not change."""
+    from transformers import AutoTokenizer
+
+    try:
+        encoder = PromptEncoder(AutoTokenizer.from_pretrained(local_or_hub(student)))
+        long = [label for label in LABELS if len(encoder.label(label)) > 1]
+    except InputError as error:
+        raise Finding(str(error), "use a student with another tokenizer") from None
+    if long:
+        fix = "scores stay right but cost a forward for each; KD needs words that differ in their first token"
+        raise Finding(f"several tokens each: {', '.join(long)}", fix)
+    return f"{', '.join(LABELS)}: one stable token each"
+
+
+CHECKS = (check_packages, check_gpu, check_4bit, check_memory, check_disk, check_model, check_labels)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default=DEFAULT_STUDENT, help="model to train or use (%(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+    problems = 0
+    for check in CHECKS:
+        name = check.__name__.removeprefix("check_")
+        try:
+            print(f"ok       {name:<9}{check(args.student)}")
+        except Finding as finding:
+            problems += 1
+            print(f"PROBLEM  {name:<9}{finding.args[0]}\n         {'mend:':<9}{finding.args[1]}")
+    print(f"{problems} of {len(CHECKS)} checks found a problem", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,96 @@
+"""doctor.py: each fault that is put in is found, and its mend is named."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+import doctor
+from conftest import ROOT
+
+
+@pytest.fixture
+def lines(model_dir, capsys):
+    """The doctor's exit status and its lines by the name of the check."""
+
+    def lines(student: str = model_dir) -> tuple[int, dict[str, str]]:
+        status = doctor.main(["--student", student])
+        found, name = {}, ""
+        for line in capsys.readouterr().out.splitlines():
+            name = line[9:18].strip() if line[0] != " " else name
+            found[name] = found.get(name, "") + line
+        return status, found
+
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def plenty(monkeypatch):
+    """A machine with room, so that only the fault of the test is found."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=80e9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16e9))
+    monkeypatch.setattr(doctor, "version", dict(doctor_pins()).__getitem__)
+
+
+def doctor_pins() -> list[tuple[str, str]]:
+    rows = (line.strip().split("==") for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return [(row[0], row[1]) for row in rows if len(row) == 2]
+
+
+def test_a_sound_machine_has_no_problem(lines):
+    status, found = lines()
+    assert status == 0 and not [line for line in found.values() if "PROBLEM" in line]
+    assert set(found) == {"packages", "gpu", "4bit", "memory", "disk", "model", "labels"}
+
+
+def test_a_package_of_another_version(lines, monkeypatch):
+    pins = dict(doctor_pins()) | {"peft": "0.9.0"}
+    monkeypatch.setattr(doctor, "version", pins.__getitem__)
+    status, found = lines()
+    assert status == 1 and "PROBLEM" in found["packages"] and "peft 0.9.0 (tested: " in found["packages"]
+    assert "requirements.txt" in found["packages"].split("mend:")[1]
+
+
+def test_little_memory_under_wsl2(lines, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=4e9))
+    monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    status, found = lines()
+    assert status == 1 and "4.0 GB" in found["memory"] and ".wslconfig" in found["memory"].split("mend:")[1]
+
+
+def test_a_full_disk(lines, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2e9))
+    status, found = lines()
+    assert status == 1 and "2.0 GB free" in found["disk"] and "HF_HOME" in found["disk"].split("mend:")[1]
+
+
+def test_a_driver_that_pytorch_does_not_use(lines, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shown = SimpleNamespace(stdout="GPU 0: NVIDIA GeForce RTX 3070 (UUID: GPU-1)\n")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: shown)
+    status, found = lines()
+    assert status == 1 and "RTX 3070" in found["gpu"] and "CUDA build" in found["gpu"].split("mend:")[1]
+
+
+def test_4bit_that_packs_wrongly(lines, monkeypatch):
+    import bitsandbytes.functional
+
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda packed, state: torch.zeros(64, 64))
+    status, found = lines()
+    assert status == 1 and "off by" in found["4bit"] and "bitsandbytes" in found["4bit"].split("mend:")[1]
+
+
+def test_a_model_that_is_not_there(lines, tmp_path):
+    status, found = lines(str(tmp_path / "none"))
+    assert status == 1 and "none" in found["model"] and "PROBLEM" in found["labels"]
+
+
+def test_labels_of_several_tokens(lines, monkeypatch):
+    monkeypatch.setattr(doctor, "LABELS", ("Good", "Qqqzzz 77x", "Bad"))
+    status, found = lines()
+    assert status == 1 and "several tokens each: Qqqzzz 77x" in found["labels"]
