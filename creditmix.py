@@ -61,7 +61,8 @@ PLAUSIBLE = {
     "Outstanding Debt": (0, 1_000_000),
     "Credit Utilization Ratio": (0, 100),
 }
-_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+# Digits that go on after a comma or point in a way that is no number ("12,53,000") are left alone.
+_NUMBER = re.compile(r"(?<![\d.,])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![.,]?\d)")
 
 
 def canonical_number(value: float) -> str:

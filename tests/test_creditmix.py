@@ -142,6 +142,7 @@ FEATURES = {
     "free text": ("earns 19,114.12 a year, owes 809.98", "earns 19100 a year, owes 810"),
     "free text without numbers": ("a careful customer", "a careful customer"),
     "free text with an endless number": ("owes 1e999 and 12.34", "owes 1e999 and 12"),
+    "free text with digits that are no number": ("owes 12,53,000 or 2.5.1", "owes 12,53,000 or 2.5.1"),
     "a mark alone": ("...", "..."),
     "a comma in a field of words": (
         WHITEPAPER.replace("Scientist", "Scientist, retired"),
