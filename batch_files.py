@@ -2,12 +2,14 @@
 that ask a model for training data answers as they come.
 
 Apart from common.py because training never needs it. Results go to <output>.part and are renamed at the end; a run
-that was interrupted goes on from there, if it is the same run.
+that was interrupted goes on from there, if it is the same run. Of several processes each takes one stretch of the
+lines into a .part file of its own; the first joins them.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import InputError, check_folder, parse_json, read_json, write_json
+from processes import gather, own_share, rank_and_world
 
 
 def failed_line(row: dict, code: str, message: str) -> dict:
@@ -72,33 +75,54 @@ def check_output(output: Path, overwrite: bool) -> None:
 def run_file(
     source: Path, output: Path, total: int, settings: dict[str, Any], chunk: int, work: Callable[[list[str]], list]
 ) -> int:
-    """Write work(lines) of each `chunk` lines; returns how many carry an "error".
+    """Write work(lines) of each `chunk` lines; returns how many carry an "error", in the first process of all lines.
 
     settings: all that decides the results, compared before an interrupted run is gone on with (InputError)."""
     from tqdm import tqdm
 
-    part, stat = _part(output), source.stat()
+    part, stat, mine = _part(output), source.stat(), own_share(total)
     done = _resume_point(part, settings | {"input_size": stat.st_size, "input_time": stat.st_mtime_ns})
     if done:
         print(f"{part}: going on after {done} rows", file=sys.stderr)
     failed = sum('"error"' in line and "error" in json.loads(line) for line in _lines(part)) if done else 0
-    with open(part, "a", encoding="utf-8") as out, tqdm(total=total, initial=done, unit="row", file=sys.stderr) as bar:
-        rest = islice(_lines(source), done, None)
+    bar = tqdm(total=len(mine), initial=done, unit="row", file=sys.stderr)
+    with open(part, "a", encoding="utf-8") as out, bar:
+        rest = islice(_lines(source), mine.start + done, mine.stop)
         while lines := list(islice(rest, chunk)):
             for row in work(lines):
                 failed += "error" in row
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             bar.update(len(lines))
-    part.replace(output)
-    part.with_name(part.name + ".json").unlink()
-    if failed:
-        print(f"{output}: {failed} of {total} lines carry an error", file=sys.stderr)
+    failed = sum(gather(failed))
+    rank, world = rank_and_world()
+    if rank == 0:
+        _join([_part(output, i, world) for i in range(world)], output)
+        if failed:
+            print(f"{output}: {failed} of {total} lines carry an error", file=sys.stderr)
     return failed
 
 
-def _part(output: Path) -> Path:
-    return output.with_name(output.name + ".part")
+def _join(parts: list[Path], output: Path) -> None:
+    if len(parts) > 1:
+        whole = output.with_name(output.name + ".joined")  # a .part file that grew would no longer be gone on with
+        with open(whole, "wb") as out:
+            for part in parts:
+                with open(part, "rb") as lines:
+                    shutil.copyfileobj(lines, out)
+        whole.replace(output)
+    else:
+        parts[0].replace(output)
+    for part in parts:
+        part.unlink(missing_ok=True)
+        part.with_name(part.name + ".json").unlink()
+
+
+def _part(output: Path, rank: int | None = None, world: int = 1) -> Path:
+    """The .part file of a process, of this one by default."""
+    if rank is None:
+        rank, world = rank_and_world()
+    return output.with_name(f"{output.name}.part" if world == 1 else f"{output.name}.{rank}of{world}.part")
 
 
 def _lines(path: Path) -> Iterator[str]:

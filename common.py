@@ -446,8 +446,6 @@ def load_model(
     `trainable` loads an adapter so that its training can go on, and keeps the CPU kernels that have gradients.
     Raises InputError for what `check_model_name` finds, and where the hub cannot be reached.
     """
-    if not trainable and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("inference and evaluation run in one process; start the script without a launcher")
     check_model_name(model_dir)
     base = base_of(model_dir)
     path = local_or_hub(base)

@@ -41,6 +41,7 @@ from common import (
     read_verbalizers,
     with_shares,
 )
+from processes import gather, own_share
 
 LABELS = ("Good", "Standard", "Bad")
 CALIBRATIONS = ("none", "contextual", "batch", "fitted", "auto")
@@ -535,8 +536,10 @@ class CreditModel:
         return self.scorer.encoder.prompt(creditmix_prompt(features))
 
     def raw_scores(self, features: Sequence[str], progress: str | None = None) -> np.ndarray:
-        """Raw scores [N, labels] of feature strings."""
-        return self.scorer.score([self.prompt(text) for text in features], progress, [self.adapter] * len(features))
+        """Raw scores [N, labels] of feature strings; of several processes each scores its share."""
+        share = own_share(len(features))
+        prompts = [self.prompt(text) for text in features[share.start : share.stop]]
+        return np.concatenate(gather(self.scorer.score(prompts, progress, [self.adapter] * len(prompts))))
 
     def responses(self, raw: np.ndarray) -> list[dict]:
         """The whitepaper's response (section 7) for each row of raw scores [N, labels]; where --abstain_below is given

@@ -34,6 +34,7 @@ from common import (
     seed_number,
     write_jsonl,
 )
+from processes import only_one
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -184,6 +185,7 @@ def judged(args: argparse.Namespace, rows: Sequence[dict]) -> tuple[AnswerFile, 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    only_one("making pairs")
     check_flags(args)
     rows = read_jsonl(args.input, () if args.task == "code" else ("input", "output"))
     if args.task == "label":

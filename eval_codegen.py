@@ -20,6 +20,7 @@ import numpy as np
 
 from codegen import Coder, Task, add_codegen_flags, check_codegen_flags, read_tasks
 from common import InputError, check_folder, file_sha256, run_script, write_json, write_jsonl
+from processes import only_one
 from sandbox import SECONDS, isolation, run_programs
 
 
@@ -112,6 +113,7 @@ def print_table(results: list[dict], args: argparse.Namespace, out: Any) -> None
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    only_one("evaluation of code")
     check_codegen_flags(args)
     if not all(1 <= k <= args.n for k in args.k):
         raise InputError(f"--k {args.k}: each from 1 to --n {args.n}")

@@ -53,6 +53,7 @@ from creditmix import (
     scoring_settings,
     tabular_features,
 )
+from processes import rank_and_world
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -248,6 +249,8 @@ def fit(
     answers = np.array([LABELS.index(row.label) for row in rows])
     found, nll = calibrators(raw, model.calibration.prior, answers, [row.customer for row in rows])
     chosen = found[min(nll, key=nll.__getitem__) if args.calibration == "auto" else args.calibration]
+    if rank_and_world()[0]:
+        return chosen, found
     shown = ", ".join(f"{name} {value:.4f}" for name, value in nll.items())
     print(f"{model_dir}: likelihood on calibration rows: {shown} -> {chosen.method}", file=sys.stderr)
     digest = hashlib.sha256(json.dumps([[row.features, row.label] for row in rows]).encode()).hexdigest()
@@ -439,6 +442,8 @@ def main(argv: list[str] | None = None) -> int:
             check_fitted(model_dir, args.split_seed, data_hash)
     validation, calibration, train = draw_samples(rows, args)
     results = [evaluate_model(model_dir, validation, calibration, args) for model_dir in args.model_dir]
+    if rank_and_world()[0]:  # of several processes the first reports
+        return 0
     if args.baselines:
         results += baselines(train, validation, args)
     hidden = ("predicted", "responses", "probabilities")

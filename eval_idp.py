@@ -24,6 +24,7 @@ import numpy as np
 
 from common import InputError, check_folder, file_sha256, read_jsonl, run_script, write_json, write_jsonl
 from idp import Extractor, add_extraction_flags, check_extraction_flags, expected_of
+from processes import only_one
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 DAY = re.compile(
@@ -308,6 +309,7 @@ def print_tables(results: list[dict], by: str | None, out: Any) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    only_one("evaluation of documents")
     check_extraction_flags(args)
     if args.bootstrap < 1 or (args.limit is not None and args.limit < 1):
         raise InputError("--bootstrap and --limit are at least 1")

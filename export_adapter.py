@@ -35,6 +35,8 @@ from common import (
 if TYPE_CHECKING:
     import numpy as np
 
+from processes import only_one
+
 MOST_LABELS = 10  # answers of a sample that differ less are labels; the others are compared by their likelihood
 
 
@@ -99,6 +101,7 @@ def merge(model_dir: str, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    only_one("the export")
     check_model_name(args.model_dir)
     if not adapter_config(args.model_dir):
         raise InputError(f"{args.model_dir}: not an adapter folder; there is nothing to merge")

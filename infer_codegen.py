@@ -15,6 +15,7 @@ from pathlib import Path
 from batch_files import check_files, failed_line, parse_line, run_file
 from codegen import Coder, Task, add_codegen_flags, check_codegen_flags
 from common import InputError, file_sha256, model_fingerprint, read_text, run_script
+from processes import only_one
 from sandbox import SECONDS, run_programs
 
 
@@ -84,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     if (args.prompt is None) == (args.input is None) or (args.input is None) != (args.output is None):
         raise InputError("give either --prompt, or --input and --output")
     check_codegen_flags(args)
+    if args.prompt is not None:
+        only_one("--prompt")
     if args.seconds <= 0:
         raise InputError("--seconds is above 0")
     tests = [read_text(args.tests)] if args.tests else []

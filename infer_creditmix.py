@@ -16,6 +16,7 @@ from pathlib import Path
 from batch_files import check_files, failed_line, parse_line, run_file
 from common import InputError, model_fingerprint, run_script
 from creditmix import CREDIT_FIELDS, CreditModel, add_scoring_flags, known_fields
+from processes import only_one
 
 CHUNK = 128  # rows scored between two writes to the .part file: what an interruption can cost
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if (args.features is None) == (args.input is None) or (args.input is None) != (args.output is None):
         raise InputError("give either --features, or --input and --output")
     if args.features is not None:
+        only_one("--features")
         if not args.features.strip():
             raise InputError("--features is empty")
         if not known_fields(args.features):

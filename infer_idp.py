@@ -18,6 +18,7 @@ from pathlib import Path
 from batch_files import check_files, parse_line, run_file
 from common import InputError, file_sha256, model_fingerprint, read_text, run_script
 from idp import Extractor, add_extraction_flags, check_extraction_flags
+from processes import only_one
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     if (args.document is None) == (args.input is None) or (args.input is None) != (args.output is None):
         raise InputError("give either --document, or --input and --output")
     check_extraction_flags(args)
+    if args.document is not None:
+        only_one("--document")
     document = read_document(args.document) if args.document is not None else None
     source, output = Path(args.input or ""), Path(args.output or "")
     total = check_files(source, output, args.overwrite) if args.input else 0

@@ -33,6 +33,7 @@ from common import (
     split_of,
     write_jsonl,
 )
+from processes import gather, only_one, own_share, rank_and_world
 
 GOLD_FIELDS = ("output", "chosen", "answer")
 TABULAR = "tabular"
@@ -141,14 +142,13 @@ def ask(args: argparse.Namespace, prompts: Sequence[str], labels: Sequence[str])
     settings = {key: getattr(args, key) for key in deciding}
     settings |= {"labels": list(labels), "input": file_sha256(args.input), "prompt": PROMPT_VERSION}
     file = AnswerFile(args.output, settings, args.overwrite)
-    waiting = {
-        number: user_turn(prompt, args.rationale)
-        for number, prompt in enumerate(prompts)
-        if number not in file.answers
-    }
+    mine, turns = own_share(len(prompts)), [user_turn(prompt, args.rationale) for prompt in prompts]
+    waiting = {number: turns[number] for number in mine if number not in file.answers}
     if waiting:
-        teacher = ModelTeacher(args.teacher, args) if args.teacher else HttpTeacher(args)
-        file.collect(teacher.answers(waiting, labels), len(prompts), name)
+        teacher = ModelTeacher(args.teacher, args, turns) if args.teacher else HttpTeacher(args)
+        file.collect(teacher.answers(waiting, labels), len(mine), name)
+    for answers in gather(file.answers):
+        file.answers |= answers
     return file, name
 
 
@@ -235,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     from teachers import PROMPT_VERSION, label_first, label_of
 
     if args.teacher == TABULAR:
+        only_one("the tabular teacher")
         prompts, gold, answers, labels = tabular_rows(args)
         name, file = TABULAR, None
         note = {"split_seed": args.split_seed, "source": {"file": args.src, "sha256": file_sha256(args.src)}}
@@ -249,6 +250,10 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
+        if rank_and_world()[0]:  # of several processes the first writes; the others keep their answers until it has
+            gather(None)
+            file.remove()
+            return 0
         answers = [file.answers[number] for number in range(len(prompts))]
         note = preparation(args.input)
     said = [label_of(a["teacher_output"], labels) if labels else a["teacher_output"].strip() for a in answers]
@@ -273,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     write_jsonl(args.output, rows)
     note_preparation(args.output, note, teacher={"name": name, **report})
     if file:
+        gather(None)
         file.remove()
     print(f"wrote {len(rows)} of {len(prompts)} rows to {args.output} (--filter {args.filter})")
     return 0

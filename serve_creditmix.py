@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from common import DEFAULT_STUDENT, InputError, run_script
+from processes import only_one
 
 API_KEY = "CREDITMIX_API_KEY"
 MAX_BODY = 1_000_000  # bytes; a full batch of the longest feature strings has 512,000 where all letters are ASCII
@@ -519,6 +520,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    only_one("the server")
     check_server_flags(args)
     import uvicorn
 

@@ -58,11 +58,14 @@ def label_first(answer: str, label: str, rationale: bool) -> str:
 class ModelTeacher:
     """A base, folder or adapter through transformers. Label tasks are answered by calibrated label likelihood, as the
     student will be; the shift is the mean over prompts (batch calibration, Zhou et al. 2023), since a teacher has no
-    prompts without content for an unknown task."""
+    prompts without content for an unknown task.
 
-    def __init__(self, model_dir: str, args: argparse.Namespace):
+    turns: all user turns of the run, also those that have an answer or are another process's: the shift is theirs."""
+
+    def __init__(self, model_dir: str, args: argparse.Namespace, turns: Sequence[str]):
         check_model_name(model_dir)
         self.model_dir, self.args = model_dir, args
+        self.sample = random.Random(0).sample(turns, min(PRIOR_PROMPTS, len(turns)))
         self.model, self.tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
         self.encoder = PromptEncoder(self.tokenizer)
 
@@ -71,9 +74,8 @@ class ModelTeacher:
         if labels:
             forms = {label: [label] for label in labels}
             scorer = LabelScorer(self.model, self.encoder, forms, batch_size=self.args.batch_size)
-            sample = random.Random(0).sample(list(prompts.values()), min(PRIOR_PROMPTS, len(prompts)))
             how = f"{model_fingerprint(self.model_dir)} {self.args.quantization}"
-            prior = label_prior(scorer, f"{how} {compute_dtype(self.args.compute_dtype)}", sample)
+            prior = label_prior(scorer, f"{how} {compute_dtype(self.args.compute_dtype)}", self.sample)
         numbers = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)
         for first in range(0, len(numbers), self.args.batch_size):
             chosen = numbers[first : first + self.args.batch_size]

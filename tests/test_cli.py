@@ -364,13 +364,6 @@ def test_seeds_that_generators_do_not_take_are_refused(capsys, seed):
         assert stop.value.code == 2 and "--seed" in capsys.readouterr().err
 
 
-def test_inference_under_a_launcher_is_refused(here, model_dir, monkeypatch):
-    """Each process would write every line."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    no_model(infer_creditmix.main, "--model_dir", model_dir, "--features", "Age: 30")
-    assert no_model.message.startswith("inference and evaluation run in one process")
-
-
 # ----------------------------------------------------------------------------------------------------- files that fail
 
 

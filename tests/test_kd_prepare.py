@@ -208,6 +208,26 @@ def test_killed_and_run_again(here, endpoint):
     )  # at most two under way and two on their way to the file, at each
 
 
+def test_a_model_that_goes_on_says_what_it_would_have_said(here, model_dir, monkeypatch):
+    write_lines("in.jsonl", gold_rows(20))
+    flags = ["--teacher", model_dir, "--input", "in.jsonl", "--quantization", "none", "--compute_dtype", "float32"]
+    assert kd_prepare.main([*flags, "--output", "whole.jsonl"]) == 0
+    answers = teachers.ModelTeacher.answers
+
+    def interrupted(self, *rest):
+        for count, answer in enumerate(answers(self, *rest)):
+            if count == 7:
+                raise KeyboardInterrupt
+            yield answer
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(teachers.ModelTeacher, "answers", interrupted)
+        kd_prepare.main([*flags, "--output", "kd.jsonl"])
+    assert kd_prepare.main([*flags, "--output", "kd.jsonl"]) == 0
+    for whole, resumed in zip(read_lines("whole.jsonl"), read_lines("kd.jsonl"), strict=True):
+        assert resumed["label_probs"] == pytest.approx(whole["label_probs"], abs=1e-4)
+
+
 @pytest.mark.parametrize("status", ["400", "401", "404"])
 def test_what_is_refused_for_good_ends_at_once(here, endpoint, status):
     write_lines("in.jsonl", gold_rows(6))
