@@ -2,6 +2,8 @@
 
 Answers are brought into the schema's form first: keys in its order, numbers as numbers ("RM 1,007.50" -> 1007.5), an
 empty text as null where the schema allows null. Documents of one group (a vendor, a company) stay on one side.
+`--broken_copies` adds training documents whose values run over two lines, as on narrow paper: where few groups have
+such values, a small model learns to read one line only.
 
     python idp_prepare.py --src receipts.jsonl --schema data/receipt_schema.json --group company --outdir data/receipts
 """
@@ -9,8 +11,10 @@ empty text as null where the schema allows null. Documents of one group (a vendo
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import sys
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -27,6 +31,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--group", help="field of the line or of its answer whose documents stay together (default: the document)")
     add("--val_share", type=float, default=0.3, help="share of groups for validation (%(default)s)")
     add("--split_seed", type=int, default=0, help="which groups those are (%(default)s)")
+    add(
+        "--broken_copies",
+        type=int,
+        default=0,
+        help="further copies of a training document, values broken (%(default)s)",
+    )
     add("--outdir", required=True, help="folder of idp_sft.jsonl and idp_validation.jsonl; they are replaced")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -55,6 +65,25 @@ def in_schema_form(value: Any, schema: Any) -> Any:
     return value
 
 
+def texts_of(value: Any) -> Iterator[str]:
+    """The strings in an answer."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from texts_of(item)
+
+
+def broken_copy(document: str, answer: Any, choose: random.Random) -> str:
+    """The document with the values of several words that stand on one line broken there, each with a chance of 1/2."""
+    for text in texts_of(answer):
+        words = [re.escape(word) for word in re.findall(r"\w+", text)]
+        found = re.search(r"([^\w\n]+)".join(words), document, re.IGNORECASE) if len(words) > 1 else None
+        if found and choose.random() < 0.5:
+            gap = choose.randrange(1, len(words))
+            document = f"{document[: found.start(gap)]}{found[gap].rstrip()}\n{document[found.end(gap) :]}"
+    return document
+
+
 def prepared_row(row: dict, where: str, schema: Any, validator: Any) -> tuple[str, Any]:
     """(document, answer in the schema's form). Raises InputError that names the line and what is wrong with it."""
     answer = in_schema_form(expected_of(row, where), schema)
@@ -66,25 +95,29 @@ def prepared_row(row: dict, where: str, schema: Any, validator: Any) -> tuple[st
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if not 0 < args.val_share < 1:
-        raise InputError("--val_share is a share between 0 and 1")
+    if not 0 < args.val_share < 1 or args.broken_copies < 0:
+        raise InputError("--val_share is a share between 0 and 1, --broken_copies at least 0")
     schema = read_json(args.schema)
     validator = validator_class(schema, args.schema)(schema)
     parts: dict[str, list[dict]] = {"sft": [], "validation": []}
     groups: dict[str, set[str]] = {"sft": set(), "validation": set()}
+    choose = random.Random(args.split_seed)
     for number, row in enumerate(read_jsonl(args.src, ("document",)), 1):
         document, answer = prepared_row(row, f"{args.src}: row {number}", schema, validator)
         name = row.get(args.group, answer.get(args.group)) if args.group else document
         if name is None:
             raise InputError(f"{args.src}: row {number}: no {args.group!r} in the line or its answer")
         group = " ".join(re.findall(r"\w+", str(name).casefold()))
+        copies = {broken_copy(document, answer, choose) for _ in range(args.broken_copies)} - {document}
         part = "validation" if hash_share(group, args.split_seed) < args.val_share else "sft"
         groups[part].add(group)
         if part == "sft":
-            parts[part].append({"input": idp_prompt(document), "output": compact_json(answer)})
+            for text in (document, *sorted(copies)):
+                parts[part].append({"input": idp_prompt(text), "output": compact_json(answer)})
         else:
             parts[part].append({"document": document, "expected": answer})
-    write_parts(args.outdir, "idp", parts, args.src, {"split_seed": args.split_seed, "val_share": args.val_share})
+    note = {name: getattr(args, name) for name in ("split_seed", "val_share", "broken_copies")}
+    write_parts(args.outdir, "idp", parts, args.src, note)
     print("groups: " + ", ".join(f"{len(names)} in {part}" for part, names in groups.items()), file=sys.stderr)
     return 0
 

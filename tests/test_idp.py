@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 
 import jsonschema
@@ -353,6 +354,17 @@ def test_prepare_brings_answers_into_the_schema_and_keeps_groups_together(tmp_pa
     assert sft[0]["input"].startswith(idp_prompt("d")[:10])
     noted = preparation(str(tmp_path / "idp_sft.jsonl"))  # where the trainers take the split from
     assert noted["split_seed"] == 0 and noted["source"]["file"] == str(tmp_path / "src.jsonl")
+
+
+def test_broken_copies_break_values_and_nothing_else():
+    document = "INVOICE\nAIK HUAT, HARDWARE (M) SDN BHD\nTotal: 12.50\nEND OF PAGE"
+    answer = {"company": "Aik Huat Hardware (M) SDN BHD", "total": 12.5, "items": [{"name": "not there at all"}]}
+    copies = {idp_prepare.broken_copy(document, answer, random.Random(seed)) for seed in range(60)}
+    assert document in copies and len(copies) == 6  # each of the five gaps, and whole
+    for copy in copies - {document}:
+        assert copy.count("\n") == document.count("\n") + 1 and copy.split() == document.split()
+        first, second = copy.split("\n")[1:3]
+        assert document.split("\n")[1] == f"{first} {second}"
 
 
 @pytest.mark.parametrize(
