@@ -80,7 +80,8 @@ def broken_copy(document: str, answer: Any, choose: random.Random) -> str:
         found = re.search(r"([^\w\n]+)".join(words), document, re.IGNORECASE) if len(words) > 1 else None
         if found and choose.random() < 0.5:
             gap = choose.randrange(1, len(words))
-            document = f"{document[: found.start(gap)]}{found[gap].rstrip()}\n{document[found.end(gap) :]}"
+            between = re.sub(r"\s+", "\n", found[gap], count=1)
+            document = document[: found.start(gap)] + between + document[found.end(gap) :]
     return document
 
 
