@@ -146,16 +146,16 @@ def distillation_loss_sum(
 ) -> torch.Tensor:
     """(1 - a) CE + a T^2 KL(teacher || student), summed over the batch (Hinton et al. 2015).
 
-    logits: [batch, positions, vocabulary], float32; batch["labels"]: [batch, positions], -100 for no token;
-    batch["label_probs"]: teacher probabilities [batch, labels]. The KL is taken once a row, where its answer starts.
+    logits: [tokens, vocabulary], float32, and batch["labels"]: [tokens], of the supervised tokens row after row;
+    batch["starts"]: [batch], where among them each row's answer starts: there the KL is taken, once a row;
+    batch["label_probs"]: teacher probabilities [batch, labels].
     """
     import torch
 
     import training
 
     cross_entropy = training.cross_entropy_sum(logits, batch)
-    start = (batch["labels"] != -100).int().argmax(dim=1)
-    at_start = logits[torch.arange(len(logits), device=logits.device), start][:, label_ids]
+    at_start = logits[batch["starts"]][:, label_ids]
     student = torch.log_softmax(at_start / temperature, dim=-1)
     teacher = torch.log_softmax(batch["label_probs"].clamp(min=1e-6).log() / temperature, dim=-1)
     divergence = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     weights = training.adapter_weights(model)
     trainer = training.CompletionTrainer(
         model,
-        SFTConfig(**training.trainer_arguments(args)),
+        SFTConfig(**training.trainer_arguments(args), train_sampling_strategy=training.batch_order(lengths)),
         training.completion_collator(tokenizer.pad_token_id),
         dataset,
         processing_class=tokenizer,

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         model.set_attn_implementation("eager")
     trainer = training.CompletionTrainer(
         model,
-        SFTConfig(**training.trainer_arguments(args)),
+        SFTConfig(**training.trainer_arguments(args), train_sampling_strategy=training.batch_order(lengths)),
         training.completion_collator(tokenizer.pad_token_id),
         dataset,
         processing_class=tokenizer,

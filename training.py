@@ -168,11 +168,9 @@ def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, t
 
 
 def cross_entropy_sum(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Summed negative log-likelihood of the supervised tokens. logits: [batch, positions, vocabulary], float32;
-    batch["labels"]: [batch, positions], the token each position must predict, -100 for none."""
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
-    )
+    """Summed negative log-likelihood of a batch's supervised tokens, row after row. logits: [tokens, vocabulary],
+    float32; batch["labels"]: [tokens], what each of them must predict."""
+    return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
 
 
 def shared_columns(input_ids: torch.Tensor, most: int) -> int:
@@ -182,25 +180,30 @@ def shared_columns(input_ids: torch.Tensor, most: int) -> int:
     return shared if len(input_ids) > 1 and shared >= MIN_SHARED_TOKENS else 0
 
 
-def prefix_logits(model: Any, input_ids: torch.Tensor, positions: torch.Tensor, shared: int) -> torch.Tensor:
-    """Logits [batch, positions, vocabulary] with the first `shared` columns run once for all rows, gradients included.
+def supervised_logits(model: Any, head: Any, input_ids: torch.Tensor, keep: torch.Tensor, shared: int) -> torch.Tensor:
+    """Logits [kept, vocabulary] of the positions `keep` [batch, tokens], row after row; no other position goes through
+    the output head. The first `shared` columns, none of them kept, are run once for all rows, gradients included.
 
-    positions: columns to project, none of them below `shared`. Under dropout the rows share the prefix's masks.
+    head: the model's output embedding, inside whatever wraps it. Under dropout the rows share the prefix's masks.
     """
-    if not shared:
+    prefix: dict[str, Any] = {"use_cache": False}
+    if shared:
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(input_ids=input_ids[:1, :shared], cache=cache, use_cache=True, logits_to_keep=1)
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
+            layer.values = layer.values.expand(len(input_ids), -1, -1, -1)
+        prefix = {"cache": cache, "use_cache": True}
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][keep[:, shared:]][None],))
+    try:
         # Without a mask attention takes its fast causal path: a fifth less time on a CPU.
-        return model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
-    cache = DynamicCache(config=model.config.get_text_config())
-    model(input_ids=input_ids[:1, :shared], cache=cache, use_cache=True, logits_to_keep=1)
-    for layer in cache.layers:
-        layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
-        layer.values = layer.values.expand(len(input_ids), -1, -1, -1)
-    rest = input_ids[:, shared:]
-    return model(input_ids=rest, cache=cache, use_cache=True, logits_to_keep=positions - shared).logits
+        return model(input_ids=input_ids[:, shared:], **prefix).logits[0]
+    finally:
+        hook.remove()
 
 
 class CompletionTrainer(SFTTrainer):
-    """TRL's SFTTrainer with the loss on supervised columns alone and divided by the tokens of the whole step.
+    """TRL's SFTTrainer with the loss on supervised positions alone and divided by the tokens of the whole step.
 
     TRL's fused head projects every position on a CPU; for short answers that costs more than the rest of the model.
     loss_sum(logits, batch) returns a sum over the batch. It is divided by `num_items_in_batch`, the supervised tokens
@@ -214,21 +217,24 @@ class CompletionTrainer(SFTTrainer):
         self._loss_sum, self._always = loss_sum, always_own_loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"]
-        columns = (labels != -100).any(dim=0).nonzero()[:, 0]
-        logits_bytes = 4 * labels.shape[0] * len(columns) * self.model.config.get_text_config().vocab_size
+        # The position before each supervised token predicts it.
+        labels, keep = inputs["labels"], torch.zeros_like(inputs["labels"], dtype=torch.bool)
+        keep[:, :-1] = labels[:, 1:] != -100
+        counts = keep.sum(dim=1)
+        logits_bytes = 4 * int(counts.sum()) * self.model.config.get_text_config().vocab_size
         if return_outputs or (logits_bytes > MAX_LOGITS_BYTES and not self._always):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        most = 0 if self.args.gradient_checkpointing else int(columns[0]) - 1  # checkpointing works without a cache
+        most = 0 if self.args.gradient_checkpointing else int(keep.int().argmax(dim=1).min())  # it takes no cache
         shared = shared_columns(inputs["input_ids"], most)
-        logits = prefix_logits(model, inputs["input_ids"], columns - 1, shared).float()
-        batch = {"labels": labels[:, columns], "label_probs": inputs.get("label_probs")}
-        items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        logits = supervised_logits(model, head, inputs["input_ids"], keep, shared).float()
+        batch = {"labels": labels[:, 1:][keep[:, :-1]], "starts": counts.cumsum(dim=0) - counts}
+        batch["label_probs"] = inputs.get("label_probs")
+        items = counts.sum() if num_items_in_batch is None else num_items_in_batch
         loss = self._loss_sum(logits, batch) / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # items count every process, gradients are averaged
-        supervised = batch["labels"] != -100
-        right = (logits.detach().argmax(dim=-1) == batch["labels"])[supervised].float().mean()
+        right = (logits.detach().argmax(dim=-1) == batch["labels"]).float().mean()
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["mean_token_accuracy"].append(right.item())
         return loss
@@ -247,6 +253,18 @@ def adapters_to_float32(model: Any, exact: dict[str, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = exact.get(name, parameter.data).float()
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            # Autocast casts the small adapter weights. On a CPU PEFT does not see it and casts each input to float32
+            # first, which autocast undoes: two copies of every activation for the same numbers.
+            module.cast_input_dtype_enabled = False
+
+
+def batch_order(lengths: Sequence[int]) -> str:
+    """How the Trainer's sampler orders rows of these lengths (tokens): at random, or like lengths together where
+    random batches would be padding for a good part. Rows of nearly one length stay at random: to sort them could sort
+    them by what they say."""
+    return "group_by_length" if max(lengths) > 1.5 * sum(lengths) / len(lengths) else "random"
 
 
 def trainer_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -548,6 +548,23 @@ def test_how_much_of_its_start_a_batch_shares(monkeypatch):
     assert training.shared_columns(ids, 1) == 0
 
 
+def test_only_supervised_positions_go_through_the_head(built, model_dir, data):
+    start = ("--student", model_dir, "--data", data["sft"], "--save_dir", "never")
+    trainer = built("sft", *start, "--quantization", "none", "--compute_dtype", "float32")
+    batch = next(iter(trainer.get_train_dataloader()))
+    seen = []
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:-1].numel()))
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
+    prefix = len(seen) - 1  # the prompts' common start, where there is one, ends in one position of its own
+    assert sum(seen) == int((batch["labels"] != -100).sum()) + prefix and prefix <= 1
+
+
+def test_rows_of_like_length_go_together_only_where_lengths_differ():
+    assert training.batch_order([92, 98, 95]) == "random"
+    assert training.batch_order([100, 120, 500]) == "group_by_length"
+
+
 def test_padding_does_not_change_the_loss(built, model_dir, data):
     """Rows one by one and all in one batch have the same summed loss."""
     flags = ("--quantization", "none", "--compute_dtype", "float32", "--lora_dropout", 0)
@@ -560,9 +577,10 @@ def test_padding_does_not_change_the_loss(built, model_dir, data):
 
 
 def kd_batch() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    logits = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(1)) * 2
-    labels = torch.tensor([[-100, 4, 9], [7, 2, 9]])  # the first answer starts in column 1, the second in column 0
-    return logits, {"labels": labels, "label_probs": torch.tensor([[0.7, 0.2, 0.1], [0.05, 0.15, 0.8]])}
+    logits = torch.randn(5, 10, generator=torch.Generator().manual_seed(1)) * 2
+    # The first row's answer has two tokens, the second's three.
+    batch = {"labels": torch.tensor([4, 9, 7, 2, 9]), "starts": torch.tensor([0, 2])}
+    return logits, {**batch, "label_probs": torch.tensor([[0.7, 0.2, 0.1], [0.05, 0.15, 0.8]])}
 
 
 @pytest.mark.parametrize(("alpha", "temperature"), [(0.5, 1.0), (0.3, 2.0), (1.0, 0.5)])
@@ -576,10 +594,10 @@ def test_kd_loss_by_hand(alpha, temperature):
         return powers / powers.sum()
 
     expected, scores = 0.0, logits.double().numpy()
-    for row, column, label in ((0, 1, 4), (0, 2, 9), (1, 0, 7), (1, 1, 2), (1, 2, 9)):
-        expected -= (1 - alpha) * np.log(softmax(scores[row, column])[label])
-    for row, column in ((0, 1), (1, 0)):
-        student = softmax(scores[row, column, ids] / temperature)
+    for position, label in enumerate((4, 9, 7, 2, 9)):
+        expected -= (1 - alpha) * np.log(softmax(scores[position])[label])
+    for row, position in enumerate((0, 2)):
+        student = softmax(scores[position, ids] / temperature)
         teacher = batch["label_probs"][row].double().numpy() ** (1 / temperature)
         teacher /= teacher.sum()
         expected += alpha * temperature**2 * (teacher * np.log(teacher / student)).sum()
@@ -591,8 +609,8 @@ def test_kd_loss_at_its_ends():
     ids = [4, 7, 1]
     cross_entropy = training.cross_entropy_sum(logits, batch)
     assert kd_train.distillation_loss_sum(logits, batch, ids, 0.0, 2.0) == cross_entropy
-    logits[0, 1, ids] = batch["label_probs"][0].log() + 3.0  # student = teacher, whatever the other tokens have
-    logits[1, 0, ids] = batch["label_probs"][1].log() - 1.0
+    logits[0, ids] = batch["label_probs"][0].log() + 3.0  # student = teacher, whatever the other tokens have
+    logits[2, ids] = batch["label_probs"][1].log() - 1.0
     for temperature in (0.5, 1.0, 3.0):
         assert kd_train.distillation_loss_sum(logits, batch, ids, 1.0, temperature).item() == pytest.approx(
             0, abs=1e-5
