@@ -43,8 +43,6 @@ _SINGLE = (
 )
 # Numbers without a limit get this one in the grammar, which also rules out exponents: 1e999 is read as infinity.
 LARGEST = 1e15
-# Below so many remaining tokens, and those of the shortest document, every step asks whether it can still be closed.
-CLOSE_WINDOW = 96
 
 
 def subschemas(schema: Any, pointer: str = "") -> Iterator[tuple[str, dict]]:
@@ -280,14 +278,15 @@ class Closer:
 
 @dataclass
 class Draft:
-    """One document that is being written. pending: tokens the model has not seen; ending: tokens that would complete
-    it now, known within the window; text: None where no valid close was left."""
+    """One document that is being written. pending: tokens the model has not seen; safe: tokens of the complete
+    document that the draft could be closed to when this was last looked at; look_at: length at which to look again;
+    text: None where no valid close fits the budget."""
 
     matcher: Any
     pending: list[int]
     tokens: list[int] = field(default_factory=list)
-    ending: list[int] | None = None
-    window: int = CLOSE_WINDOW
+    safe: list[int] = field(default_factory=list)
+    look_at: int = 0
     done: bool = False
     truncated: bool = False
     text: str | None = None
@@ -323,12 +322,9 @@ class JsonDecoder:
             for ids, grammar in zip(prompts, grammars, strict=True)
         ]
         for draft in drafts:
-            draft.ending = self.closer.close(draft.matcher, max_new_tokens)
-            if draft.ending is None:
-                draft.done = True
-                continue
-            draft.window += len(draft.ending)
-            self._force(draft, max_new_tokens)
+            self._look(draft, max_new_tokens)
+            if not draft.done:
+                self._force(draft, max_new_tokens)
         device = self.model.device
         random = torch.Generator(device="cpu").manual_seed(seed)
         cache, lengths = DynamicCache(), [0] * len(drafts)
@@ -364,27 +360,42 @@ class JsonDecoder:
                 draft.text = self.tokenizer.decode(draft.tokens, clean_up_tokenization_spaces=False)
         return drafts
 
+    def _look(self, draft: Draft, budget: int) -> None:
+        """See how the document could be closed here; where that no longer fits, close it where it last did.
+
+        Looking costs as much as several forwards, so it is done when half of the tokens to spare are used up: the
+        closer the end, the more often."""
+        ending = self.closer.close(draft.matcher, budget - len(draft.tokens))
+        if ending is not None:
+            draft.safe = draft.tokens + ending
+            draft.look_at = len(draft.tokens) + max(1, (budget - len(draft.safe)) // 2)
+        else:
+            self._close(draft)
+
+    def _close(self, draft: Draft) -> None:
+        draft.done, draft.truncated = True, bool(draft.safe)
+        if draft.safe:
+            draft.tokens, draft.text = draft.safe, ""
+
     def _force(self, draft: Draft, budget: int) -> None:
-        """Append what the schema forces, and keep the ending that would complete the document."""
+        """Append what the schema forces."""
         forced = draft.matcher.compute_ff_tokens()
-        if forced and len(draft.tokens) + len(forced) <= budget:
+        if len(draft.tokens) + len(forced) > budget:
+            self._close(draft)
+            return
+        if forced:
             draft.matcher.consume_tokens(forced)
             draft.tokens += forced
             draft.pending += forced
-            known = draft.ending is not None and draft.ending[: len(forced)] == forced
-            draft.ending = draft.ending[len(forced) :] if known else None
         if draft.matcher.is_stopped():
             draft.done, draft.text = True, ""
-            return
-        remaining = budget - len(draft.tokens)
-        if remaining <= draft.window and draft.ending is None:
-            draft.ending = self.closer.close(draft.matcher, remaining)
-            draft.done = draft.ending is None
+        elif len(draft.tokens) >= draft.look_at:
+            self._look(draft, budget)
 
     def _advance(
         self, draft: Draft, scores: torch.Tensor, budget: int, temperature: float, random: torch.Generator
     ) -> None:
-        """Choose the next token among the allowed ones; the known ending instead, where no other could be afforded."""
+        """Choose the next token among the allowed ones."""
         import numpy as np
         import torch
 
@@ -397,19 +408,10 @@ class JsonDecoder:
             token = int(scores.argmax())
         if token in self.grammar_tokenizer.eos_tokens:
             draft.done, draft.text = True, ""
-            return
-        remaining = budget - len(draft.tokens)
-        following = draft.ending[1:] if draft.ending and draft.ending[0] == token else None
-        if remaining <= draft.window and following is None:
-            trial = draft.matcher.deep_copy()
-            trial.consume_token(token)
-            following = self.closer.close(trial, remaining - 1) if remaining else None
-            if following is None:
-                draft.tokens += draft.ending or []
-                draft.done, draft.truncated, draft.text = True, True, ""
-                return
-        draft.ending = following
-        draft.matcher.consume_token(token)
-        draft.tokens.append(token)
-        draft.pending = [token]
-        self._force(draft, budget)
+        elif len(draft.tokens) == budget:
+            self._close(draft)
+        else:
+            draft.matcher.consume_token(token)
+            draft.tokens.append(token)
+            draft.pending = [token]
+            self._force(draft, budget)
