@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from serve import Client, Server, load
+from serve import Client, Server, load, random_adapters
 
 from common import run_script
 from serving import VARIANTS
@@ -98,11 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if not args.base:
-            from conftest import build_tokenizer, save_adapter, save_random_model
+            from conftest import build_tokenizer, save_random_model
 
             args.base = save_random_model(folder / "base", build_tokenizer(), "qwen2")
-            for seed, variant in enumerate(VARIANTS[1:]):
-                save_adapter(folder / f"creditmix_{variant}", args.base, seed)
+        random_adapters(args.base, folder)
         args.quantization, args.compute_dtype, args.calibration = "nf4", "auto", "auto"
         server = Server(args, folder, VARIANTS)
         print("bad requests:", asyncio.run(bad_bodies(server.port)))
