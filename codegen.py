@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import InputError, PromptEncoder, add_loading_flags, check_model_name, load_model, read_jsonl, seed_number
+from common import (
+    InputError,
+    PromptEncoder,
+    add_loading_flags,
+    check_model_name,
+    load_model,
+    pack_for_decoding,
+    read_jsonl,
+    seed_number,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -144,6 +153,7 @@ class Coder:
     """A loaded model that writes code. The plan form has two stages: the plan, then the code after `</PLAN>`."""
 
     def __init__(self, model: Any, tokenizer: Any, args: argparse.Namespace):
+        pack_for_decoding(model)
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.encoder = PromptEncoder(tokenizer)
         configured = model.generation_config.eos_token_id

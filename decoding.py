@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import count, product
 from typing import TYPE_CHECKING, Any
 
-from common import InputError
+from common import InputError, pack_for_decoding
 
 if TYPE_CHECKING:
     import torch
@@ -299,6 +299,7 @@ class JsonDecoder:
     """
 
     def __init__(self, model: Any, tokenizer: Any):
+        pack_for_decoding(model)
         self.model, self.tokenizer = model, tokenizer
         self.vocabulary = model.config.get_text_config().vocab_size  # logits are often wider than the tokenizer
         self.grammar_tokenizer = grammar_tokenizer(tokenizer, self.vocabulary)

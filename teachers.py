@@ -26,6 +26,7 @@ from common import (
     label_prior,
     load_model,
     model_fingerprint,
+    pack_for_decoding,
 )
 
 RATIONALE = "Answer with the label first, then give the reason in one short sentence."
@@ -67,6 +68,7 @@ class ModelTeacher:
         self.model_dir, self.args = model_dir, args
         self.sample = random.Random(0).sample(turns, min(PRIOR_PROMPTS, len(turns)))
         self.model, self.tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
+        pack_for_decoding(self.model)
         self.encoder = PromptEncoder(self.tokenizer)
 
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -447,6 +447,28 @@ def test_without_the_kernel_switch_the_gradients_would_be_wrong(model_dir, llama
         gradients_around_an_evaluation(model_dir)
 
 
+@pytest.mark.parametrize("folder", ["model_dir", "llama_dir"])
+def test_packed_weights_are_for_a_few_tokens_alone(folder, request):
+    """Decoding takes the packed kernel, whose scales are rounded to bf16; prompts keep the weights as they are."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("the packed 4-bit CPU kernel needs AVX512-BF16, which this processor does not have")
+    model, _ = load_model(request.getfixturevalue(folder), "nf4", "bfloat16")
+    few, many = torch.tensor([[5, 6, 7]]), torch.arange(5, 45)[None]
+
+    def logits(ids):
+        with torch.inference_mode():
+            return model(input_ids=ids).logits.float()
+
+    before = logits(few), logits(many)
+    common.pack_for_decoding(model)
+    after = logits(few), logits(many)
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[0], after[0])
+    torch.testing.assert_close(before[0], after[0], rtol=0.1, atol=0.1)
+
+
 def test_an_evaluation_inside_training_changes_nothing(run, monkeypatch):
     """The same through a whole run: an eval-mode forward after each step leaves the weights as they would be."""
     from transformers import TrainerCallback
