@@ -193,7 +193,10 @@ class Closer:
         single = [t for t in plain if len(texts[t]) == 1 and 32 <= texts[t][0] < 127]
         single.sort(key=lambda t: order.find(texts[t]) % 1000)
         quotes = [t for t in ends if texts[t].startswith(b'"')]
-        self._in_string = [*quotes, *(t for t in single if texts[t] not in b'"')]
+        # Long words first: a string with a least length is full after few tokens. One of each length.
+        lengths = {len(texts[t]): t for t in plain if re.fullmatch(rb"[a-z]{2,}", texts[t])}
+        long = [lengths[length] for length in sorted(lengths, reverse=True)]
+        self._in_string = [*quotes, *long, *(t for t in single if texts[t] not in b'"')]
         opening = [t for t in quotes if not texts[t].strip(b'"')]  # more would be the string's content
         self._outside = [*(t for t in ends if t not in quotes), *words, *opening, *single]
         self._letters = [t for t in single if texts[t].isalpha() and texts[t] not in b"tfneE"]
@@ -279,13 +282,14 @@ class Closer:
 @dataclass
 class Draft:
     """One document that is being written. pending: tokens the model has not seen; safe: tokens of the complete
-    document that the draft could be closed to when this was last looked at; look_at: length at which to look again;
-    text: None where no valid close fits the budget."""
+    document that the draft could be closed to when it had `looked` tokens, empty where none was found yet; look_at:
+    length at which to look again; text: None where no valid close fits the budget."""
 
     matcher: Any
     pending: list[int]
     tokens: list[int] = field(default_factory=list)
     safe: list[int] = field(default_factory=list)
+    looked: int = 0
     look_at: int = 0
     done: bool = False
     truncated: bool = False
@@ -366,14 +370,28 @@ class JsonDecoder:
 
         Looking costs as much as several forwards, so it is done when half of the tokens to spare are used up: the
         closer the end, the more often."""
-        ending = self.closer.close(draft.matcher, budget - len(draft.tokens))
+        length = len(draft.tokens)
+        ending = self.closer.close(draft.matcher, budget - length)
         if ending is not None:
-            draft.safe = draft.tokens + ending
-            draft.look_at = len(draft.tokens) + max(1, (budget - len(draft.safe)) // 2)
-        else:
-            self._close(draft)
+            draft.safe, draft.looked = draft.tokens + ending, length
+            draft.look_at = length + max(1, (budget - len(draft.safe)) // 2)
+        elif draft.safe:
+            self._close(draft, budget)
+        else:  # the search found none, but the model may still end it
+            draft.look_at = length + max(8, (budget - length) // 2)
 
-    def _close(self, draft: Draft) -> None:
+    def _close(self, draft: Draft, budget: int) -> None:
+        """End the document with as much of it as can be closed, found by bisection back to the last look."""
+        written, beyond = draft.looked, len(draft.tokens)
+        while draft.safe and beyond - written > 1:
+            middle = (written + beyond) // 2
+            trial = draft.matcher.deep_copy()
+            trial.rollback(len(draft.tokens) - middle)
+            ending = self.closer.close(trial, budget - middle)
+            if ending is None:
+                beyond = middle
+            else:
+                draft.safe, written = draft.tokens[:middle] + ending, middle
         draft.done, draft.truncated = True, bool(draft.safe)
         if draft.safe:
             draft.tokens, draft.text = draft.safe, ""
@@ -382,7 +400,7 @@ class JsonDecoder:
         """Append what the schema forces."""
         forced = draft.matcher.compute_ff_tokens()
         if len(draft.tokens) + len(forced) > budget:
-            self._close(draft)
+            self._close(draft, budget)
             return
         if forced:
             draft.matcher.consume_tokens(forced)
@@ -410,7 +428,7 @@ class JsonDecoder:
         if token in self.grammar_tokenizer.eos_tokens:
             draft.done, draft.text = True, ""
         elif len(draft.tokens) == budget:
-            self._close(draft)
+            self._close(draft, budget)
         else:
             draft.matcher.consume_token(token)
             draft.tokens.append(token)

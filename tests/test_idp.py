@@ -89,6 +89,37 @@ def test_a_budget_that_ends_closes_the_document_and_says_so(decoder):
     assert answer["truncated"] is True and isinstance(answer["json"], list)
 
 
+def test_a_closed_document_keeps_what_was_written(decoder):
+    """A list of texts can be closed at any time: no more than the last tokens may be lost."""
+    grammar = compile_schema({"type": "array", "items": {"type": "string"}}, decoder.grammar_tokenizer)
+    for seed in range(6):
+        (draft,) = decoder.generate([[5, 6, 7, 8]], [grammar], 100, temperature=1.0, seed=seed)
+        assert not draft.truncated or len(draft.tokens) >= 98
+
+
+def test_what_cannot_be_closed_is_cut_back_no_further_than_it_must(decoder):
+    """The optional member needs more tokens than are left: what came before it stays."""
+    notes = {"type": "string", "minLength": 60, "maxLength": 90, "pattern": "^[0-9]*$"}
+    properties = {"name": {"type": "string", "maxLength": 300}, "notes": notes}
+    schema = {"type": "object", "properties": properties, "required": ["name"], "additionalProperties": False}
+    grammar = compile_schema(schema, decoder.grammar_tokenizer)
+    cut = 0
+    for seed in range(40):
+        (draft,) = decoder.generate([[5, 6, 7, 8]], [grammar], 64, temperature=1.0, seed=seed)
+        value = json.loads(draft.text)
+        jsonschema.validate(value, schema)
+        if draft.truncated and "notes" not in value:
+            cut += 1
+            assert value["name"]
+    assert cut
+
+
+def test_a_long_text_is_filled_with_words(decoder):
+    long = compile_schema({"type": "string", "minLength": 200}, decoder.grammar_tokenizer)
+    (draft,) = decoder.generate([[5, 6, 7, 8]], [long], 128)
+    assert len(json.loads(draft.text)) >= 200 and len(draft.tokens) <= 128
+
+
 def test_a_longer_ending_than_was_seen_falls_back_to_the_last_that_fits(decoder, monkeypatch):
     """Between two looks the document may open what cannot be closed in time."""
     grammar = compile_schema({"type": "array", "items": INVOICE}, decoder.grammar_tokenizer)
