@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,13 +52,28 @@ def extract_code(answer: str) -> str:
     """The code in an answer: between its <CODE> tags, and there in the first Markdown fence, if there are any."""
     inside = re.search(r"<CODE>\n?(.*?)(?:</CODE>|\Z)", answer, re.DOTALL)
     answer = inside[1] if inside else answer.split("</CODE>")[0]
-    before, fence, rest = answer.partition("```")
-    code_before = parses(before) or parses(f"if True:\n{before}")  # whole, or the body of a function
-    if fence and not code_before:
-        answer = re.sub(r"\A(?:[Pp]ython3?|py)?[ \t]*\n", "", rest).split("```")[0]
-    else:
-        answer = before
-    return answer.strip("\n").rstrip()
+    before, fence, _ = answer.partition("```")
+    if fence and not parses(answer):  # a fence in a text of the code itself is none
+        # Code before a fence is the answer, whole or as the body of a function; a bare word is a heading.
+        code_before = parses(before) or parses(f"if True:\n{before}")
+        if code_before and not re.fullmatch(r"\s*\w+[:.]?\s*", before):
+            answer = before
+        else:
+            blocks = re.findall(r"```[^\S\n]*[\w+.-]*[^\S\n]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+            answer = next((block for block in blocks if parses(block)), blocks[0] if blocks else before)
+    return answer.strip("\r\n").rstrip()
+
+
+def plan_ended(written: str) -> bool:
+    """Whether nothing of what a model writes after <PLAN> belongs to the plan any more."""
+    return "</PLAN>" in written or "<CODE>" in written
+
+
+def code_ended(written: str) -> bool:
+    """Whether an answer's code is complete: its tag or Markdown fence is closed, or a fence follows bare code. An
+    opening fence, whatever stands before it, ends nothing."""
+    before, *fences = re.split(r"^```", written, flags=re.MULTILINE)
+    return "</CODE>" in written or len(fences) > 1 or (bool(fences) and (parses(before) or parses(f"if 1:\n{before}")))
 
 
 def parses(code: str) -> bool:
@@ -93,12 +109,22 @@ class Task:
         return f"{code}\n{self.setup}\n"
 
 
+def _names(prompt: str, name: str) -> bool:
+    """Whether a prompt names a function or class; a plain word ("split") only where it stands as a name."""
+    as_name = rf"(?:`|\b(?:function|class|generator|named|called) ){name}\b|\b{name}\("
+    return bool(re.search(as_name if name.isalpha() and name.islower() else rf"\b{name}\b", prompt))
+
+
 def task_of(row: dict, where: str) -> Task:
     """A task from a line of HumanEval or MBPP as they are published, or of ours: {"prompt", "tests"}.
 
     Raises InputError. Where a prompt names none of the functions that the tests call, as in MBPP, the tests are shown
-    with it."""
-    if "entry_point" in row and "test" in row:
+    with it; a name that is a plain word of the prompt ("split") counts where it stands as code: `split` or split(."""
+    published = ("entry_point", "test")
+    if all(name in row for name in published):
+        for name in (*published, "prompt"):
+            if not isinstance(row.get(name), str):
+                raise InputError(f'{where}: "{name}" is a string in HumanEval\'s form')
         text = f"Complete this function.\n{row['prompt']}"
         tests = (f"{row['test']}\ncheck({row['entry_point']})",)
         reference = row["prompt"] + row["canonical_solution"] if "canonical_solution" in row else None
@@ -111,10 +137,13 @@ def task_of(row: dict, where: str) -> Task:
         raise InputError(f'{where}: needs "prompt" (or "text") and "tests" (or "test_list"), or HumanEval\'s fields')
     if not all(isinstance(test, str) for test in tests):
         raise InputError(f'{where}: "tests" is a list of strings or one string')
-    setup = "\n".join([*row.get("test_imports", []), row.get("test_setup_code", "")]).strip()
+    imports, code = row.get("test_imports") or [], row.get("test_setup_code") or ""
+    if not isinstance(imports, list) or not all(isinstance(text, str) for text in (*imports, code)):
+        raise InputError(f'{where}: "test_imports" is a list of strings, "test_setup_code" a string')
+    setup = "\n".join([*imports, code]).strip()
     reference = next((row[key] for key in ("reference", "solution", "code") if isinstance(row.get(key), str)), None)
     called = set(re.findall(r"\b([A-Za-z_]\w*)\s*\(", " ".join(tests))) - set(dir(builtins)) - {"assert"}
-    if not any(re.search(rf"\b{name}\b", prompt) for name in called):
+    if not any(_names(prompt, name) for name in called):
         prompt = "\n".join([prompt.strip(), "It must pass these tests:", *tests])
     return Task(str(row.get("task_id", where)), prompt, tuple(tests), setup, "", reference)
 
@@ -171,10 +200,12 @@ class Coder:
         check_model_name(model_dir)
         return cls(*load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder), args)
 
-    def fits(self, prompt: str) -> bool:
-        """Whether a prompt, a plan and the code fit the context."""
+    def fits(self, prompt: str, plan: bool) -> bool:
+        """Whether a prompt and the code, with `plan` a plan before it too, fit the context."""
         context = self.model.config.get_text_config().max_position_embeddings
-        return len(self.encoder.prompt(codegen_plan_prompt(prompt))) + 2 * self.args.max_new_tokens + 32 <= context
+        turn = codegen_plan_prompt(prompt) if plan else codegen_prompt(prompt)
+        room = (2 if plan else 1) * self.args.max_new_tokens + 32  # 32: tags or an opening fence
+        return len(self.encoder.prompt(turn)) + room <= context
 
     def answers(self, prompts: Sequence[str], plan: bool, progress: str | None = None) -> list[dict[str, Any]]:
         """{"code", "parses", "tokens", with plan also "plan"} for each prompt, in order. Repeat a prompt for samples.
@@ -183,29 +214,38 @@ class Coder:
         encode = self.encoder.text
         if not plan:
             starts = [self.encoder.prompt(codegen_prompt(prompt)) + encode(self.opening) for prompt in prompts]
-            written = self.generate(starts, ("\n```" if self.opening else "\n```\n", "</CODE>"), progress)
+            written = self.generate(starts, lambda text: code_ended(self.opening + text), progress)
             return [_answer(extract_code(self.opening + text), tokens) for text, tokens in written]
         starts = [self.encoder.prompt(codegen_plan_prompt(prompt)) + encode("<PLAN>\n") for prompt in prompts]
-        plans = self.generate(starts, ("</PLAN>", "<CODE>"), progress and f"{progress}: plans")
+        plans = self.generate(starts, plan_ended, progress and f"{progress}: plans")
         texts = [re.split(r"</?PLAN>|</?CODE>", text)[0].strip() for text, _ in plans]
         starts = [
             self.encoder.prompt(codegen_plan_prompt(prompt)) + encode(f"<PLAN>\n{text}\n</PLAN>\n<CODE>\n")
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        written = self.generate(starts, ("</CODE>", "\n```\n"), progress and f"{progress}: code")
+        written = self.generate(starts, code_ended, progress and f"{progress}: code")
         return [
             _answer(extract_code(f"<CODE>\n{code}"), tokens + plan_tokens) | {"plan": text}
             for (code, tokens), text, (_, plan_tokens) in zip(written, texts, plans, strict=True)
         ]
 
     def generate(
-        self, starts: Sequence[list[int]], stops: Sequence[str], progress: str | None = None
+        self, starts: Sequence[list[int]], ended: Callable[[str], bool], progress: str | None = None
     ) -> list[tuple[str, int]]:
-        """(text, tokens written) that follows each start (token ids), ended by an end token, a stop string (which is
-        left in the text) or the budget. Raises InputError for a start that does not fit the context."""
+        """(text, tokens written) that follows each start (token ids), to an end token, the token with which `ended` is
+        true of the text, or the budget. Raises InputError for a start that does not fit the context."""
         import torch
         from tqdm import tqdm
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+        class Ended(StoppingCriteria):
+            """Looks at what was written alone: transformers' stop strings may begin in the prompt."""
+
+            def __call__(self, input_ids, scores, **kwargs):
+                texts = decode(input_ids[:, width:])
+                return torch.tensor([ended(text) for text in texts], device=input_ids.device)
+
+        decode = functools.partial(self.tokenizer.batch_decode, clean_up_tokenization_spaces=False)
 
         context = self.model.config.get_text_config().max_position_embeddings
         longest = max(len(start) for start in starts)
@@ -238,8 +278,7 @@ class Coder:
                     input_ids=ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
                     generation_config=config,
-                    stop_strings=list(stops),
-                    tokenizer=self.tokenizer,
+                    stopping_criteria=StoppingCriteriaList([Ended()]),
                 )
             for i, row in zip(chosen, made[:, width:].tolist(), strict=True):
                 end = next((k for k, token in enumerate(row) if token in self.ends), len(row))

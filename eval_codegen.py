@@ -132,6 +132,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.model_dir:
         coder = Coder.load(name, args)
         for mode in ("direct", "plan") if args.mode == "both" else (args.mode,):
+            if too_long := [task.name for task in tasks if not coder.fits(task.prompt, mode == "plan")]:
+                raise InputError(
+                    f"{args.data}: {len(too_long)} tasks do not fit the context of {name} ({too_long[0]} ...); lower "
+                    "--max_new_tokens, or --mode direct"
+                )
             result, lines = evaluate(coder, name, mode, tasks, args)
             results.append(result)
             written.append(lines)

@@ -68,7 +68,7 @@ def work_lines(coder: Coder, lines: list[str], given_tests: list[str], args: arg
         tests = [tests] if isinstance(tests, str) else tests
         if prompt is not None and not (isinstance(tests, list) and all(isinstance(test, str) for test in tests)):
             parsed[i] = (failed_line(row, "bad_tests", '"tests" is a list of strings or one string'), None)
-        elif prompt is not None and not coder.fits(prompt):
+        elif prompt is not None and not coder.fits(prompt, args.plan_then_code):
             parsed[i] = (failed_line(row, "too_long", "the prompt does not fit the model's context"), None)
         elif prompt is not None:
             tasks[i] = (prompt, tests)

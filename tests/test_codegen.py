@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import codegen_prepare
 import eval_codegen
 import infer_codegen
-from codegen import Coder, codegen_plan_prompt, codegen_prompt, extract_code, parses, task_of
+from codegen import Coder, code_ended, codegen_plan_prompt, codegen_prompt, extract_code, parses, task_of
 from common import InputError, PromptEncoder, preparation
 from conftest import run_cli
 from eval_codegen import pass_at_k
@@ -52,10 +53,22 @@ def test_humaneval_takes_a_body_or_a_whole_function():
 def test_the_tests_are_shown_where_the_prompt_does_not_name_the_function():
     assert "assert add_up(-1, 1) == 0" in task_of(MBPP, "").prompt
     assert "assert" not in task_of(OURS, "").prompt
+    word = {"prompt": "Write a function to split a list.", "tests": ["assert split([1], 1) == [[1], []]"]}
+    assert "assert split" in task_of(word, "").prompt  # a word of the sentence is no name
+    assert "assert" not in task_of(word | {"prompt": "Write a function `split(a, n)`."}, "").prompt
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": "x"}, {"tests": ["assert 1"]}, {"prompt": "x", "tests": [1]}, {"prompt": "x", "tests": []}]
+    "row",
+    [
+        {"prompt": "x"},
+        {"tests": ["assert 1"]},
+        {"prompt": "x", "tests": [1]},
+        {"prompt": "x", "tests": []},
+        {"entry_point": "f", "test": "x"},
+        MBPP | {"test_imports": "import math"},
+        MBPP | {"test_setup_code": 5},
+    ],
 )
 def test_a_line_without_task_or_tests_is_named(row):
     with pytest.raises(InputError, match="row 7"):
@@ -72,11 +85,52 @@ def test_a_line_without_task_or_tests_is_named(row):
         ("<CODE>\n```python\nx = 1\n```\n</CODE>", "x = 1"),
         ("x = 1\n```\ntext", "x = 1"),
         ("    return x\n```\ntext", "    return x"),
+        ("Answer\n```python\ndef f(): return 1\n```", "def f(): return 1"),
+        (
+            "def f():\n    '''\n    ```\n    ex\n    ```\n    '''",
+            "def f():\n    '''\n    ```\n    ex\n    ```\n    '''",
+        ),
+        ("```py3\r\nx = 1\r\n```", "x = 1"),
+        ("First:\n```sh\npip install x y\n```\nThen:\n```\nx = 1\n```", "x = 1"),
         ("", ""),
     ],
 )
 def test_code_is_found_in_an_answer(answer, code):
     assert extract_code(answer) == code
+
+
+@pytest.mark.parametrize(
+    ("written", "ended"),
+    [
+        ("```\n", False),  # an opening fence
+        ("Here:\n```python\nx = 1\n", False),
+        ("```\nx = 1\n```", True),
+        ("x = 1\n```", True),
+        ("    return 1\n```", True),  # the body of a function
+        ("x = '```'\n", False),
+        ("x = 1\n</CODE>", True),
+    ],
+)
+def test_where_code_ends(written, ended):
+    assert code_ended(written) is ended
+
+
+def test_a_fence_after_the_prompt_ends_nothing(coder, monkeypatch):
+    """What is written is looked at alone: the prompt's last line break and an opening fence are no closing fence."""
+    from transformers import StoppingCriteriaList
+
+    seen = []
+    call = StoppingCriteriaList.__call__
+
+    def watched(self, input_ids, scores, **kwargs):
+        text = torch.tensor([coder.encoder.prompt("x") + coder.encoder.text("```\n")])
+        ends = [c for c in self if type(c).__name__ == "Ended"]
+        seen.append(ends[0](text, scores).item())
+        return call(self, input_ids, scores, **kwargs)
+
+    monkeypatch.setattr(StoppingCriteriaList, "__call__", watched)
+    coder.generate([coder.encoder.prompt("x")], code_ended)
+    assert seen and not any(seen)
 
 
 def test_what_parses():
@@ -110,26 +164,25 @@ def test_the_second_stage_goes_on_after_the_plan(coder, monkeypatch):
     asked = []
     generate = Coder.generate
 
-    def watched(self, starts, stops, progress=None):
-        asked.append((starts, stops))
-        return generate(self, starts, stops, progress)
+    def watched(self, starts, ended, progress=None):
+        asked.append((starts, ended))
+        return generate(self, starts, ended, progress)
 
     monkeypatch.setattr(Coder, "generate", watched)
     (answer,) = coder.answers(["Add two numbers."], plan=True)
-    (first, first_stops), (second, second_stops) = asked
+    (first, first_ended), (second, second_ended) = asked
     decode = coder.tokenizer.decode
     turn = coder.encoder.prompt(codegen_plan_prompt("Add two numbers."))
     assert first[0][: len(turn)] == second[0][: len(turn)] == turn
-    assert decode(first[0][len(turn) :]) == "<PLAN>\n" and "</PLAN>" in first_stops
-    assert (
-        decode(second[0][len(turn) :]) == f"<PLAN>\n{answer['plan']}\n</PLAN>\n<CODE>\n" and "</CODE>" in second_stops
-    )
+    assert decode(first[0][len(turn) :]) == "<PLAN>\n" and first_ended("add\n</PLAN>")
+    assert decode(second[0][len(turn) :]) == f"<PLAN>\n{answer['plan']}\n</PLAN>\n<CODE>\n"
+    assert second_ended("x = 1\n</CODE>") and not second_ended("x = 1\n")
 
 
 def test_the_direct_prompt_is_that_of_training(coder, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        Coder, "generate", lambda self, starts, stops, progress=None: asked.extend(starts) or [("x", 1)]
+        Coder, "generate", lambda self, starts, ended, progress=None: asked.extend(starts) or [("x", 1)]
     )
     coder.answers(["Add."], plan=False)
     assert asked == [coder.encoder.prompt(codegen_prompt("Add."))]
@@ -142,7 +195,7 @@ def test_a_model_without_a_chat_template_gets_an_open_code_block(coder, tokenize
     plain.chat_template = None
     base = Coder(coder.model, plain, flags())
     starts = []
-    base.generate = lambda s, stops, progress=None: starts.extend(s) or [("x = 1\n```", 3)]
+    base.generate = lambda s, ended, progress=None: starts.extend(s) or [("x = 1\n```", 3)]
     assert base.answers(["Add."], plan=False)[0]["code"] == "x = 1"
     assert plain.decode(starts[0]).endswith("Add.\n```python\n")
 
