@@ -46,6 +46,7 @@ bench: .venv/.installed
 	$(PY) bench/scoring.py
 	$(PY) bench/serve.py
 	$(PY) bench/serve_faults.py
+	$(PY) bench/chaos.py
 
 # STUDENT=Qwen/Qwen2.5-3B-Instruct looks for that model instead.
 doctor: .venv/.installed

@@ -64,11 +64,12 @@ def check_files(source: Path, output: Path, overwrite: bool) -> int:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raises InputError where the output cannot be written, or is there already."""
+    """Raises InputError where the output cannot be written, or is there already and no run that may replace it was
+    interrupted."""
     if output.is_dir():
         raise InputError(f"{output}: is a folder, a file is needed")
     check_folder(output.parent)
-    if output.exists() and not overwrite:
+    if output.exists() and not overwrite and not _part(output).exists():
         raise InputError(f"{output}: exists; --overwrite replaces it")
 
 
@@ -81,7 +82,8 @@ def run_file(
     from tqdm import tqdm
 
     part, stat, mine = _part(output), source.stat(), own_share(total)
-    done = _resume_point(part, settings | {"input_size": stat.st_size, "input_time": stat.st_mtime_ns})
+    settings |= {"input_size": stat.st_size, "input_time": stat.st_mtime_ns}
+    done = _resume_point(part, settings, together=chunk)
     if done:
         print(f"{part}: going on after {done} rows", file=sys.stderr)
     failed = sum('"error"' in line and "error" in json.loads(line) for line in _lines(part)) if done else 0
@@ -130,8 +132,9 @@ def _lines(path: Path) -> Iterator[str]:
         yield from lines
 
 
-def _resume_point(part: Path, settings: dict, answering: str = "model") -> int:
-    """Lines already done in an interrupted run's .part file; a half-written last line is cut off.
+def _resume_point(part: Path, settings: dict, answering: str = "model", together: int = 1) -> int:
+    """Lines already done in an interrupted run's .part file. What is half written is cut off: of a last line, and of
+    the last `together` lines, which the model must see together again for the same digits.
 
     Raises InputError where that run had other settings: its lines must not be mixed with ours."""
     note = part.with_name(part.name + ".json")
@@ -140,21 +143,26 @@ def _resume_point(part: Path, settings: dict, answering: str = "model") -> int:
         return 0
     if not note.exists() or read_json(note) != settings:
         raise InputError(f"{part}: left by a run with another {answering}, input or flags; --overwrite starts again")
-    whole = part.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    part.write_bytes(whole)
-    return whole.count(b"\n")
+    done = size = end = 0
+    with open(part, "r+b") as lines:
+        for number, line in enumerate(lines, 1):
+            end += len(line)
+            if line.endswith(b"\n") and number % together == 0:
+                done, size = number, end
+        lines.truncate(size)  # in place: a kill here must not cost the lines that are done
+    return done
 
 
 class AnswerFile:
-    """Answers as they come, in <output>.part: a killed run's are read again, a half-written last line is cut off."""
+    """Answers as they come, in <output>.part: a killed run's are read again, but for those of the last `together`
+    that were not all written."""
 
-    def __init__(self, output: str, settings: dict[str, Any], overwrite: bool):
+    def __init__(self, output: str, settings: dict[str, Any], overwrite: bool, together: int = 1):
         self.path = _part(Path(output))
         self.answers: dict[int, dict[str, Any]] = {}
         if overwrite:
             self.path.unlink(missing_ok=True)
-        if _resume_point(self.path, settings, "teacher"):
+        if _resume_point(self.path, settings, "teacher", together):
             for line in _lines(self.path):
                 answer = parse_json(line)
                 self.answers[answer.pop("row")] = answer

@@ -69,6 +69,8 @@ def run_script(main: Callable[[list[str] | None], int | None]) -> None:
         if "--debug" in sys.argv:
             raise
         text = " ".join(str(error).split())
+        if any(words in text for words in ("No space left", "unexpected pos", "PytorchStreamWriter")):  # torch's words
+            text = "the disk is full; make room, then go on: a trainer with --resume, others with the same command"
         print(f"{name}: failed: {type(error).__name__}: {text} (--debug shows the traceback)", file=sys.stderr)
         status = 1
     sys.stdout.flush()

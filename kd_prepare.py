@@ -141,7 +141,7 @@ def ask(args: argparse.Namespace, prompts: Sequence[str], labels: Sequence[str])
     )
     settings = {key: getattr(args, key) for key in deciding}
     settings |= {"labels": list(labels), "input": file_sha256(args.input), "prompt": PROMPT_VERSION}
-    file = AnswerFile(args.output, settings, args.overwrite)
+    file = AnswerFile(args.output, settings, args.overwrite, args.batch_size if args.teacher else 1)
     mine, turns = own_share(len(prompts)), [user_turn(prompt, args.rationale) for prompt in prompts]
     waiting = {number: turns[number] for number in mine if number not in file.answers}
     if waiting:

@@ -1,6 +1,6 @@
 """One run in several processes, as torchrun or `accelerate launch` starts them: who does what, and meeting again.
 
-Apart from common.py because only what scores or asks over many rows is shared out; trainers leave it to accelerate.
+Apart from common.py because only what scores or asks over many rows is shared out; trainers leave that to accelerate.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from common import (
     run_record,
     write_json,
 )
+from processes import rank_and_world
 
 # Students below this size learn well with larger steps and need no gradient checkpointing.
 SMALL_STUDENT = 1e9
@@ -180,20 +181,23 @@ def shared_columns(input_ids: torch.Tensor, most: int) -> int:
     return shared if len(input_ids) > 1 and shared >= MIN_SHARED_TOKENS else 0
 
 
-def supervised_logits(model: Any, head: Any, input_ids: torch.Tensor, keep: torch.Tensor, shared: int) -> torch.Tensor:
+def supervised_logits(
+    model: Any, inner: Any, input_ids: torch.Tensor, keep: torch.Tensor, shared: int
+) -> torch.Tensor:
     """Logits [kept, vocabulary] of the positions `keep` [batch, tokens], row after row; no other position goes through
     the output head. The first `shared` columns, none of them kept, are run once for all rows, gradients included.
 
-    head: the model's output embedding, inside whatever wraps it. Under dropout the rows share the prefix's masks.
+    inner: the model inside what shares it among processes. Under dropout the rows share the prefix's masks.
     """
     prefix: dict[str, Any] = {"use_cache": False}
     if shared:
-        cache = DynamicCache(config=model.config.get_text_config())
+        cache = DynamicCache(config=inner.config.get_text_config())
         model(input_ids=input_ids[:1, :shared], cache=cache, use_cache=True, logits_to_keep=1)
         for layer in cache.layers:
             layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
             layer.values = layer.values.expand(len(input_ids), -1, -1, -1)
         prefix = {"cache": cache, "use_cache": True}
+    head = inner.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][keep[:, shared:]][None],))
     try:
         # Without a mask attention takes its fast causal path: a fifth less time on a CPU.
@@ -226,8 +230,8 @@ class CompletionTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         most = 0 if self.args.gradient_checkpointing else int(keep.int().argmax(dim=1).min())  # it takes no cache
         shared = shared_columns(inputs["input_ids"], most)
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        logits = supervised_logits(model, head, inputs["input_ids"], keep, shared).float()
+        inner = self.accelerator.unwrap_model(model)
+        logits = supervised_logits(model, inner, inputs["input_ids"], keep, shared).float()
         batch = {"labels": labels[:, 1:][keep[:, :-1]], "starts": counts.cumsum(dim=0) - counts}
         batch["label_probs"] = inputs.get("label_probs")
         items = counts.sum() if num_items_in_batch is None else num_items_in_batch
@@ -236,7 +240,7 @@ class CompletionTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # items count every process, gradients are averaged
         right = (logits.detach().argmax(dim=-1) == batch["labels"]).float().mean()
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["mean_token_accuracy"].append(right.item())
+        self._metrics[mode]["mean_token_accuracy"].append(self.accelerator.gather(right).mean().item())
         return loss
 
 
@@ -296,8 +300,8 @@ def trainer_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def step_count(args: argparse.Namespace, rows: int) -> int:
-    """Optimiser steps of the run in one process."""
-    per_epoch = math.ceil(math.ceil(rows / args.batch_size) / args.grad_accum)
+    """Optimiser steps of the run; the processes of a launcher share the rows out."""
+    per_epoch = math.ceil(math.ceil(rows / (args.batch_size * rank_and_world()[1])) / args.grad_accum)
     return args.max_steps or math.ceil(per_epoch * args.epochs)
 
 
@@ -424,7 +428,8 @@ def note_settings(args: argparse.Namespace) -> str:
         ]
         if changed:
             raise InputError(f"--resume with other settings: {', '.join(changed)}; go on with the old ones")
-    write_json(note, settings)
+    if rank_and_world()[0] == 0:
+        write_json(note, settings)
     return settings["data_sha256"]
 
 
@@ -433,7 +438,8 @@ def train_and_save(
 ) -> None:
     """Train (from the last complete checkpoint with --resume), then write the adapter folder, run.json last."""
     save_dir = Path(args.save_dir)
-    if args.overwrite and not args.resume:
+    main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
+    if args.overwrite and not args.resume and main:
         # The old adapter too: a run killed before its first checkpoint must not leave it as the new one.
         for name in ("run.json", "calibration.json", "adapter_config.json", "adapter_model.safetensors"):
             (save_dir / name).unlink(missing_ok=True)
@@ -441,16 +447,29 @@ def train_and_save(
     # The one sign that a 4-bit CPU kernel without gradients is in use (see common.keep_autograd_kernels).
     warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")
     started = time.monotonic()
+    wait()  # of several processes the first removes what is old or half written; the others look when it has
     data_hash = note_settings(args)
-    checkpoint = last_checkpoint(args.save_dir) if args.resume else None
-    if args.resume and not checkpoint:
+    with trainer.accelerator.main_process_first():
+        checkpoint = last_checkpoint(args.save_dir) if args.resume else None
+    if args.resume and not checkpoint and main:
         print(f"{save_dir}: no checkpoint yet, training starts at the beginning", file=sys.stderr)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    if not trainer.accelerator.is_main_process:
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if bar := getattr(callback, "training_bar", None):
+                bar.close()  # it would be drawn once more, below the message
+        raise
+    # What was not logged yet is each process's own share of the loss.
+    loss = torch.tensor(result.metrics["train_loss"], device=trainer.accelerator.device)
+    result.metrics["train_loss"] = trainer.accelerator.reduce(loss, "mean").item()
+    # Where FSDP or ZeRO-3 has the weights in shards, all processes take part in putting them together.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not main:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.peft_config["default"].base_model_name_or_path = student  # as the user named it, not this machine's path
-    model.save_pretrained(save_dir, selected_adapters=["default"], save_embedding_layers=False)
+    model.save_pretrained(save_dir, state_dict=weights, selected_adapters=["default"], save_embedding_layers=False)
     trainer.processing_class.save_pretrained(save_dir)
     (save_dir / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, with this machine's paths
     history = [entry for entry in trainer.state.log_history if "loss" in entry]

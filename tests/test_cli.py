@@ -95,6 +95,12 @@ def raising(error: BaseException):
             "script.py: failed: RuntimeError: two lines (--debug shows the traceback)\n",
         ),
         (
+            raising(OSError(28, "No space left on device")),
+            1,
+            "script.py: failed: OSError: the disk is full; make room, then go on: a trainer with --resume, others "
+            "with the same command (--debug shows the traceback)\n",
+        ),
+        (
             raising(ModuleNotFoundError("No module named 'sklearn'", name="sklearn")),
             2,
             "script.py: error: the package sklearn is missing: activate the environment that `make demo` makes "
@@ -102,7 +108,7 @@ def raising(error: BaseException):
         ),
         (raising(KeyboardInterrupt()), 130, "script.py: interrupted\n"),
     ],
-    ids=["done", "none", "failed lines", "wrong input", "failure", "no package", "ctrl-c"],
+    ids=["done", "none", "failed lines", "wrong input", "failure", "full disk", "no package", "ctrl-c"],
 )
 def test_exit_status(monkeypatch, capsys, main, status, line):
     assert status_of(monkeypatch, main) == status

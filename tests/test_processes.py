@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,17 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 import batch_files
 from common import InputError
 from conftest import ROOT, run_cli, save_adapter
 from processes import own_share
+from test_kd_prepare import Endpoint
 
 
-def in_two(script: str, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
+def in_two(script: str | Path, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(ROOT / script), *map(str, flags)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=110, env=environment)
 
 
@@ -88,6 +91,84 @@ def test_a_teacher_is_asked_each_prompt_once(tmp_path, model_dir):
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_an_endpoint_is_asked_each_prompt_once(tmp_path):
+    rows = [{"input": f"Debt: {n * 37}", "output": ("Good", "Standard", "Bad")[n % 3]} for n in range(21)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    written = []
+    for start in (run_cli, in_two):
+        server, output = Endpoint(), tmp_path / f"{start.__name__}.jsonl"
+        flags = ("--teacher_url", server.url, "--teacher_model", "m", "--input", "in.jsonl", "--output", output)
+        done = start("kd_prepare.py", *flags, cwd=tmp_path)
+        server.server.shutdown()
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert server.answered == {row["input"]: 1 for row in rows}
+        written.append(output.read_bytes())
+    assert written[0] == written[1]
+
+
+# Rows of each trainer; answers of different length, so that a mean over the tokens of one process shows.
+PAIRS = [("Standard, after a long and careful look", "Bad"), ("Good", "Bad"), ("Bad", "Good"), ("Good", "Bad")] * 4
+LABEL_PROBS = {"Standard, after a long and careful look": 0.1, "Good": 0.7, "Bad": 0.2}
+ROWS = {
+    "sft": lambda turn, answer, other: {"input": turn, "output": answer},
+    "kd": lambda turn, answer, other: {"input": turn, "teacher_output": answer, "label_probs": LABEL_PROBS},
+    "dpo": lambda turn, answer, other: {"prompt": turn, "chosen": answer, "rejected": other},
+}
+# Trainings one after the other, so that the libraries are loaded once.
+TRAININGS = """
+import importlib, json, sys
+for script, argv in json.loads(sys.argv[1]):
+    importlib.import_module(script).main(argv)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_dir) -> Path:
+    """Folder with the runs of each trainer in one process and in two, which take half as many micro-batches a step.
+
+    SGD, since Adam hides a gradient of the wrong scale. In the way of the two lies a checkpoint that a kill left half
+    written: the first process alone removes it."""
+    folder = tmp_path_factory.mktemp("trained")
+    commands = {"one": [], "two": []}
+    for method, row in ROWS.items():
+        rows = [row(f"Debt: {n * 37}, Age: {20 + n}", *pair) for n, pair in enumerate(PAIRS)]
+        (folder / f"{method}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        half = folder / f"{method}_two" / "checkpoints" / "checkpoint-3"
+        half.mkdir(parents=True)
+        (half / "adapter_model.safetensors").write_bytes(b"half")
+        flags = ["--student", model_dir, "--data", f"{folder / method}.jsonl", *EXACT[:4], "--lora_dropout", "0"]
+        flags += ["--epochs", "2", "--batch_size", "2", "--warmup_steps", "0", "--save_steps", "3"]
+        flags += ["--optimizer", "sgd", "--learning_rate", "0.5"]
+        for name, more in (("one", ["--grad_accum", "2"]), ("two", ["--grad_accum", "1", "--resume"])):
+            commands[name].append((f"{method}_train", [*flags, "--save_dir", f"{folder / method}_{name}", *more]))
+    for script, argv in commands["one"]:
+        assert importlib.import_module(script).main(argv) == 0
+    (folder / "trainings.py").write_text(TRAININGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        done = in_two(folder / "trainings.py", json.dumps(commands["two"]), cwd=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_two_processes_train_as_one_with_twice_the_accumulation(method, trained):
+    one, two = (trained / f"{method}_{name}" for name in ("one", "two"))
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+    metrics = [json.loads((run / "run.json").read_text())["metrics"] for run in (one, two)]
+    assert [found["steps"] for found in metrics] == [8, 8]
+    for name in ("train_loss",) if method == "dpo" else ("train_loss", "mean_token_accuracy"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-4)
+    first = [json.loads((run / "training_curve.json").read_text())[0] for run in (one, two)]
+    for name in ("loss", "grad_norm"):  # before clipping, which hides a wrong scale too
+        assert first[1][name] == pytest.approx(first[0][name], rel=1e-4)
+    weights, others = (load_file(run / "adapter_model.safetensors") for run in (one, two))
+    assert weights.keys() == others.keys()
+    assert max(float(abs(weight).max()) for name, weight in weights.items() if "lora_B" in name) > 1e-3  # from 0
+    for name, weight in weights.items():
+        assert float(abs(weight - others[name]).max()) < 2e-5, name
+
+
 def test_an_interrupted_process_goes_on_in_its_own_stretch(tmp_path, monkeypatch):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(json.dumps({"n": n}) for n in range(11)) + "\n")
@@ -117,6 +198,24 @@ def test_an_interrupted_process_goes_on_in_its_own_stretch(tmp_path, monkeypatch
     batch_files.run_file(source, output, 11, {}, 2, work)
     assert [row["n"] for row in read_lines(output)] == list(range(11))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_takes_each_configuration(file):
+    """Its own loader refuses unknown keys above; those of the nested parts must be flags of its launcher."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    config = load_config_from_file(str(file))
+    parser = launch_command_parser()
+    flags = {action.dest for action in parser._actions}
+    nested = set(config.fsdp_config) | set(config.deepspeed_config)
+    assert nested <= flags and bool(nested) == (config.distributed_type.value in ("FSDP", "DEEPSPEED"))
+    args, *_ = _validate_launch_command(parser.parse_args(["--config_file", str(file), "sft_train.py"]))
+    assert args.num_processes == config.num_processes and args.mixed_precision == "bf16"
+    assert args.use_fsdp == ("fsdp" in file.stem) and args.use_deepspeed == ("deepspeed" in file.stem)
+    for name in nested:
+        assert getattr(args, name) == (config.fsdp_config | config.deepspeed_config)[name]
 
 
 def test_what_runs_in_one_process_says_so(monkeypatch):

@@ -366,6 +366,23 @@ def test_killed_and_resumed_equals_uninterrupted(method, model_dir, data, sft_ad
     assert_same(adapter(whole), adapter(killed), atol=1e-6)
 
 
+def test_a_full_disk_is_named_in_the_last_line(run, monkeypatch, capsys):
+    """Not in torch's words, which are of file positions, and not with the progress bar drawn below it once more."""
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 32704 vs 32596")
+
+    monkeypatch.setattr(training.CompletionTrainer, "_save_checkpoint", full)
+    monkeypatch.setattr(sys, "argv", ["sft_train.py"])
+    with pytest.raises(SystemExit) as status:
+        run_script(lambda _: run("sft", "run", "--save_steps", 2))
+    assert status.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "sft_train.py: failed: RuntimeError: the disk is full; make room, then go on: a trainer with"
+    )
+
+
 def test_checkpoints_sort_by_number(tmp_path):
     for step in (900, 1000, 1100):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"

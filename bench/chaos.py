@@ -1,0 +1,360 @@
+"""What kill -9, a full disk and a read-only folder do to the trainers, kd_prepare.py and infer_creditmix.py.
+
+Each script runs once undisturbed. Then it is killed at random moments (printed, from --seed) and started again with
+--resume, or with the same command: the end must be the same to the last byte, and a teacher may be asked again only
+what was under way when the kill came. On a full disk and in a read-only folder a script must end with one line and
+leave what was there whole. Without --base the model is a random two-layer one, and all of it takes a few minutes.
+Processes are forked from one that has the libraries loaded, so that the kills fall into the work, not into imports.
+
+    python bench/chaos.py
+    python bench/chaos.py --base smollm2-135m --only sft dpo --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import InputError, run_script, write_jsonl
+
+LIBRARIES = (
+    "training",
+    "sft_train",
+    "kd_train",
+    "dpo_train",
+    "kd_prepare",
+    "teachers",
+    "infer_creditmix",
+    "creditmix",
+)
+LIBRARIES += ("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "bitsandbytes", "peft", "openai", "scipy.special")
+LIBRARIES += ("matplotlib.figure", "sklearn.metrics", "sklearn.compose", "sklearn.pipeline", "sklearn.model_selection")
+LIBRARIES += ("pandas", "sklearn.linear_model")
+LABELS = ("Good", "Standard", "Bad")
+JOBS = ("sft", "kd", "dpo", "teacher_url", "teacher", "infer")
+IN_FLIGHT = 4  # --concurrency
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base", help="base model (default: a random two-layer model)")
+    add("--only", nargs="+", choices=JOBS, default=JOBS, help="jobs to disturb (%(default)s)")
+    add("--kills", type=int, default=8, help="moments of each job (%(default)s)")
+    add("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    add("--json", action="store_true", help="print one JSON object on standard output, the table on standard error")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def run_child(script: str, argv: list[str], log: str, file_limit: int | None) -> None:
+    """A script as from the command line, its words in `log`. file_limit: bytes a file may have."""
+    with open(log, "wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.argv = [f"{script}.py", *argv]
+    run_script(lambda _: importlib.import_module(script).main(argv))
+
+
+def save_base(folder: str) -> None:
+    from conftest import build_tokenizer, save_random_model
+
+    save_random_model(Path(folder), build_tokenizer(), "qwen2")
+
+
+@dataclass
+class Runner:
+    """Starts scripts in processes of their own; `log` is the last one's output."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["__main__", *LIBRARIES])  # main first: it sets the path
+        self.log = self.folder / "log"
+
+    def start(self, script: str, argv: list[str], file_limit: int | None = None) -> Any:
+        process = self.context.Process(target=run_child, args=(script, argv, str(self.log), file_limit))
+        process.start()
+        return process
+
+    def run(self, script: str, argv: list[str], file_limit: int | None = None) -> int:
+        process = self.start(script, argv, file_limit)
+        process.join()
+        return process.exitcode
+
+    def one_line(self, script: str) -> str | None:
+        """The last line of the log, if it is the script's own and no traceback stands there."""
+        text = self.log.read_text(errors="replace")
+        last = text.strip().splitlines()[-1] if text.strip() else ""
+        return last if last.startswith(f"{script}.py: ") and "Traceback" not in text else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass
+class Job:
+    """A script with its flags but for where it writes."""
+
+    name: str
+    script: str
+    flags: list[str]
+    target: str  # the flag that takes what it writes
+
+    @property
+    def trains(self) -> bool:
+        return self.target == "--save_dir"
+
+    def argv(self, folder: Path, *more: str) -> list[str]:
+        return [*self.flags, self.target, str(self.path(folder)), *more]
+
+    def path(self, folder: Path) -> Path:
+        return folder / "runs" / ("run" if self.trains else "out.jsonl")
+
+    def again(self, folder: Path) -> list[str]:
+        """The command that goes on after a kill."""
+        return self.argv(folder, *(["--resume"] if self.trains else []))
+
+    def result(self, folder: Path) -> dict[str, str]:
+        """What a run leaves behind: hashes of the files that must be equal, names of the others."""
+        found = tree(folder / "runs")
+        same = ("adapter_model.safetensors", "tokenizer.json", "out.jsonl")
+        return {name: digest if name.endswith(same) else "" for name, digest in found.items()}
+
+    def done(self, folder: Path) -> str:
+        """How far a killed run was."""
+        path = self.path(folder)
+        if self.trains:
+            steps = [int(p.parent.name.split("-")[1]) for p in path.glob("checkpoints/*/trainer_state.json")]
+            return f"step {max(steps, default=0)}" + ("+adapter" if (path / "adapter_config.json").exists() else "")
+        if path.exists():
+            return "written"
+        part = path.with_name("out.jsonl.part")
+        return f"row {part.read_bytes().count(10) if part.exists() else 0}"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Hashes of all files below a folder, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def make_jobs(base: str, folder: Path, url: str) -> dict[str, Job]:
+    from conftest import credit_rows
+    from creditmix import creditmix_prompt
+
+    raw = [row["question"] for row in credit_rows(customers=600, months=1)]
+    prompts = [creditmix_prompt(question) for question in raw]
+    gold = [LABELS[number % 3] for number in range(len(raw))]
+    rows = list(zip(prompts, gold, strict=True))
+    shares = [{label: 0.8 if label == right else 0.1 for label in LABELS} for right in gold]
+    write_jsonl(folder / "features.jsonl", ({"features": question} for question in raw))
+    write_jsonl(folder / "sft.jsonl", ({"input": prompt, "output": right} for prompt, right in rows[:60]))
+    kd = ({"input": p, "teacher_output": r, "label_probs": s} for (p, r), s in zip(rows[:60], shares, strict=False))
+    write_jsonl(folder / "kd.jsonl", kd)
+    pairs = ({"prompt": p, "chosen": r, "rejected": "Bad" if r != "Bad" else "Good"} for p, r in rows[:60])
+    write_jsonl(folder / "dpo.jsonl", pairs)
+    write_jsonl(folder / "asked.jsonl", ({"input": prompt, "output": right} for prompt, right in rows[:150]))
+    # Dropout and Adam, so that a random state or a moment that a checkpoint loses shows.
+    train = ["--student", base, "--max_steps", "12", "--save_steps", "3", "--batch_size", "2", "--grad_accum", "1"]
+    train += ["--warmup_steps", "4", "--learning_rate", "1e-3", "--lora_dropout", "0.1", "--split_seed", "0"]
+    jobs = [Job(m, f"{m}_train", [*train, "--data", str(folder / f"{m}.jsonl")], "--save_dir") for m in JOBS[:3]]
+    asked = ["--input", str(folder / "asked.jsonl")]
+    endpoint = ["--teacher_url", url, "--teacher_model", "m", "--concurrency", str(IN_FLIGHT)]
+    jobs.append(Job("teacher_url", "kd_prepare", [*asked, *endpoint], "--output"))
+    jobs.append(Job("teacher", "kd_prepare", [*asked, "--teacher", base, "--batch_size", "8"], "--output"))
+    rows_flags = ["--model_dir", base, "--input", str(folder / "features.jsonl")]
+    jobs.append(Job("infer", "infer_creditmix", rows_flags, "--output"))
+    return {job.name: job for job in jobs}
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+
+
+def undisturbed(job: Job, runner: Runner, folder: Path) -> tuple[dict[str, str], float]:
+    """(result, seconds) of a whole run; the second of two, as the first fills caches. Raises InputError if it
+    fails."""
+    for name in ("first", "whole"):
+        start = time.monotonic()
+        if runner.run(job.script, job.argv(folder / name)):
+            raise InputError(f"{job.name}: the undisturbed run fails: {runner.log.read_text()[-1000:]}")
+    return job.result(folder / "whole"), time.monotonic() - start
+
+
+def killed(job: Job, runner: Runner, folder: Path, moment: float) -> bool:
+    """Kill a run after so many seconds; False where it was over by then."""
+    process = runner.start(job.script, job.argv(folder))
+    process.join(moment)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def kill_and_resume(
+    job: Job, runner: Runner, folder: Path, undisturbed: tuple[dict[str, str], float], args: Any, server: Any
+) -> list[dict[str, Any]]:
+    """What became of each kill: the moment as a share of the whole run, how far it was, whether the end is the
+    same."""
+    whole, seconds = undisturbed
+    rng = random.Random(f"{job.name} {args.seed}")
+    found: list[dict[str, Any]] = []
+    while len(found) < args.kills:
+        here, moment = folder / f"kill{len(found)}", rng.random()
+        server.answered.clear()
+        if not killed(job, runner, here, moment * seconds):
+            shutil.rmtree(here, ignore_errors=True)
+            continue
+        time.sleep(2 * server.seconds)  # the endpoint finishes what it was asked
+        row = {"moment": round(moment, 3), "done": job.done(here)}
+        status = runner.run(job.script, job.again(here))
+        said = runner.log.read_text()
+        finished = status == 2 and ("a finished run is here" in said or "jsonl: exists" in said)
+        if finished:  # killed after its last word: nothing is left to do
+            shutil.rmtree(job.path(here) / "checkpoints", ignore_errors=True)
+            row["done"] = "finished"
+        row["same"] = (status == 0 or finished) and job.result(here) == whole
+        if job.name == "teacher_url":
+            twice = sum(count - 1 for count in server.answered.values())
+            row |= {"asked_twice": twice, "same": row["same"] and twice <= 2 * IN_FLIGHT}
+        if not row["same"]:
+            row["log"] = said[-500:]
+            row["differ"] = sorted(n for n, _ in job.result(here).items() ^ whole.items())
+        found.append(row)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- disks
+
+
+def mounted(folder: Path, options: str) -> bool:
+    """Mount memory as a disk, or change its options; False where only root may."""
+    kind = ["-t", "tmpfs", "tmpfs"] if not folder.is_mount() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(["mount", *kind, "-o", options, str(folder)], capture_output=True).returncode == 0
+
+
+@contextlib.contextmanager
+def unmounted(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if folder.is_mount():
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_disk(job: Job, runner: Runner, folder: Path, whole_folder: Path, whole: dict[str, str]) -> dict[str, Any]:
+    """A disk that ends in the middle of the run: one line, and with more room the same end."""
+    sizes = {path.name: path.stat().st_size for path in (whole_folder / "runs").rglob("*") if path.is_file()}
+    adapter = sizes.get("adapter_model.safetensors", 0)
+    # A checkpoint is the adapter, two moments and the small files: room for one and a half.
+    room = int(1.5 * (sum(sizes.values()) + 2 * adapter)) if job.trains else sizes["out.jsonl"] // 2
+    with unmounted(folder):
+        real = mounted(folder, f"size={max(room, 2**14)}")
+        limit = None if real else int(1.5 * adapter) if job.trains else room
+        status = runner.run(job.script, job.argv(folder), limit)
+        row = {"disk": "tmpfs" if real else "RLIMIT_FSIZE", "status": status, "said": runner.one_line(job.script)}
+        row["done"], row["log"] = job.done(folder), runner.log.read_text()[-1500:]
+        if real:
+            mounted(folder, "remount,size=4g")
+        row["resumed"] = runner.run(job.script, job.again(folder))
+        row["same"] = status in (1, 2) and bool(row["said"]) and job.result(folder) == whole
+    return row
+
+
+def read_only(job: Job, runner: Runner, folder: Path, whole_folder: Path) -> dict[str, Any]:
+    """A folder where nothing can be written: one line, and the run in it stays as it is."""
+    with unmounted(folder):
+        real = mounted(folder, "size=4g")
+        shutil.copytree(whole_folder, folder, dirs_exist_ok=True)
+        before = tree(folder)
+        if real:
+            real = mounted(folder, "remount,ro")
+        else:
+            subprocess.run(["chmod", "-R", "a-w", str(folder)], check=True)
+        row: dict[str, Any] = {"how": "mounted" if real else "chmod", "same": real or os.getuid() != 0}
+        for argv in (job.argv(folder, "--overwrite"), [*job.flags, job.target, str(folder / "runs" / "new")]):
+            row["status"] = runner.run(job.script, argv)
+            row["said"] = runner.one_line(job.script)
+            row["same"] &= row["status"] in (1, 2) and bool(row["said"]) and tree(folder) == before
+        if not real:
+            subprocess.run(["chmod", "-R", "u+w", str(folder)], check=True)
+    return row
+
+
+def table(found: dict[str, dict[str, Any]], out: Any) -> None:
+    for name, job in found.items():
+        print(f"{name}: undisturbed {job['seconds']:.1f} s", file=out)
+        for kill in job["kills"]:
+            asked = f", {kill['asked_twice']} answers twice" if "asked_twice" in kill else ""
+            end = "same end" if kill["same"] else f"DIFFERENT END: {kill['differ']} {kill['log']}"
+            print(f"  killed at {kill['moment']:.3f} of it, after {kill['done']:<17} {end}{asked}", file=out)
+        for fault in ("full_disk", "read_only"):
+            row = job[fault]
+            verdict = "whole" if row["same"] else "NOT WHOLE"
+            print(f"  {fault:<9} status {row['status']}, {verdict}: {row['said'] or row.get('log')}", file=out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    from test_kd_prepare import Endpoint
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without taking its disks away
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if not args.base:
+            os.environ["DISTIL_SLM_CACHE"] = str(folder / "cache")  # before the fork server starts
+        runner = Runner(folder)
+        if not args.base:
+            args.base = str(folder / "base")
+            maker = runner.context.Process(target=save_base, args=(args.base,))
+            maker.start()
+            maker.join()
+        server = Endpoint(seconds=0.05)
+        server.server.handle_error = lambda *request: None  # of clients that were killed
+        jobs, found = make_jobs(args.base, folder, server.url), {}
+        for name in args.only:
+            job, here = jobs[name], folder / name
+            print(f"{name} ...", file=sys.stderr)
+            whole, seconds = undisturbed(job, runner, here)
+            kills = kill_and_resume(job, runner, here, (whole, seconds), args, server)
+            disk = full_disk(job, runner, here / "disk", here / "whole", whole)
+            closed = read_only(job, runner, here / "closed", here / "whole")
+            found[name] = {"seconds": round(seconds, 2), "kills": kills, "full_disk": disk, "read_only": closed}
+            table({name: found[name]}, sys.stderr if args.json else sys.stdout)
+    checks = [row["same"] for job in found.values() for row in (*job["kills"], job["full_disk"], job["read_only"])]
+    if args.json:
+        print(json.dumps({"seed": args.seed, "checks": len(checks), "failed": checks.count(False), "jobs": found}))
+    else:
+        print(f"{len(checks)} checks, {checks.count(False)} failed (seed {args.seed})")
+    return 0 if all(checks) else 1
+
+
+if __name__ == "__main__":
+    run_script(main)
