@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     training.check_flags(args)
     examples = preference_examples(rows, PromptEncoder(training.load_tokenizer(path)), args.max_length, args.data)
     lengths = [sequence_length(example) for example in examples]
-    estimate = training.estimate_memory(path, args, max(lengths), pairs=True)
+    answer = max(len(example[ids]) for example in examples for ids in ("chosen_ids", "rejected_ids"))
+    estimate = training.estimate_memory(path, args, max(lengths), answer, pairs=True)
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0

@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     if labels:
         dataset = dataset.add_column("label_probs", [row["label_probs"] for row in rows])
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    estimate = training.estimate_memory(path, args, max(lengths))
+    estimate = training.estimate_memory(path, args, **training.row_sizes(dataset), label_probs=bool(labels))
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     encoder = PromptEncoder(training.load_tokenizer(path))
     dataset = training.completion_dataset(rows, "output", encoder, args.max_length, args.data)
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    estimate = training.estimate_memory(path, args, max(lengths))
+    estimate = training.estimate_memory(path, args, **training.row_sizes(dataset))
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0

@@ -7,16 +7,19 @@ it inside `main`, after their flags and files are checked.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.integrations import get_available_reporting_integrations
@@ -46,8 +49,15 @@ MAX_LOGITS_BYTES = 2**29
 # PyTorch's fused attention is slow backwards on a CPU: up to this length attention that keeps its weights saves a
 # fifth of the training time and costs little memory.
 MAX_EAGER_TOKENS = 256
+# The tiles, tokens by columns of the vocabulary, that TRL's fused head goes through; the columns of LabelScorer's.
+FUSED_TOKENS, FUSED_TILE, SCORING_TILE = 4096, 32768, 16384
+# What libraries take beside tensors, measured on a CPU; a CUDA context is as large.
+LIBRARIES_GB = 0.7
 # A shorter common start of a batch's prompts is not worth a forward of its own.
 MIN_SHARED_TOKENS = 16
+# TRL's fused head leaves prompts out where Triton runs. Elsewhere it projects every position, lest accelerators that
+# compile see a new shape with every batch; a CPU compiles nothing.
+trl.trainer.utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
 
 
 def fill_split_seed(args: argparse.Namespace) -> None:
@@ -147,6 +157,16 @@ def completion_dataset(
             f"(row {number}: {length}); raise --max_length or shorten them"
         )
     return Dataset.from_list(examples)
+
+
+def row_sizes(dataset: Dataset) -> dict[str, int]:
+    """What `estimate_memory` asks of a completion dataset, in tokens: the longest row, the longest answer and the
+    beginning that all rows share."""
+    ids, labels = list(dataset["input_ids"]), list(dataset["labels"])
+    longest, answer = max(map(len, ids)), max(sum(label != -100 for label in row) for row in labels)
+    first, last = min(ids), max(ids)  # what these share in the beginning, all do
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return {"longest": longest, "answer": answer, "shared": min(shared, longest - answer - 1)}
 
 
 def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
@@ -305,42 +325,141 @@ def step_count(args: argparse.Namespace, rows: int) -> int:
     return args.max_steps or math.ceil(per_epoch * args.epochs)
 
 
-def estimate_memory(path: str, args: argparse.Namespace, longest: int, pairs: bool = False) -> dict[str, float]:
-    """Expected peak in GB by kind, by arithmetic: weights, adapter (float32 weight, gradient, two Adam moments),
-    activations of batch_size rows (`pairs`: twice as many) of `longest` tokens, logits of the supervised positions."""
-    config = AutoConfig.from_pretrained(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    from peft import get_peft_model
+@dataclass(frozen=True)
+class Sizes:
+    """What memory depends on in a model: parameters, layers and, in elements, the width of each part of a layer."""
 
-    linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
-    total = parameter_count(path)
-    with torch.device("meta"):
-        adapter = get_peft_model(model, lora_config(args.lora_r)).get_nb_trainable_parameters()[0]
-    text = config.get_text_config()
-    sequences = args.batch_size * (2 if pairs else 1)
-    tokens = sequences * longest
+    total: int
+    linear: int  # parameters of the projections, which are quantised
+    adapter: int
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    mlp: int
+    heads: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, path: str, lora_r: int = 16) -> Sizes:
+        """Of a base model and LoRA of this rank, from its configuration alone (nothing is loaded)."""
+        from peft import get_peft_model
+
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
+            adapter = get_peft_model(model, lora_config(lora_r)).get_nb_trainable_parameters()[0]
+        text = config.get_text_config()
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            total=parameter_count(path),
+            linear=linear,
+            adapter=adapter,
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            queries=text.num_attention_heads * head,
+            keys=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head,
+            mlp=text.intermediate_size,
+            heads=text.num_attention_heads,
+            vocabulary=text.vocab_size,
+        )
+
+    def weights(self, quantization: str, width: int) -> float:
+        """Bytes of the frozen base; NF4 with double quantisation takes 4.13 bits. width: bytes of other elements."""
+        return self.linear * (0.516 if quantization == "nf4" else width) + (self.total - self.linear) * width
+
+    def forward(self, quantization: str, width: int, tokens: int, weights: int = 0) -> float:
+        """Bytes at the peak of one layer's forward without gradients beside the hidden states: in its MLP, with gate,
+        up and their product or the last of them while its 4-bit weight is unpacked, or in attention that computes so
+        many `weights`, in float32 and before that in the type of computation."""
+        unpacked = self.hidden * self.mlp if quantization == "nf4" else 0
+        mlp = width * (2 * tokens * self.mlp + max(tokens * self.mlp, unpacked))
+        return 4 * width * tokens * self.hidden + max(mlp, 10 * weights)
+
+
+def estimate_memory(
+    path: str,
+    args: argparse.Namespace,
+    longest: int,
+    answer: int,
+    shared: int = 0,
+    pairs: bool = False,
+    label_probs: bool = False,
+) -> dict[str, float]:
+    """Expected peak in GB by kind, by arithmetic over what PyTorch has to keep (bench/memory_8gb.py measures it).
+
+    A batch is batch_size rows (`pairs`: twice as many) of `longest` tokens, of which `answer` are supervised and the
+    first `shared` common to all rows; label_probs: the loss has a KL term. Each kind is what it has at the peak: at
+    the output head or in the MLP of the last layer, where all activations are there still."""
+    size = Sizes.of(path, args.lora_r)
     width = 2 if compute_dtype(args.compute_dtype) == torch.bfloat16 else 4
-    # Per token and layer: what autograd keeps of attention and MLP with their LoRA branches (fitted to the resident
-    # memory of smollm2-135m at batch 8 and 16), or with checkpointing the layer's input alone.
-    kept = 20 * text.hidden_size + 9 * text.intermediate_size
-    layers = text.num_hidden_layers
-    per_token = layers * text.hidden_size + kept if args.gradient_checkpointing == "on" else layers * kept
-    logits = min(MAX_LOGITS_BYTES, 8 * 4 * sequences * text.vocab_size) * 3
-    if pairs and not torch.cuda.is_available():
-        # TRL's fused head has no CPU kernel: it projects every position, in 5.5 copies at the peak (fitted).
-        logits = 5.5 * 4 * tokens * text.vocab_size
-    if eager_attention(longest):
-        per_token += (1 if args.gradient_checkpointing == "on" else layers) * text.num_attention_heads * longest * 4
-    linear_bytes = 0.52 if args.quantization == "nf4" else width
+    rows = args.batch_size * (2 if pairs else 1)
+    checkpointing, dropout = args.gradient_checkpointing == "on", bool(args.lora_dropout) and not pairs
+    if checkpointing or pairs or rows == 1 or shared < MIN_SHARED_TOKENS:
+        shared = 0
+    tokens = shared + rows * (longest - shared)
+    attended = rows * longest  # keys and values
+
+    # What autograd keeps of a layer: the inputs of both norms in float32, and of attention, MLP and LoRA branches in
+    # the type of computation. Dropout keeps a copy and a mask of what goes into each branch.
+    inputs = 5 * size.hidden + size.queries + size.mlp
+    branches = inputs * (width + 1) if dropout else (2 * size.hidden + size.mlp) * width
+    kept = tokens * (8 * size.hidden + branches + (3 * size.mlp + 2 * size.queries + 7 * args.lora_r) * width)
+    weights = size.heads * (longest * (longest - shared) * rows + shared**2) if eager_attention(longest) else 0
+    if weights:  # in float32 and in the type of computation
+        kept += weights * (6 if width == 2 else 4) + 2 * attended * size.queries * width
+    else:
+        # With a mask, as TRL's pairs and rows after a shared beginning have, keys and values are repeated for each
+        # query head, and each layer has its own mask.
+        masked = pairs or shared > 0
+        kept += 2 * attended * (size.queries if masked else size.keys) * width
+        kept += masked * rows * (longest - shared) * longest * width
+    saved = tokens * size.hidden * width * size.layers if checkpointing else kept * size.layers
+    saved += tokens * size.hidden * (4 + width)  # embeddings, and the last norm's input
+
+    forward = size.forward(args.quantization, width, tokens, weights)
+    unpacked = width * size.hidden * size.mlp if args.quantization == "nf4" else 0
+    backward = (kept if checkpointing else 0) + width * tokens * (size.mlp + 2 * size.hidden) + unpacked
+
+    # Copies of the supervised logits in float32: log-probabilities, the loss's gradient by them and by the logits.
+    supervised = rows * answer
+    logits = 4 * supervised * size.vocabulary * (4 if label_probs else 3)
+    if pairs or (4 * supervised * size.vocabulary > MAX_LOGITS_BYTES and not label_probs):
+        # TRL's fused head: tiles of the vocabulary, on CUDA in place, in PyTorch with seven copies in float32 and one
+        # of booleans, and then the weights of the tile in float32.
+        columns, high = min(FUSED_TILE, size.vocabulary), min(FUSED_TOKENS, supervised)
+        logits = width * high * FUSED_TILE + 4 * supervised * size.hidden
+        if not torch.cuda.is_available():
+            logits += columns * max(29 * high, 4 * (high + size.hidden))
+    work = max(backward, forward if pairs else 0)  # the reference runs while the policy's activations are kept
     gb = {
-        "weights": (linear * linear_bytes + (total - linear) * width) / 1e9,
-        "adapter": adapter * (4 if args.optimizer == "sgd" else 16) / 1e9,
-        "activations": tokens * per_token * width / 1e9,
-        "logits": logits / 1e9,
-        "libraries": 0.7,  # measured on a CPU; a CUDA context is as large
+        "weights": size.weights(args.quantization, width),
+        "adapter": 4 * size.adapter * (2 if pairs and args.adapter else 1),  # in float32; the reference's copy
+        "gradients": 4 * size.adapter,
+        "optimiser": {"adamw_torch": 8, "adamw_8bit": 2, "sgd": 0}[args.optimizer] * size.adapter,
+        "activations": saved + (work if work > logits else 0),
+        "logits": 0 if work > logits else logits,
     }
-    return {**gb, "total": sum(gb.values()), "trainable_parameters": adapter}
+    gb = {kind: value / 1e9 for kind, value in gb.items()} | {"libraries": LIBRARIES_GB}
+    return {**gb, "total": sum(gb.values()), "trainable_parameters": size.adapter}
+
+
+def estimate_scoring_memory(path: str, batch_size: int, longest: int, shared: int = 0) -> dict[str, float]:
+    """Expected peak in GB by kind of label scoring in NF4 and bfloat16: `longest` tokens a row after the `shared`
+    ones, whose keys and values all rows reuse."""
+    size, tokens = Sizes.of(path), batch_size * longest
+    cache = 4 * size.layers * size.keys * (shared + (shared > 0) * (shared * batch_size + tokens))
+    mask = tokens * (shared + longest)
+    forward = size.forward("nf4", 2, tokens) + cache + mask
+    head = 4 * SCORING_TILE * (size.hidden + 2 * batch_size)
+    gb = {
+        "weights": size.weights("nf4", 2),
+        "activations": forward if forward > head else 0,
+        "logits": 0 if forward > head else head,
+    }
+    gb = {kind: value / 1e9 for kind, value in gb.items()} | {"libraries": LIBRARIES_GB}
+    return {**gb, "total": sum(gb.values())}
 
 
 def eager_attention(longest: int) -> bool:
@@ -508,7 +627,7 @@ def print_plan(args: argparse.Namespace, tokens: Sequence[int], estimate: dict[s
     print(f"steps                {step_count(args, rows)} of {args.batch_size} x {args.grad_accum} rows")
     print(f"learning rate        {args.learning_rate:g}, linear decay after {args.warmup_steps} warm-up steps")
     print(f"trainable parameters {int(estimate['trainable_parameters']):,} (LoRA r={args.lora_r}, float32)")
-    kinds = ("weights", "adapter", "activations", "logits", "libraries")
+    kinds = ("weights", "adapter", "gradients", "optimiser", "activations", "logits", "libraries")
     parts = ", ".join(f"{name} {estimate[name]:.2f}" for name in kinds)
     print(f"estimated memory     {estimate['total']:.2f} GB ({parts})")
     print(f"would write          {args.save_dir}")
