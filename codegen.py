@@ -68,6 +68,23 @@ def parses(code: str) -> bool:
         return False
 
 
+def tests_problem(tests: Sequence[str]) -> str | None:
+    """Why tests would say nothing of an answer, if so: no Python, or no assert, raise or call outside of functions."""
+    able = False
+    for test in tests:
+        try:
+            waiting: list[ast.AST] = [ast.parse(test)]
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return f"the tests are not Python: {error}"
+        while waiting:
+            node = waiting.pop()
+            asserts = isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant)
+            able |= asserts or isinstance(node, (ast.Raise, ast.Call))
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                waiting += ast.iter_child_nodes(node)
+    return None if able else "nothing in the tests can fail (functions such as test_x must be called)"
+
+
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 
@@ -111,6 +128,8 @@ def task_of(row: dict, where: str) -> Task:
         raise InputError(f'{where}: needs "prompt" (or "text") and "tests" (or "test_list"), or HumanEval\'s fields')
     if not all(isinstance(test, str) for test in tests):
         raise InputError(f'{where}: "tests" is a list of strings or one string')
+    if problem := tests_problem(tests):
+        raise InputError(f"{where}: {problem}")
     setup = "\n".join([*row.get("test_imports", []), row.get("test_setup_code", "")]).strip()
     reference = next((row[key] for key in ("reference", "solution", "code") if isinstance(row.get(key), str)), None)
     called = set(re.findall(r"\b([A-Za-z_]\w*)\s*\(", " ".join(tests))) - set(dir(builtins)) - {"assert"}
