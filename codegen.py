@@ -84,6 +84,23 @@ def parses(code: str) -> bool:
         return False
 
 
+def tests_problem(tests: Sequence[str]) -> str | None:
+    """Why tests would say nothing of an answer, if so: no Python, or no assert, raise or call outside of functions."""
+    able = False
+    for test in tests:
+        try:
+            waiting: list[ast.AST] = [ast.parse(test)]
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return f"the tests are not Python: {error}"
+        while waiting:
+            node = waiting.pop()
+            asserts = isinstance(node, ast.Assert) and not isinstance(node.test, ast.Constant)
+            able |= asserts or isinstance(node, (ast.Raise, ast.Call))
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                waiting += ast.iter_child_nodes(node)
+    return None if able else "nothing in the tests can fail (functions such as test_x must be called)"
+
+
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 
@@ -137,6 +154,8 @@ def task_of(row: dict, where: str) -> Task:
         raise InputError(f'{where}: needs "prompt" (or "text") and "tests" (or "test_list"), or HumanEval\'s fields')
     if not all(isinstance(test, str) for test in tests):
         raise InputError(f'{where}: "tests" is a list of strings or one string')
+    if problem := tests_problem(tests):
+        raise InputError(f"{where}: {problem}")
     imports, code = row.get("test_imports") or [], row.get("test_setup_code") or ""
     if not isinstance(imports, list) or not all(isinstance(text, str) for text in (*imports, code)):
         raise InputError(f'{where}: "test_imports" is a list of strings, "test_setup_code" a string')

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from batch_files import check_files, failed_line, parse_line, run_file
-from codegen import Coder, Task, add_codegen_flags, check_codegen_flags
+from codegen import Coder, Task, add_codegen_flags, check_codegen_flags, tests_problem
 from common import InputError, file_sha256, model_fingerprint, read_text, run_script
 from processes import only_one
 from sandbox import SECONDS, run_programs
@@ -30,7 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("stages and tests").add_argument
     add("--plan_then_code", action="store_true", help="a first stage writes a plan, a second one the code")
     add("--n", type=int, default=1, help="answers to write for each task (%(default)s)")
-    add("--tests", metavar="FILE", help="Python that raises where an answer is wrong; the first that passes is kept")
+    tests = (
+        "Python that raises where an answer is wrong; the first that passes is kept; test_ functions must be called"
+    )
+    add("--tests", metavar="FILE", help=tests)
     add("--seconds", type=float, default=SECONDS, help="an answer and its tests may run, each time (%(default)s)")
     add_codegen_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -68,6 +71,8 @@ def work_lines(coder: Coder, lines: list[str], given_tests: list[str], args: arg
         tests = [tests] if isinstance(tests, str) else tests
         if prompt is not None and not (isinstance(tests, list) and all(isinstance(test, str) for test in tests)):
             parsed[i] = (failed_line(row, "bad_tests", '"tests" is a list of strings or one string'), None)
+        elif prompt is not None and tests and (problem := tests_problem(tests)):
+            parsed[i] = (failed_line(row, "bad_tests", problem), None)
         elif prompt is not None and not coder.fits(prompt, args.plan_then_code):
             parsed[i] = (failed_line(row, "too_long", "the prompt does not fit the model's context"), None)
         elif prompt is not None:
@@ -90,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.seconds <= 0:
         raise InputError("--seconds is above 0")
     tests = [read_text(args.tests)] if args.tests else []
+    if tests and (problem := tests_problem(tests)):
+        raise InputError(f"{args.tests}: {problem}")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if prompt is not None and not prompt.strip():
         raise InputError("--prompt is empty")

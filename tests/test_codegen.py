@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ import torch
 import codegen_prepare
 import eval_codegen
 import infer_codegen
-from codegen import Coder, code_ended, codegen_plan_prompt, codegen_prompt, extract_code, parses, task_of
+from codegen import (
+    Coder,
+    code_ended,
+    codegen_plan_prompt,
+    codegen_prompt,
+    extract_code,
+    parses,
+    task_of,
+    tests_problem,
+)
 from common import InputError, PromptEncoder, preparation
 from conftest import run_cli
 from eval_codegen import pass_at_k
@@ -68,6 +78,7 @@ def test_the_tests_are_shown_where_the_prompt_does_not_name_the_function():
         {"entry_point": "f", "test": "x"},
         MBPP | {"test_imports": "import math"},
         MBPP | {"test_setup_code": 5},
+        {"prompt": "x", "tests": "def test_x(): assert x()"},
     ],
 )
 def test_a_line_without_task_or_tests_is_named(row):
@@ -243,6 +254,27 @@ def test_the_first_answer_that_passes_is_kept():
     assert none["passed"] is None and len(none["problems"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("tests", "problem"),
+    [
+        ("assert f(1)", None),
+        ("def check(g):\n    assert g(1)\ncheck(f)", None),
+        ("for i in range(3):\n    if f(i) != i:\n        raise ValueError(i)", None),
+        ("", "can fail"),
+        ("# later\n", "can fail"),
+        ("assert True", "can fail"),
+        ("import math\ndef test_f():\n    assert f(1) == 2", "can fail"),
+        ("@mark.each([1])\ndef test_f(x=one()):\n    assert f(1) == 2", "can fail"),
+        ("class TestF(Case):\n    def test_f(self):\n        assert f(1)", "can fail"),
+        ("assert f(1", "not Python"),
+    ],
+)
+def test_tests_that_cannot_fail_are_refused(tests, problem):
+    found = tests_problem([tests])
+    assert found is None if problem is None else problem in found
+    assert tests_problem(["import math", tests]) == found
+
+
 def test_a_prompt_prints_code_only_and_says_when_it_does_not_parse(model_dir, capsys):
     assert infer_codegen.main(["--model_dir", model_dir, "--prompt", "Add.", "--max_new_tokens", "16"]) == 0
     shown = capsys.readouterr()
@@ -262,6 +294,7 @@ def test_a_file_keeps_order_and_marks_lines_that_cannot_be_done(model_dir, tmp_p
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [json.dumps({"prompt": "Add.", "id": 1}), "broken", json.dumps({"input": "Sub."}), json.dumps({"id": 4})]
     lines += [json.dumps({"prompt": "word " * 2000}), json.dumps({"prompt": "x", "tests": 3})]
+    lines += [json.dumps({"prompt": "x", "tests": "def test_x():\n    assert x()"})]
     source.write_text("\n".join(lines) + "\n")
     argv = [
         "--model_dir",
@@ -282,6 +315,7 @@ def test_a_file_keeps_order_and_marks_lines_that_cannot_be_done(model_dir, tmp_p
         None,
         "no_prompt",
         "too_long",
+        "bad_tests",
         "bad_tests",
     ]
     assert set(rows[0]) == {"prompt", "id", "code", "plan", "parses"}
@@ -331,6 +365,7 @@ def test_prepare_leaves_out_what_fails_and_splits_by_task(tmp_path):
         ("infer_codegen.py", ["--model_dir", "x", "--prompt", " "], "--prompt is empty"),
         ("infer_codegen.py", ["--model_dir", "x", "--prompt", "x", "--n", "2", "--temperature", "0"], "same answer"),
         ("infer_codegen.py", ["--model_dir", "x", "--prompt", "x", "--tests", "no.py"], "no.py"),
+        ("infer_codegen.py", ["--model_dir", "x", "--prompt", "x", "--tests", os.devnull], "can fail"),
         ("eval_codegen.py", ["--model_dir", "x", "--k", "2"], "--k"),
         ("eval_codegen.py", [], "--references"),
         ("eval_codegen.py", ["--model_dir", "x", "--data", "no.jsonl"], "no.jsonl"),
