@@ -19,7 +19,7 @@ from decimal import Decimal
 from typing import Any
 
 from common import InputError, hash_share, read_json, read_jsonl, run_script, write_parts
-from decoding import pointer_of, validator_class
+from decoding import checked_validator, pointer_of
 from idp import compact_json, expected_of, idp_prompt
 
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 < args.val_share < 1 or args.broken_copies < 0:
         raise InputError("--val_share is a share between 0 and 1, --broken_copies at least 0")
     schema = read_json(args.schema)
-    validator = validator_class(schema, args.schema)(schema)
+    validator = checked_validator(schema, args.schema)
     parts: dict[str, list[dict]] = {"sft": [], "validation": []}
     groups: dict[str, set[str]] = {"sft": set(), "validation": set()}
     choose = random.Random(args.split_seed)
