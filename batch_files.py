@@ -93,7 +93,7 @@ def run_file(
         while lines := list(islice(rest, chunk)):
             for row in work(lines):
                 failed += "error" in row
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             out.flush()
             bar.update(len(lines))
     failed = sum(gather(failed))
@@ -177,7 +177,7 @@ class AnswerFile:
             tqdm(total=total, initial=len(self.answers), desc=name, unit="row", file=sys.stderr) as bar,
         ):
             for number, answer in answers:
-                out.write(json.dumps({"row": number} | answer, ensure_ascii=False) + "\n")
+                out.write(json.dumps({"row": number} | answer, ensure_ascii=False, allow_nan=False) + "\n")
                 out.flush()
                 self.answers[number] = answer
                 bar.update()

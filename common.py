@@ -131,10 +131,10 @@ def seed_number(text: str) -> int:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError for what is none or could not be written back: NaN, infinity, half
-    a surrogate pair, nesting too deep for Python."""
+    """The value of a JSON text. Raises ValueError for what is none or could not be written back: NaN, infinity, what
+    is read as infinity (1e999), half a surrogate pair, nesting too deep for Python."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -146,6 +146,12 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    if (value := float(text)) in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file. Raises InputError if it cannot be read or is not JSON."""
     try:
@@ -155,7 +161,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
-    """Objects of a JSONL file, each with the `required` fields as non-empty strings.
+    """Objects of a JSONL file, each with the `required` fields as non-empty strings; "a|b" is a, or b in its place.
 
     Raises InputError naming file, line number, what is missing and what was found, for the first bad line and with
     a count of the others. Blank lines are skipped.
@@ -172,10 +178,13 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
         if not isinstance(row, dict):
             problems.append(f"line {number} is {type(row).__name__}, not an object")
             continue
-        for field in required:
+        for fields in required:
+            names = fields.split("|")
+            field = next((name for name in names if name in row), names[0])
             if not isinstance(row.get(field), str) or not row[field].strip():
                 found = json.dumps(row[field])[:40] if field in row else f"fields {sorted(row)}"
-                problems.append(f'line {number} needs "{field}" as a non-empty string, found {found}')
+                wanted = " or ".join(f'"{name}"' for name in names)
+                problems.append(f"line {number} needs {wanted} as a non-empty string, found {found}")
         rows.append(row)
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""

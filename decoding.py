@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from itertools import count, product
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ _SINGLE = (
     "contains",
     "propertyNames",
 )
+_REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
+_IN_PLACE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")  # they look at the same part of a document
 # Numbers without a limit get this one in the grammar, which also rules out exponents: 1e999 is read as infinity.
 LARGEST = 1e15
 
@@ -77,18 +80,81 @@ def pointer_of(error: Any) -> str:
     return "/" + "/".join(str(part) for part in error.absolute_path)
 
 
-def validator_class(schema: Any, name: str) -> Any:
-    """jsonschema's class for the schema's draft. Raises InputError where the schema itself is invalid."""
+def broken_rule(validator: Any, value: Any) -> str:
+    """How a value of a model breaks the schema or cannot be written as JSON, '' where it does neither."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        problem = next(iter(validator.iter_errors(value)), None)
+    except Exception as error:  # nested too deep, a number too large, ...: one answer must not end a run over many
+        return f"cannot be checked ({type(error).__name__})"
+    return f"breaks {problem.validator} at {pointer_of(problem)}" if problem else ""
+
+
+def checked_validator(schema: Any, name: str) -> Any:
+    """A jsonschema validator of the schema's draft that looks at formats too and never fetches anything.
+
+    Raises InputError where the schema is invalid, or a reference in it leads nowhere or in a circle."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
+    from referencing import Registry
 
+    if not isinstance(schema, dict | bool):
+        raise InputError(f"{name}: no JSON Schema: an object is needed, found {json.dumps(schema)[:40]}")
+    if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+        raise InputError(f"{name}: invalid at /$schema: a text is needed, found {json.dumps(schema['$schema'])[:40]}")
     kind = validator_for(schema, default=Draft202012Validator)
     try:
         kind.check_schema(schema)
     except SchemaError as error:
         raise InputError(f"{name}: invalid at {pointer_of(error)}: {error.message[:200]}") from None
-    return kind
+    except RecursionError:
+        raise InputError(f"{name}: nested too deep") from None
+    _check_references(schema, kind, name)
+    return kind(schema, format_checker=kind.FORMAT_CHECKER, registry=Registry())  # by default it fetches addresses
+
+
+def _check_references(schema: Any, kind: type, name: str) -> None:
+    """Raises InputError for a reference that leads to no schema in this file or among the drafts' own, and for one
+    that comes back to itself without a step into the document, where validation would never end."""
+    from jsonschema_specifications import REGISTRY
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import specification_with
+
+    draft = specification_with(kind.ID_OF(kind.META_SCHEMA))
+    todo = [("", schema, REGISTRY.resolver_with_root(draft.create_resource(schema)))]
+    places: dict[int, str] = {}
+    same_part: dict[int, list[int]] = {}  # schemas by identity, and those that look at the same part of a document
+    while todo:
+        start, tree, resolver = todo.pop()
+        resolvers = {start: resolver}  # an inner $id changes what references are relative to
+        for pointer, part in subschemas(tree, start):
+            if pointer != start:
+                above = next(r for n in (1, 2) if (r := resolvers.get(pointer.rsplit("/", n)[0])))
+                resolvers[pointer] = above.in_subresource(draft.create_resource(part))
+            if id(part) in places:
+                continue
+            places[id(part)] = pointer
+            inner = []
+            for value in (part.get(key) for key in _IN_PLACE):
+                inner += value if isinstance(value, list) else [value]
+            for key in _REFERENCES & part.keys():
+                try:
+                    found = resolvers[pointer].lookup(part[key])
+                except (Unresolvable, ValueError, TypeError, AttributeError):
+                    found = None
+                if found is None or not isinstance(found.contents, dict | bool):
+                    shown = json.dumps(part[key])[:100]
+                    raise InputError(f"{name}: {pointer}/{key}: {shown} is no schema in this file; nothing is fetched")
+                inner.append(found.contents)
+                target = part[key][1:] if part[key].startswith("#/") else f"{pointer}/{key}"
+                todo.append((target, found.contents, found.resolver))
+            same_part[id(part)] = [id(item) for item in inner if isinstance(item, dict)]
+    try:
+        TopologicalSorter(same_part).prepare()
+    except CycleError as error:
+        circle = " -> ".join(places[number] or "/" for number in reversed(error.args[1]))
+        raise InputError(f"{name}: $ref in a circle: {circle}") from None
 
 
 def compile_schema(schema: Any, tokenizer: Any, name: str = "schema") -> SchemaGrammar:
@@ -96,14 +162,13 @@ def compile_schema(schema: Any, tokenizer: Any, name: str = "schema") -> SchemaG
 
     Raises InputError with the JSON pointer of what is invalid or cannot be enforced.
     """
-    kind = validator_class(schema, name)
+    validator = checked_validator(schema, name)
     removed = [f"{p}/{k}" for p, part in subschemas(schema) for k in part if k in CHECKED_AFTER]
     problem = ""
     for leave_out, limited in product(((), CHECKED_AFTER) if removed else ((),), (True, False)):
         enforced = _without(schema, leave_out)
         grammar, problem = _grammar(_with_limits(enforced) if limited else enforced, tokenizer)
         if not problem:
-            validator = kind(schema, format_checker=kind.FORMAT_CHECKER)
             return SchemaGrammar(grammar, validator, tuple(removed if leave_out else ()))
     raise InputError(f"{name}: cannot be enforced: {_blame(_without(schema, CHECKED_AFTER), problem, tokenizer)}")
 

@@ -74,10 +74,10 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def json_judge(rows: Sequence[dict], schema: Any, where: str) -> Callable[[int, str], float]:
     """judge(number, answer): -1 for what is no JSON or breaks the schema, else the F1 of its fields (see eval_idp)."""
-    from decoding import validator_class
+    from decoding import broken_rule, checked_validator
     from eval_idp import count_fields, f1_of_all
 
-    validator = validator_class(schema, where)(schema)
+    validator = checked_validator(schema, where)
     expected = [parse_json(row["output"]) for row in rows]
 
     def judge(number: int, answer: str) -> float:
@@ -85,7 +85,7 @@ def json_judge(rows: Sequence[dict], schema: Any, where: str) -> Callable[[int, 
             found = parse_json(answer)
         except ValueError:
             return -1.0
-        if not validator.is_valid(found):
+        if broken_rule(validator, found):
             return -1.0
         counts: Counter = Counter()
         count_fields(found, expected[number], counts)

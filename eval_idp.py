@@ -10,38 +10,37 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from datetime import date
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common import InputError, check_folder, file_sha256, read_jsonl, run_script, write_json, write_jsonl
-from idp import Extractor, add_extraction_flags, check_extraction_flags, expected_of
-from processes import only_one
-
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-DAY = re.compile(
-    r"(?P<y>\d{4})[-/. ](?P<m>\d{1,2})[-/. ](?P<d>\d{1,2})(?!\d)"
-    r"|(?<!\d)(?P<a>\d{1,2})[-/. ]+(?P<b>\d{1,2})[-/. ]+(?P<c>\d{4}|\d{2})(?!\d)"
-    r"|(?<!\d)(?P<d2>\d{1,2})(?:st|nd|rd|th)?[-/., ]*(?P<m2>[a-z]{3,9})[-/., ]*(?P<y2>\d{4}|\d{2})(?!\d)"
-    r"|(?P<m3>[a-z]{3,9})\.? *(?P<d3>\d{1,2})(?:st|nd|rd|th)?,? +(?P<y3>\d{4})",
-    re.IGNORECASE,
+from idp import (
+    Extractor,
+    add_extraction_flags,
+    check_extraction_flags,
+    document_of,
+    expected_of,
+    leaf_key,
+    stands_in,
 )
-NUMBER = re.compile(r"\d(?:[\d.,' ]*\d)?")
+from processes import only_one
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("models and documents").add_argument
     add("--model_dir", nargs="+", required=True, help="one or more of: base model, model folder, adapter folder")
-    add("--data", default="data/idp_validation.jsonl", help='JSONL of {"document", "expected"} (%(default)s)')
+    add(
+        "--data",
+        default="data/idp_validation.jsonl",
+        help='JSONL of {"document"|"input", "expected"|"output"} (%(default)s)',
+    )
     add("--limit", type=int, help="only the first so many documents")
     add("--by", metavar="FIELD", help="also measure apart by this field of the lines, such as layout")
     add = parser.add_argument_group("report").add_argument
@@ -56,75 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------- comparing values
 
 
-def days(text: str) -> Iterator[frozenset[date]]:
-    """The days that each date in a text can mean: with two-digit days and months both orders count."""
-    for found in DAY.finditer(text):
-        part = {name: value for name, value in found.groupdict().items() if value}
-        if "y" in part:
-            readings = [(part["y"], part["m"], part["d"])]
-        elif "a" in part:
-            readings = [(part["c"], part["b"], part["a"]), (part["c"], part["a"], part["b"])]
-        else:
-            year, month, day = (part.get(name + "2") or part.get(name + "3") for name in "ymd")
-            known = month[:3].lower() in MONTHS
-            readings = [(year, str(1 + MONTHS.index(month[:3].lower())), day)] if known else []
-        meant = set()
-        for year, month, day in readings:
-            try:
-                meant.add(date(int(year) + (2000 if len(year) == 2 else 0), int(month), int(day)))
-            except ValueError:
-                continue
-        if meant:
-            yield frozenset(meant)
-
-
-def numbers(text: str) -> set[Decimal]:
-    """The values that the numbers in a text can have: 1.234,50 and 1,234.50 are both 1234.5, 1.234 is two values."""
-    values = set()
-    for found in NUMBER.findall(text):
-        for piece in {found, *found.split(" ")}:
-            digits = re.sub(r"[' ]", "", piece)
-            for decimal, thousands in ((".", ","), (",", ".")):
-                try:
-                    values.add(abs(Decimal(digits.replace(thousands, "").replace(decimal, "."))))
-                except InvalidOperation:
-                    continue
-    return values
-
-
-def normalised(text: str) -> str:
-    """Letters and digits in lower case, one space for all else: what strings are compared by."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
-
-
-def leaf_key(name: str, value: Any) -> Any:
-    """What two values of a field are compared by. A field is a date where its name says so and its text has one."""
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, int | float):
-        return Decimal(str(value)).normalize()
-    if "date" in name.lower():
-        meant = next(days(value), None)
-        if meant:
-            return meant
-    return normalised(value)
-
-
-def stands_in(name: str, value: Any, document: str) -> bool:
-    """Whether a value can be read in the document: a number by value, a date by day, a text as it is normalised."""
-    key = leaf_key(name, value)
-    if isinstance(key, Decimal):
-        return abs(key) in numbers(document)
-    if isinstance(key, frozenset):
-        return any(key & meant for meant in days(document)) or normalised(value) in normalised(document)
-    return not key or key.replace(" ", "") in normalised(document).replace(" ", "")
-
-
 def same(name: str, a: Any, b: Any) -> bool:
-    """Whether two values of a field are the same."""
+    """Whether two values of a field are the same. Dates by day: 2018-04-03 is 03/04/2018, which can be read so, but
+    03/04/2018 is not 04/03/2018."""
     a, b = leaf_key(name, a), leaf_key(name, b)
-    if isinstance(a, frozenset) and isinstance(b, frozenset):
-        return bool(a & b) if 1 in (len(a), len(b)) else a == b
+    if isinstance(a, tuple) and isinstance(b, tuple) and 1 in (len(a), len(b)):
+        return bool(set(a) & set(b))
     return type(a) is type(b) and a == b
 
 
@@ -132,6 +68,9 @@ def count_fields(found: Any, expected: Any, counts: Counter, path: str = "") -> 
     """Add to counts[(path, 'right'|'found'|'expected')] of every leaf; returns the right ones.
 
     Items of lists are matched so that most leaves are right (Hungarian method), whatever their order."""
+    kinds = {dict if isinstance(v, dict) else list if isinstance(v, list) else str for v in (found, expected)}
+    if len(kinds) > 1 and None not in (found, expected):  # an object for a text: all of both is wrong
+        return count_fields(found, None, counts, path) + count_fields(None, expected, counts, path)
     if isinstance(found, dict) or isinstance(expected, dict):
         found, expected = (value if isinstance(value, dict) else {} for value in (found, expected))
         names = dict.fromkeys([*expected, *found])
@@ -206,8 +145,10 @@ def measure(
 ) -> dict[str, Any]:
     """Metrics of the answers ({"json"} or {"error"}) to the rows ({"document", "expected"}).
 
-    `f1` counts all fields together, `macro_f1` is the mean over fields; intervals are 95 % percentile bootstrap over
-    documents."""
+    `f1` counts all fields together, `macro_f1` is the mean over fields that have a value anywhere; intervals are 95 %
+    percentile bootstrap over documents. `exact`: an answer with all values and no others. `invention_rate`: of the
+    values that the schema does not list, those that do not stand in the document; a quantity of 1 that is meant and
+    not written is one too, so right answers may have a few."""
     each = []
     invented, read = 0, 0
     listed = set(choices_of(schema))
@@ -219,7 +160,7 @@ def measure(
             if value is not None and not isinstance(value, bool) and path not in listed:
                 read += 1
                 invented += not stands_in(path, value, row["document"])
-    paths = sorted({path for counts in each for path, _ in counts})
+    paths = sorted({path for counts in each for (path, _), number in counts.items() if number})
     table = np.array([[[c[path, k] for k in ("right", "found", "expected")] for path in paths] for c in each], float)
     table = table.reshape(len(each), len(paths), 3)
     weights = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), size=resamples)
@@ -230,7 +171,10 @@ def measure(
     fields = {path: f1_of(total, path) for path in paths}
     for i, path in enumerate(paths):
         fields[path]["interval_95"] = np.percentile(fields_f1[:, i], [2.5, 97.5]).tolist()
-    exact = [all(c[p, "right"] == c[p, "found"] == c[p, "expected"] for p, _ in c) for c in each]
+    exact = [
+        "json" in answer and all(c[p, "right"] == c[p, "found"] == c[p, "expected"] for p, _ in c)
+        for c, answer in zip(each, answers, strict=True)
+    ]
     return {
         "documents": len(rows),
         "valid": sum("json" in answer for answer in answers) / len(rows),
@@ -238,16 +182,18 @@ def measure(
         "exact": float(np.mean(exact)),
         "f1": f1_of_all(total),
         "f1_interval_95": np.percentile(all_f1, [2.5, 97.5]).tolist(),
-        "macro_f1": float(np.mean([field["f1"] for field in fields.values()])),
+        "macro_f1": float(np.mean([field["f1"] for field in fields.values()])) if fields else 0.0,
         "invention_rate": invented / read if read else 0.0,
         "fields": fields,
     }
 
 
 def read_documents(path: str, limit: int | None) -> list[dict]:
-    """Rows with "expected" as a value; in the file it may be JSON text too. Raises InputError."""
-    rows = read_jsonl(path, ("document",))[:limit]
+    """Rows with "document" and, as a value, "expected"; in the file these may be "input", a whole user turn, and
+    "output", and the answer JSON text. Raises InputError."""
+    rows = read_jsonl(path, ("document|input",))[:limit]
     for number, row in enumerate(rows, 1):
+        row["document"] = row["document"] if "document" in row else document_of(row["input"])
         row["expected"] = expected_of(row, f"{path}: row {number}")
     return rows
 

@@ -19,8 +19,19 @@ from decimal import Decimal
 from typing import Any
 
 from common import InputError, hash_share, read_json, read_jsonl, run_script, write_parts
-from decoding import pointer_of, validator_class
+from decoding import checked_validator, pointer_of
 from idp import compact_json, expected_of, idp_prompt
+
+CURRENCY = (
+    r"(?:[A-Z]{0,2}[$€£¥₹₩₺₽₫฿₱₪]|RM|kr\.?|zł|Kč|Ft|Fr\.?|SFr\.?|Rs\.?|Rp\.?|AED|ARS|AUD|BGN|BRL|CAD|CHF|CLP|CNY|COP|CZK|DKK|"
+    r"EUR|GBP|HKD|HUF|IDR|ILS|INR|ISK|JPY|KRW|MXN|MYR|NOK|NZD|PHP|PLN|RON|SAR|SEK|SGD|THB|TRY|TWD|UAH|USD|VND|ZAR)"
+)
+AMOUNT = re.compile(
+    rf"(?P<bracket>\()? *(?P<before>-)? *(?:{CURRENCY})? *(?P<inside>-)? *"
+    r"(?P<digits>[0-9]{1,3}(?:[ '][0-9]{3})+(?:[.,][0-9]+)?|[0-9.,]*[0-9])"
+    rf" *(?P<after>-)? *(?:{CURRENCY})? *(?P<closing>\))?",
+    re.IGNORECASE,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,6 +53,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def number_in(text: str) -> Decimal | None:
+    """The number that a text is, a currency beside it or not; None where it is none, or could be several.
+
+    A comma stands before groups of three digits (1,007.50) or, where these it cannot be, before decimals (1,50;
+    1.007,50; 0,125). Brackets, or a minus on either side, make it negative."""
+    found = AMOUNT.fullmatch(text.replace("\xa0", " ").replace("\u2212", "-").strip())
+    minus = [found[name] for name in ("bracket", "before", "inside", "after") if found[name]] if found else []
+    if not found or len(minus) > 1 or bool(found["bracket"]) != bool(found["closing"]):
+        return None
+    digits = re.sub("[ ']", "", found["digits"])
+    if re.fullmatch(r"(\d*\.)?\d+|[1-9]\d{0,2}(,\d{3})+(\.\d+)?", digits):
+        digits = digits.replace(",", "")
+    elif re.fullmatch(r"0,\d+|\d+,(\d{1,2}|\d{4,})|[1-9]\d{0,2}(\.\d{3})+,\d+|[1-9]\d{0,2}(\.\d{3}){2,}", digits):
+        digits = digits.replace(".", "").replace(",", ".")
+    else:
+        return None
+    return -Decimal(digits) if minus else Decimal(digits)
+
+
 def in_schema_form(value: Any, schema: Any) -> Any:
     """The answer with the schema's order of keys and types of numbers; what cannot be converted stays as it is."""
     if not isinstance(schema, dict):
@@ -58,11 +88,10 @@ def in_schema_form(value: Any, schema: Any) -> Any:
         return value
     if not value.strip() and "null" in types:
         return None
-    found = re.fullmatch(r"[^\d-]*(-?\d[\d,]*\.?\d*)\D*", value)
-    if found and {"number", "integer"} & set(types):
-        number = Decimal(found[1].replace(",", ""))
-        return int(number) if number == int(number) else float(number)
-    return value
+    number = number_in(value) if {"number", "integer"} & set(types) else None
+    if number is None:
+        return value
+    return int(number) if number == int(number) else float(number)
 
 
 def texts_of(value: Any) -> Iterator[str]:
@@ -99,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 < args.val_share < 1 or args.broken_copies < 0:
         raise InputError("--val_share is a share between 0 and 1, --broken_copies at least 0")
     schema = read_json(args.schema)
-    validator = validator_class(schema, args.schema)(schema)
+    validator = checked_validator(schema, args.schema)
     parts: dict[str, list[dict]] = {"sft": [], "validation": []}
     groups: dict[str, set[str]] = {"sft": set(), "validation": set()}
     choose = random.Random(args.split_seed)

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 from batch_files import check_files, parse_line, run_file
 from common import InputError, file_sha256, model_fingerprint, read_text, run_script
-from idp import Extractor, add_extraction_flags, check_extraction_flags
+from idp import Extractor, add_extraction_flags, check_extraction_flags, document_of
 from processes import only_one
+
+SUFFIXES = "txt|text|md|log|json|jsonl|csv|tsv|pdf|html?|xml|eml|rtf|docx?|odt|xlsx?|png|jpe?g|tiff?"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_dir", required=True, help="base model id, model folder or adapter folder")
     add = parser.add_argument_group("documents").add_argument
     add("--document", help="a text, a file's name, or - for standard input")
-    add("--input", help='JSONL of {"document"} (or {"input"})')
+    add("--input", help='JSONL of {"document"} (or {"input"}, which may be a whole user turn)')
     add("--output", help='JSONL to write: each input object with "json" and "truncated" added, in the same order')
     add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's .part file")
     add_extraction_flags(parser)
@@ -36,13 +39,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_document(given: str) -> str:
-    """The text of --document: standard input, a file, or the text itself. Raises InputError."""
+    """The text of --document: standard input, a file, or the text itself. Raises InputError, also for what looks like
+    the name of a file that is not there: taken as a text it would get an answer, and a wrong one."""
     if given == "-":
         text = sys.stdin.read()
-    elif "\n" not in given and len(given) < 1000 and Path(given).is_file():
+    elif os.path.isfile(given):
         text = read_text(given)
-    elif re.fullmatch(r"\S*/\S*|\S+\.\w{2,4}", given):
-        raise InputError(f"--document {given}: no such file")
+    elif os.path.isdir(given):
+        raise InputError(f"--document {given}: is a folder; give one file, or a JSONL file of documents to --input")
+    elif looks_like_path(given):
+        raise InputError(f"--document {given}: no such file (if it is the text itself, give --document - and pipe it)")
     else:
         text = given
     if not text.strip():
@@ -50,11 +56,24 @@ def read_document(given: str) -> str:
     return text
 
 
+def looks_like_path(given: str) -> bool:
+    """One line that ends like a file's name, begins like a path, is one word with a slash, or is in a folder there."""
+    if "\n" in given or len(given) >= 1000:
+        return False
+    one_word = re.fullmatch(r"\S+", given) and re.search(r"[^\W\d_]", given)
+    return bool(
+        re.search(rf"\.({SUFFIXES})$", given, re.IGNORECASE)
+        or re.match(r"(~|\.{0,2})/\S", given)
+        or (one_word and ("/" in given or re.search(r"\w\.[A-Za-z]\w{0,5}$", given)))
+        or ("/" in given and os.path.isdir(os.path.dirname(given)))
+    )
+
+
 def work_lines(extractor: Extractor, lines: list[str]) -> list[dict]:
     """The output object of each input line, in order."""
     results = [parse_line(line, ("document", "input")) for line in lines]
     good = [i for i, (_, document) in enumerate(results) if document is not None]
-    for i, answer in zip(good, extractor.extract([results[i][1] for i in good]), strict=True):
+    for i, answer in zip(good, extractor.extract([document_of(results[i][1]) for i in good]), strict=True):
         results[i][0].update(answer)
     return [row for row, _ in results]
 

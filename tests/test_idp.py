@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -13,11 +14,12 @@ import eval_idp
 import idp
 import idp_prepare
 import infer_idp
+from batch_files import parse_line, run_file
 from common import InputError, load_model, preparation
 from conftest import run_cli
-from decoding import JsonDecoder, compile_schema, grammar_tokenizer, subschemas
-from eval_idp import count_fields, days, numbers, same, stands_in
-from idp import Extractor, compact_json, idp_prompt, pages_of
+from decoding import JsonDecoder, checked_validator, compile_schema, grammar_tokenizer, subschemas
+from eval_idp import count_fields, measure, same
+from idp import Extractor, compact_json, days, idp_prompt, joined, numbers, pages_of, stands_in
 
 INVOICE = {
     "type": "object",
@@ -203,6 +205,72 @@ def test_what_is_invalid_or_cannot_be_enforced_is_named_by_its_pointer(decoder, 
         compile_schema(schema, decoder.grammar_tokenizer)
 
 
+CIRCLE = {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (5, "an object is needed, found 5"),
+        (None, "found null"),
+        ([], "found []"),
+        ({"$schema": 5}, "/$schema"),
+        ({"$schema": []}, "/$schema"),
+        ({"properties": {"a": {"$ref": "#/$defs/no"}}}, '/properties/a/$ref: "#/$defs/no" is no schema in this file'),
+        ({"$ref": "https://example.com/x.json"}, '/$ref: "https://example.com/x.json" is no schema in this file'),
+        ({"type": "integer", "not": {"$ref": "http://127.0.0.1:9/x"}}, "/not/$ref"),
+        ({"if": {"$ref": "#/$defs/no"}, "then": {}}, "/if/$ref"),
+        ({"$ref": "#/other/a", "other": {"a": {"items": {"$ref": "#/other/b"}}}}, "/other/a/items/$ref"),
+        ({"$ref": "#/enum/0", "enum": [5]}, "/$ref"),
+        ({"$ref": "http://["}, "/$ref"),
+        ({"$ref": "#"}, "$ref in a circle: / -> /"),
+        ({"anyOf": [{"type": "null"}, {"$ref": "#"}]}, "$ref in a circle: / -> /anyOf/1 -> /"),
+        ({"$defs": CIRCLE}, "$ref in a circle: /$defs/a -> /$defs/b -> /$defs/b/allOf/0 -> /$defs/a"),
+        ({"type": "array", "items": {"$defs": CIRCLE, "$ref": "#/items/$defs/a"}}, "/$defs/b is no schema"),
+    ],
+)
+def test_references_that_lead_nowhere_or_in_a_circle_are_refused_without_a_look_at_the_network(
+    schema, message, monkeypatch
+):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_: pytest.fail("something was fetched"))
+    with pytest.raises(InputError) as caught:
+        checked_validator(schema, "s.json")
+    assert message.replace("/$defs/b is no schema", '"#/$defs/b" is no schema') in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"items": {"$ref": "#"}, "type": "array"}, [[]], [5]),
+        ({"$ref": "#/$defs/a%25~1b", "$defs": {"a%/b": {"type": "null"}}}, None, 5),
+        ({"$ref": "#x", "$defs": {"q": {"$anchor": "x", "type": "null"}}}, None, 5),
+        ({"$id": "http://x/a", "$ref": "b", "$defs": {"q": {"$id": "b", "$ref": "#/n", "n": {"const": 1}}}}, 1, 2),
+        ({"$ref": "http://json-schema.org/draft-07/schema#"}, {"type": "null"}, {"type": 5}),
+    ],
+)
+def test_references_that_lead_somewhere_are_followed(schema, right, wrong):
+    validator = checked_validator(schema, "s.json")
+    assert validator.is_valid(right) and not validator.is_valid(wrong)
+
+
+def test_an_answer_that_cannot_be_checked_is_an_error_of_its_own(decoder):
+    answers = extractor(decoder, SCHEMAS["recursive"])
+    assert "json" in answers.checked('{"k":' * 20 + "{}" + "}" * 20, False)
+    for depth in (400, 100_000):
+        answer = answers.checked('{"k":' * depth + "{}" + "}" * depth, False)
+        assert answer["error"]["code"] == "invalid"
+    answers = extractor(decoder, {"type": "number", "multipleOf": 0.5})
+    for text in ("1e999", "-1e999", "1" + "0" * 400, "NaN"):
+        assert answers.checked(text, False)["error"]["code"] == "invalid"
+
+
+def test_a_schema_file_that_is_no_schema_is_wrong_input(model_dir, tmp_path):
+    path = tmp_path / "schema.json"
+    path.write_text("null")
+    with pytest.raises(InputError, match="an object is needed, found null"):
+        infer_idp.main(["--model_dir", model_dir, "--schema", str(path), "--document", "x"])
+
+
 def test_a_property_named_like_a_keyword_is_no_keyword():
     schema = {"properties": {"not": {"type": "string"}, "if": {"items": {"enum": ["not"]}}}}
     assert [pointer for pointer, _ in subschemas(schema)] == [
@@ -228,7 +296,7 @@ def test_a_document_longer_than_the_context_is_refused_with_the_numbers(decoder)
 def test_chunk_reads_pages_and_joins_their_lists(decoder):
     schema = {
         "type": "object",
-        "properties": {"items": {"type": "array", "items": {"enum": [1, 2, 3]}, "minItems": 1, "maxItems": 2}},
+        "properties": {"items": {"type": "array", "items": {"enum": [1, 2, 3]}, "minItems": 1}},
         "required": ["items"],
         "additionalProperties": False,
     }
@@ -237,12 +305,60 @@ def test_chunk_reads_pages_and_joins_their_lists(decoder):
     assert len(pages) > 1 and "\n".join(pages) == document
     single = [answer["json"]["items"] for answer in extractor(decoder, schema).extract(pages)]
     (answer,) = extractor(decoder, schema, chunk=True).extract([document])
-    assert answer["json"]["items"][: len(single[0])] == single[0]
-    assert set(answer["json"]["items"]) == {item for items in single for item in items}
+    assert answer["json"]["items"] == [item for items in single for item in items]
+
+
+def test_values_come_from_the_page_where_they_stand_and_lists_are_joined_at_any_depth():
+    pages = ["ACME Ltd, No. 7\nPen 2.00\n1.1", "\fInk 3.00\nPen 2.00", "\fTotal due: 7.00 EUR of 4 March 2024"]
+    item = [{"n": "Pen", "p": 2}, {"n": "Ink", "p": 3}]
+    answers = [
+        {"vendor": "ACME Ltd", "total": 2.5, "sums": {"due": 5, "lines": [item[0]]}, "paid": None, "note": None},
+        {"vendor": "Pen Ltd", "total": 5, "sums": {"due": 5, "lines": [item[1], item[0]]}, "paid": True, "note": "x"},
+        {
+            "vendor": "ACME",
+            "total": 7,
+            "sums": {"due": 7, "lines": []},
+            "date": "2024-03-04",
+            "paid": None,
+            "note": "",
+        },
+    ]
+    assert joined(answers, pages) == {
+        "vendor": "ACME Ltd",
+        "total": 7,  # 2.5 and 5 stand on no page
+        "sums": {"due": 7, "lines": [item[0], item[1], item[0]]},
+        "paid": None,  # nothing to read in the text: the first page's
+        "note": None,
+        "date": "2024-03-04",
+    }
+    assert joined([[1, 2], [2]], ["", ""]) == [1, 2, 2]
+    assert joined([None, [1], None], ["", "", ""]) == [1] and joined([None, 8], ["7", "8"]) == 8
+    assert joined([4, 5], ["", "x"]) == 4
+
+
+def test_what_is_not_valid_as_a_whole_says_so_and_a_page_that_failed_is_named(decoder):
+    schema = {"type": "array", "items": {"type": "integer"}, "maxItems": 2}
+    reader = extractor(decoder, schema, chunk=True)
+    answers = [{"json": [1], "truncated": False}, {"json": [1], "truncated": True}]
+    assert reader._merged(answers, ["1", "1"]) == {"json": [1, 1], "truncated": True}
+    error = reader._merged([*answers, answers[0]], ["1"] * 3)["error"]
+    assert error["message"] == "the answers of 3 pages, joined: the whole breaks maxItems at /"
+    error = reader._merged([answers[0], {"error": {"code": "no_close", "message": "m"}}], ["1", "1"])["error"]
+    assert error == {"code": "no_close", "message": "page 2 of 2: m"}
+
+
+def test_an_answer_as_long_as_the_context_is_refused_before_any_page_is_cut(decoder, model_dir, schema_file):
+    for budget, chunk in ((512, True), (512, False), (460, True), (9999, True)):
+        with pytest.raises(InputError, match=f"--max_new_tokens {budget} leave .* tokens of the context of 512"):
+            extractor(decoder, INVOICE, chunk=chunk, max_new_tokens=budget)
+    argv = ["--model_dir", model_dir, "--schema", str(schema_file), "--document", "x", "--max_new_tokens", "600"]
+    with pytest.raises(InputError, match="--max_new_tokens 600 leave 0 tokens"):
+        infer_idp.main(argv)
 
 
 def test_pages_end_at_form_feeds_and_a_line_without_end_is_cut():
     assert pages_of("a\fb", lambda text: True) == ["a", "\fb"]
+    assert pages_of("one\n\f\n \n\ftwo\n\f", lambda text: True) == ["one\n", "\ftwo\n"]
     assert all(len(page) <= 10 for page in pages_of("word " * 9, lambda text: len(text) <= 10))
 
 
@@ -254,11 +370,19 @@ def test_numbers_and_days_of_a_text():
     from decimal import Decimal
 
     assert {Decimal("1234.5"), Decimal("3"), Decimal("1007.50")} <= numbers("1.234,50 and 3 of RM1,007.50")
+    assert numbers("3 2 169,75   1\xa0200.50 2 125 250,00 1'000") >= {
+        Decimal(text) for text in ("3", "2169.75", "1200.50", "125250", "1000")
+    }
+    assert Decimal(53) not in numbers("5 3") and Decimal(11234) not in numbers("1 1 234")
     (meant,) = days("on 03/04/2024")
-    assert meant == {date(2024, 3, 4), date(2024, 4, 3)}
+    assert meant == (date(2024, 4, 3), date(2024, 3, 4))
     for text in ("25 Dec 2018", "25-DEC-18", "December 25, 2018", "2018-12-25", "25.12.18", "25/12/2018 8:13"):
-        assert list(days(text)) == [{date(2018, 12, 25)}], text
-    assert not list(days("99/99/2018 and 12.50"))
+        assert list(days(text)) == [(date(2018, 12, 25),)], text
+    for text in ("13. März 2023", "13 mars 2023", "13. Mrz. 2023", "13.Ma\u0308rz 2023"):
+        assert list(days(text)) == [(date(2023, 3, 13),)], text
+    for text, month in {"1 oktober": 10, "4. Mai": 5, "1er août": 8, "16 juillet": 7, "2 juin": 6, "9 maj": 5}.items():
+        assert [day[0].month for day in days(f"{text} 2022")] == [month], text
+    assert not list(days("99/99/2018 and 12.50")) and not list(days("12 Market 2018"))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +392,21 @@ def test_numbers_and_days_of_a_text():
         ("total", 0.1, 0.10000001, False),
         ("date", "25/12/2018", "2018-12-25", True),
         ("date", "03/04/2018", "2018-04-03", True),
-        ("date", "03/04/2018", "04/03/2018", True),
+        ("date", "03/04/2018", "03-04-2018", True),
+        ("date", "03/04/2018", "04/03/2018", False),
+        ("invoice_date", "25/12/2018", "2018-12-25", True),
+        ("a.dateOfIssue", "25/12/2018", "2018-12-25", True),
+        ("due-date", "25/12/2018", "2018-12-25", True),
+        ("candidate", "12/03/2019 Bob", "12/03/2019 Eve", False),
+        ("updated_note", "3 May 2020 first", "3 May 2020 second", False),
+        ("currency", "$", "€", False),
+        ("currency", " € ", "€", True),
+        ("delta", "-5", "5", False),
+        ("delta", "\u22125", "-5", True),
+        ("language", "C++", "C", False),
+        ("language", "c#", "C#", True),
+        ("number", "INV-1-2", "INV 1 2", True),
+        ("name", "café", "cafe\u0301", True),
         ("date", "13/04/2018", "14/04/2018", False),
         ("company", "ABC  Sdn. Bhd", "abc sdn bhd.", True),
         ("company", "ABC", "ABD", False),
@@ -296,17 +434,134 @@ def test_a_missing_answer_counts_against_recall_alone():
     assert result["valid"] == result["exact"] == 0.5 and result["invention_rate"] == 0
 
 
+def test_items_that_were_not_found_count_against_recall():
+    """Items found and expected, one apart: p and q expected, p found, then nothing found at all."""
+    counts: Counter = Counter()
+    count_fields({"items": [{"n": "p"}]}, {"items": [{"n": "p"}, {"n": "q"}]}, counts)
+    count_fields({"items": []}, {"items": [{"n": "r"}, {"n": "s"}]}, counts)
+    count_fields({}, {"items": [{"n": "t"}]}, counts)
+    assert [counts["items[].n", kind] for kind in ("right", "found", "expected")] == [1, 1, 5]
+    counts = Counter()
+    assert count_fields({"a": {}, "b": []}, {"a": "x", "b": {"c": 1}}, counts) == 0  # another kind of value
+    assert counts["a", "expected"] == counts["b.c", "expected"] == 1
+
+
+def test_measures_by_hand():
+    rows = [
+        {"document": "x: p, q", "expected": {"a": "x", "b": None, "items": [{"n": "p"}, {"n": "q"}]}},
+        {"document": "y: r", "expected": {"a": "y", "b": None, "items": [{"n": "r"}]}},
+        {"document": "w", "expected": {"a": "w", "b": None, "items": []}},
+    ]
+    answers = [
+        {"json": {"a": "x", "b": None, "items": [{"n": "p"}]}, "truncated": True},
+        {"json": {"a": "z", "b": None, "items": [{"n": "r"}]}, "truncated": False},
+        {"json": {"a": "w", "b": None, "items": []}, "truncated": False},
+    ]
+    found = measure(rows, answers, {}, 100)
+    assert set(found["fields"]) == {"a", "items[].n"}  # b has no value anywhere
+    a, n = found["fields"]["a"], found["fields"]["items[].n"]
+    assert (a["precision"], a["recall"], a["f1"], a["expected"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3, 3))
+    assert (n["precision"], n["recall"], n["f1"], n["expected"]) == pytest.approx((1, 2 / 3, 4 / 5, 3))
+    assert found["f1"] == pytest.approx(8 / 11)  # 4 right, 5 found, 6 expected
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert found["exact"] == pytest.approx(1 / 3) and found["truncated"] == pytest.approx(1 / 3)
+    assert found["invention_rate"] == pytest.approx(1 / 5)  # of x, p, z, r, w the z
+
+
+def test_intervals_are_those_of_the_binomial_distribution():
+    """8 of 16 documents right, one value each: of 16 draws with p = 1/2 at most 3 are right in 1.1 % of cases and at
+    most 4 in 3.8 %, so the 2.5 % percentile is 4/16."""
+    rows = [{"document": "1", "expected": {"a": 1}}] * 16
+    found = measure(rows, [{"json": {"a": 1 + i % 2}} for i in range(16)], {}, 4000)
+    assert found["f1"] == 0.5 and found["f1_interval_95"] == [0.25, 0.75]
+    assert found["fields"]["a"]["interval_95"] == [0.25, 0.75]
+    assert measure(rows, [{"json": {"a": 1}}] * 16, {}, 100)["f1_interval_95"] == [1, 1]
+
+
+def test_exact_needs_an_answer_with_all_values_and_no_others():
+    def exact(answer, **expected):
+        return measure([{"document": "x", "expected": expected}], [answer], {}, 5)["exact"]
+
+    assert exact({"error": {}}, note=None) == exact({"error": {}}, items=[]) == 0
+    assert exact({"json": {}}, note=None) == exact({"json": {"note": None, "l": []}}) == 1
+    assert exact({"json": {"note": "a", "more": "b"}}, note="a") == exact({"json": {"a": {}}}, a="x") == 0
+    assert measure([{"document": "x", "expected": {}}], [{"json": {}}], {}, 5)["macro_f1"] == 0  # nothing to measure
+
+
+def test_the_right_answers_of_the_example_data_are_no_inventions():
+    rows = eval_idp.read_documents("data/idp_validation.jsonl", None)
+    schema = json.loads(Path("data/idp_schema.json").read_text())
+    found = measure(rows, [{"json": row["expected"]} for row in rows], schema, 2)
+    assert found["exact"] == found["macro_f1"] == 1
+    assert found["invention_rate"] < 0.003  # quantities of 1 that are not written
+
+
 def test_inventions_are_values_that_do_not_stand_in_the_document():
     document = "ACME  Sdn. Bhd\nDate: 25/12/2018\nTotal RM 1,007.50"
     assert stands_in("company", "Acme Sdn Bhd", document) and not stands_in("company", "Acme Inc", document)
     assert stands_in("total", 1007.5, document) and not stands_in("total", 1007.6, document)
     assert stands_in("date", "2018-12-25", document) and not stands_in("date", "2018-12-26", document)
+    assert stands_in("currency", "€", "5 €") and not stands_in("currency", "$", "5 €")
+    assert stands_in("delta", "-5", "total -5") and stands_in("name", "café", "CAFE\u0301 5")
+    assert not stands_in("paid", True, document) and not stands_in("paid", None, document)
     schema = {"properties": {"currency": {"enum": ["MYR"]}}}
     rows = [{"document": document, "expected": {"currency": "MYR"}}]
     assert eval_idp.measure(rows, [{"json": {"currency": "MYR"}}], schema, 10)["invention_rate"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_what_looks_like_a_file_that_is_not_there_is_no_document(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "invoices").mkdir()
+    (tmp_path / "may 2024").write_text("INVOICE 5")
+    for given in (
+        *("march invoices/may 2024.txt", "docs.jsonl", "scan 7.PDF", "invoices/may 2024", "a/b", "/no/such file"),
+        *("~/x", "./x y", "invoice.txt", "C:\\docs\\may.txt"),
+    ):
+        with pytest.raises(InputError, match=r"no such file .*give --document - and pipe it"):
+            infer_idp.read_document(given)
+    with pytest.raises(InputError, match="is a folder"):
+        infer_idp.read_document("invoices")
+    assert infer_idp.read_document("may 2024") == "INVOICE 5"
+    for given in ("Total:5.00", "12/05/2024", "N/A 5", "Net / Gross 5.00", "x" * 5000, "see a.txt\nTotal 5"):
+        assert infer_idp.read_document(given) == given
+
+
+def test_a_number_that_is_read_as_infinity_is_refused_in_rows_and_never_written(tmp_path):
+    row, text = parse_line('{"document": "x", "id": 1e999}', ("document",))
+    assert text is None and "1e999 is too large" in row["error"]["message"]
+    assert parse_line('{"document": "x", "id": 1e308}', ("document",))[1] == "x"
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        work = [{"score": float("inf")}]
+        run_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", 1, {}, 1, lambda lines: work)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_training_rows_can_be_evaluated_and_the_instruction_comes_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    turn = idp_prompt("INVOICE 7\n  Total 5")
+    lines = [{"input": turn, "output": '{"total":5}'}, {"document": "A", "input": "B", "expected": {}, "output": 5}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    first, second = eval_idp.read_documents(str(path), None)
+    assert first["document"] == "INVOICE 7\n  Total 5" and first["expected"] == {"total": 5}
+    assert idp_prompt(first["document"]) == turn
+    assert second["document"] == "A" and second["expected"] == {}
+    path.write_text('{"text": "x", "expected": 1}')
+    with pytest.raises(InputError, match='line 1 needs "document" or "input" as a non-empty string'):
+        eval_idp.read_documents(str(path), None)
+    path.write_text('{"input": "x"}')
+    with pytest.raises(InputError, match='row 1 has no "expected" \\(or "output"\\)'):
+        eval_idp.read_documents(str(path), None)
+
+    class Echo:
+        def extract(self, documents):
+            return [{"json": document} for document in documents]
+
+    (row,) = infer_idp.work_lines(Echo(), [json.dumps({"input": turn})])
+    assert row["json"] == "INVOICE 7\n  Total 5" and row["input"] == turn
 
 
 @pytest.fixture
@@ -403,6 +658,31 @@ def test_prepare_brings_answers_into_the_schema_and_keeps_groups_together(tmp_pa
     assert sft[0]["input"].startswith(idp_prompt("d")[:10])
     noted = preparation(str(tmp_path / "idp_sft.jsonl"))  # where the trainers take the split from
     assert noted["split_seed"] == 0 and noted["source"]["file"] == str(tmp_path / "src.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *[("RM 1,007.50", 1007.5), ("RM1007.50", 1007.5), ("$8.20", 8.2), ("-1.73", -1.73), ("9.00", 9), (".50", 0.5)],
+        *[("1,50", 1.5), ("12,50 EUR", 12.5), ("1.234,50", 1234.5), ("0,125", 0.125), ("1 234,50", 1234.5)],
+        *[("1,234", 1234), ("1,234,567.8", 1234567.8), ("1'234.50", 1234.5), ("1.234", 1.234)],
+        *[("(5.00)", -5), ("(RM 5.00)", -5), ("5.00-", -5), ("-$5", -5), ("$-5", -5), ("\u22125", -5)],
+        *[(text, None) for text in ("INV5", "1,2,3", "1e5", "0.5.1", "12,34,567", "1234,567", "(5", "-(5)", "5.-")],
+        *[(text, None) for text in ("5 or 6", "Total 5", "-", "", "12/05/2024", "1,50,5")],
+    ],
+)
+def test_texts_are_numbers_only_where_they_can_be_read_in_one_way(text, number):
+    found = idp_prepare.in_schema_form(text, {"type": "number"})
+    assert found == (text if number is None else number) and type(found) is not bool
+
+
+def test_an_answer_that_cannot_be_read_as_a_number_is_refused_with_its_row(tmp_path):
+    (tmp_path / "s.json").write_text('{"type": "object", "properties": {"total": {"type": "number"}}}')
+    rows = [{"document": "a", "expected": {"total": text}} for text in ("1,50", "INV5")]
+    (tmp_path / "src.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--src", tmp_path / "src.jsonl", "--schema", tmp_path / "s.json", "--outdir", tmp_path / "out"]
+    with pytest.raises(InputError, match=r'row 2: "expected" breaks the schema at /total: .INV5. is not'):
+        idp_prepare.main([*map(str, argv)])
 
 
 def test_broken_copies_break_values_and_nothing_else():
