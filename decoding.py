@@ -29,7 +29,7 @@ CHECKED_AFTER = (
     *("uniqueItems", "contains", "minContains", "maxContains", "not", "if", "then", "else", "propertyNames"),
     *("dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
 )
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _SINGLE = (
     "items",
@@ -43,7 +43,7 @@ _SINGLE = (
     "propertyNames",
 )
 _REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
-_IN_PLACE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")  # they look at the same part of a document
+_IN_PLACE = {"allOf", "anyOf", "oneOf", "not", "if", "then", "else"}  # they look at the same part of a document
 # Numbers without a limit get this one in the grammar, which also rules out exponents: 1e999 is read as infinity.
 LARGEST = 1e15
 
@@ -136,8 +136,10 @@ def _check_references(schema: Any, kind: type, name: str) -> None:
                 continue
             places[id(part)] = pointer
             inner = []
-            for value in (part.get(key) for key in _IN_PLACE):
-                inner += value if isinstance(value, list) else [value]
+            for key in _IN_PLACE & part.keys():
+                inner += part[key] if isinstance(part[key], list) else [part[key]]
+            for key in ("dependentSchemas", "dependencies"):
+                inner += part[key].values() if isinstance(part.get(key), dict) else ()
             for key in _REFERENCES & part.keys():
                 try:
                     found = resolvers[pointer].lookup(part[key])

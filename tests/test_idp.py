@@ -225,6 +225,8 @@ CIRCLE = {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}}
         ({"$ref": "http://["}, "/$ref"),
         ({"$ref": "#"}, "$ref in a circle: / -> /"),
         ({"anyOf": [{"type": "null"}, {"$ref": "#"}]}, "$ref in a circle: / -> /anyOf/1 -> /"),
+        ({"dependentSchemas": {"a": {"$ref": "#"}}}, "$ref in a circle: / -> /dependentSchemas/a -> /"),
+        ({"dependencies": {"a": {"$ref": "#/no"}, "b": ["c"]}}, "/dependencies/a/$ref"),
         ({"$defs": CIRCLE}, "$ref in a circle: /$defs/a -> /$defs/b -> /$defs/b/allOf/0 -> /$defs/a"),
         ({"type": "array", "items": {"$defs": CIRCLE, "$ref": "#/items/$defs/a"}}, "/$defs/b is no schema"),
     ],
