@@ -263,7 +263,8 @@ def test_no_signal_comes_by_way_of_a_descriptor(left):
         "fcntl.fcntl(r, fcntl.F_SETFL, fcntl.fcntl(r, fcntl.F_GETFL) | 0x2000)\nos.write(w, b'x')\n"
     )
     off = [line for layer, line in LAYERS.items() if layer != left]
-    done = subprocess.run([sys.executable, "-c", HARNESS, program, *off], capture_output=True, text=True)
+    command = [sys.executable, "-c", HARNESS, program, *off]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(sandbox.__file__))
     assert done.returncode == 0, done.stderr
     assert left == "landlock" or "PermissionError" in done.stdout
 
