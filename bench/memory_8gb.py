@@ -1,11 +1,15 @@
 """Peak memory of real SFT, KD and DPO steps and of scoring, beside the estimate that the trainers print and refuse by.
 
-The models have the shapes of Qwen2.5-3B-Instruct and SmolLM2-135M-Instruct and random weights, built layer by layer in
-NF4, so that nothing is downloaded. Each point runs the trainer's own script, from its flags to its second optimiser
-step; only the loading of weights and the saving are replaced. The first step is a short one that leaves the
-optimiser's moments behind, so the second has everything in memory that a long run has. On CUDA the peak is that of
+The models have the shapes of Qwen2.5-3B-Instruct and SmolLM2-135M-Instruct and random weights in NF4, so nothing is
+downloaded. Each point runs the trainer's own script, from its flags to an optimiser step of two micro-batches, a short
+one and the one that is measured; only the loading of weights and the saving are replaced, and the optimiser's moments
+are there beforehand, so that the step has everything in memory that one of a long run has. On CUDA the peak is that of
 PyTorch's allocator, on a CPU that of live tensor storage (StorageTracker); the split by kind is the tracker's.
 "with_allowance" adds what libraries or a CUDA context take beside tensors.
+
+--unfilled, which --quick implies, leaves the arithmetic out: the script, TRL and autograd run as always and tensors
+are allocated and freed as always, but large ones hold no values. The peak stays within half a percent
+(tests/test_memory.py).
 
     python bench/memory_8gb.py --points 3b
 """
