@@ -156,7 +156,7 @@ def sampled(args: argparse.Namespace, prompts: Sequence[str]) -> tuple[AnswerFil
 def student_answers(args: argparse.Namespace, waiting: dict[int, str], loaded: Any) -> Iterator[tuple[int, dict]]:
     import torch
 
-    student = loaded(args.model_dir, args)
+    student = loaded(args.model_dir, args, ())  # no labels are scored, so no shift is estimated
     torch.manual_seed(args.seed)
     return student.answers(waiting, [])
 

@@ -44,7 +44,7 @@ def says(monkeypatch):
 
     def set_rule(rule) -> list[int]:
         class Student:
-            def __init__(self, model_dir, args):
+            def __init__(self, model_dir, args, turns):
                 self.n = args.n
 
             def answers(self, prompts, labels):
