@@ -84,7 +84,7 @@ def parses(code: str) -> bool:
         return False
 
 
-def tests_problem(tests: Sequence[str]) -> str | None:
+def flaw_of_tests(tests: Sequence[str]) -> str | None:
     """Why tests would say nothing of an answer, if so: no Python, or no assert, raise or call outside of functions."""
     able = False
     for test in tests:
@@ -154,7 +154,7 @@ def task_of(row: dict, where: str) -> Task:
         raise InputError(f'{where}: needs "prompt" (or "text") and "tests" (or "test_list"), or HumanEval\'s fields')
     if not all(isinstance(test, str) for test in tests):
         raise InputError(f'{where}: "tests" is a list of strings or one string')
-    if problem := tests_problem(tests):
+    if problem := flaw_of_tests(tests):
         raise InputError(f"{where}: {problem}")
     imports, code = row.get("test_imports") or [], row.get("test_setup_code") or ""
     if not isinstance(imports, list) or not all(isinstance(text, str) for text in (*imports, code)):

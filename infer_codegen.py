@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from batch_files import check_files, failed_line, parse_line, run_file
-from codegen import Coder, Task, add_codegen_flags, check_codegen_flags, tests_problem
+from codegen import Coder, Task, add_codegen_flags, check_codegen_flags, flaw_of_tests
 from common import InputError, file_sha256, model_fingerprint, read_text, run_script
 from processes import only_one
 from sandbox import SECONDS, run_programs
@@ -71,7 +71,7 @@ def work_lines(coder: Coder, lines: list[str], given_tests: list[str], args: arg
         tests = [tests] if isinstance(tests, str) else tests
         if prompt is not None and not (isinstance(tests, list) and all(isinstance(test, str) for test in tests)):
             parsed[i] = (failed_line(row, "bad_tests", '"tests" is a list of strings or one string'), None)
-        elif prompt is not None and tests and (problem := tests_problem(tests)):
+        elif prompt is not None and tests and (problem := flaw_of_tests(tests)):
             parsed[i] = (failed_line(row, "bad_tests", problem), None)
         elif prompt is not None and not coder.fits(prompt, args.plan_then_code):
             parsed[i] = (failed_line(row, "too_long", "the prompt does not fit the model's context"), None)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.seconds <= 0:
         raise InputError("--seconds is above 0")
     tests = [read_text(args.tests)] if args.tests else []
-    if tests and (problem := tests_problem(tests)):
+    if tests and (problem := flaw_of_tests(tests)):
         raise InputError(f"{args.tests}: {problem}")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if prompt is not None and not prompt.strip():

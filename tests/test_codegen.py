@@ -17,9 +17,9 @@ from codegen import (
     codegen_plan_prompt,
     codegen_prompt,
     extract_code,
+    flaw_of_tests,
     parses,
     task_of,
-    tests_problem,
 )
 from common import InputError, PromptEncoder, preparation
 from conftest import run_cli
@@ -270,9 +270,9 @@ def test_the_first_answer_that_passes_is_kept():
     ],
 )
 def test_tests_that_cannot_fail_are_refused(tests, problem):
-    found = tests_problem([tests])
+    found = flaw_of_tests([tests])
     assert found is None if problem is None else problem in found
-    assert tests_problem(["import math", tests]) == found
+    assert flaw_of_tests(["import math", tests]) == found
 
 
 def test_a_prompt_prints_code_only_and_says_when_it_does_not_parse(model_dir, capsys):
