@@ -82,7 +82,7 @@ def run_file(
     from tqdm import tqdm
 
     part, stat, mine = _part(output), source.stat(), own_share(total)
-    settings |= {"input_size": stat.st_size, "input_time": stat.st_mtime_ns}
+    settings = settings | {"input_size": stat.st_size, "input_time": stat.st_mtime_ns}
     done = _resume_point(part, settings, together=chunk)
     if done:
         print(f"{part}: going on after {done} rows", file=sys.stderr)

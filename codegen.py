@@ -54,14 +54,19 @@ def extract_code(answer: str) -> str:
     answer = inside[1] if inside else answer.split("</CODE>")[0]
     before, fence, _ = answer.partition("```")
     if fence and not parses(answer):  # a fence in a text of the code itself is none
-        # Code before a fence is the answer, whole or as the body of a function; a bare word is a heading.
-        code_before = parses(before) or parses(f"if True:\n{before}")
-        if code_before and not re.fullmatch(r"\s*\w+[:.]?\s*", before):
+        if _bare_code(before):
             answer = before
         else:
             blocks = re.findall(r"```[^\S\n]*[\w+.-]*[^\S\n]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
             answer = next((block for block in blocks if parses(block)), blocks[0] if blocks else before)
     return answer.strip("\r\n").rstrip()
+
+
+def _bare_code(before: str) -> bool:
+    """Whether what stands before a fence is the answer's code, whole or as the body of a function. A bare word, which
+    is Python too, is a heading."""
+    heading = re.fullmatch(r"\s*\w+[:.]?\s*", before)
+    return not heading and (parses(before) or parses(f"if True:\n{before}"))
 
 
 def plan_ended(written: str) -> bool:
@@ -73,7 +78,7 @@ def code_ended(written: str) -> bool:
     """Whether an answer's code is complete: its tag or Markdown fence is closed, or a fence follows bare code. An
     opening fence, whatever stands before it, ends nothing."""
     before, *fences = re.split(r"^```", written, flags=re.MULTILINE)
-    return "</CODE>" in written or len(fences) > 1 or (bool(fences) and (parses(before) or parses(f"if 1:\n{before}")))
+    return "</CODE>" in written or len(fences) > 1 or (bool(fences) and _bare_code(before))
 
 
 def parses(code: str) -> bool:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_MODEL = "smollm2-135m"
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
+SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 SYSTEM_PROMPT = "Follow the instruction and answer with nothing else."
 
@@ -554,26 +555,23 @@ def pack_for_decoding(model: Any) -> None:
     for forwards of few tokens. Prompts, and training, go on with the weights as they are."""
     import bitsandbytes
     import torch
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu, gemv_4bit, has_avx512bf16
 
     if model.dtype != torch.bfloat16 or not has_avx512bf16():
         return
+
+    def forward(module: Any, packed: torch.Tensor, state: Any, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or x.numel() > PACKED_TOKENS * x.shape[-1]:
+            return type(module).forward(module, x)
+        out = gemv_4bit(x, packed, state=state)
+        return out if module.bias is None else out + module.bias
+
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit) and module.weight.device.type == "cpu":
             weight = module.weight
             if weight.quant_state.shape[0] % 32 == 0 and weight.quant_state.shape[1] % 64 == 0:
                 packed, state = _convert_weight_packed_for_cpu(weight.data, copy.copy(weight.quant_state))
-                module.forward = functools.partial(_packed_forward, module, packed, state)
-
-
-def _packed_forward(module: Any, packed: torch.Tensor, state: Any, x: torch.Tensor) -> torch.Tensor:
-    import torch
-    from bitsandbytes.functional import gemv_4bit
-
-    if torch.is_grad_enabled() or x.numel() > PACKED_TOKENS * x.shape[-1]:
-        return type(module).forward(module, x)
-    out = gemv_4bit(x, packed, state=state)
-    return out if module.bias is None else out + module.bias
+                module.forward = functools.partial(forward, module, packed, state)
 
 
 def align_special_tokens(model: Any, tokenizer: Any) -> None:
@@ -894,10 +892,10 @@ class LabelScorer:
         weight, bias = self._head.weight, getattr(self._head, "bias", None)
         hidden = hidden.to(weight.device).float()
         total = torch.full(hidden.shape[:2], -torch.inf, device=hidden.device)
-        for start in range(0, weight.shape[0], 16384):
-            part = hidden @ weight[start : start + 16384].float().T
+        for start in range(0, weight.shape[0], SCORING_TILE):
+            part = hidden @ weight[start : start + SCORING_TILE].float().T
             if bias is not None:
-                part = part + bias[start : start + 16384].float()
+                part = part + bias[start : start + SCORING_TILE].float()
             total = torch.logaddexp(total, part.logsumexp(dim=-1))
         wanted = torch.tensor(targets, device=hidden.device)
         logits = torch.einsum("bph,bpkh->bpk", hidden, weight[wanted].float())

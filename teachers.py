@@ -68,7 +68,6 @@ class ModelTeacher:
         self.model_dir, self.args = model_dir, args
         self.sample = random.Random(0).sample(turns, min(PRIOR_PROMPTS, len(turns)))
         self.model, self.tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
-        pack_for_decoding(self.model)
         self.encoder = PromptEncoder(self.tokenizer)
 
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -78,6 +77,9 @@ class ModelTeacher:
             scorer = LabelScorer(self.model, self.encoder, forms, batch_size=self.args.batch_size)
             how = f"{model_fingerprint(self.model_dir)} {self.args.quantization}"
             prior = label_prior(scorer, f"{how} {compute_dtype(self.args.compute_dtype)}", self.sample)
+        writes = not labels or self.args.rationale
+        if writes:
+            pack_for_decoding(self.model)
         numbers = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)
         for first in range(0, len(numbers), self.args.batch_size):
             chosen = numbers[first : first + self.args.batch_size]
@@ -90,7 +92,7 @@ class ModelTeacher:
                 for i, row in enumerate(softmax(scorer.raw_scores(turns) - prior, axis=1)):
                     answers[i] = answer_of_probabilities(dict(zip(labels, row.tolist(), strict=True)))
                     starts[i] += self.encoder.text(answers[i]["teacher_output"])
-            if not labels or self.args.rationale:
+            if writes:
                 for answer, text in zip(answers, self._written(starts), strict=True):
                     answer["teacher_output"] = answer.get("teacher_output", "") + text
             yield from zip(chosen, answers, strict=True)

@@ -26,6 +26,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import SFTTrainer
 
 from common import (
+    SCORING_TILE,
     InputError,
     PromptEncoder,
     adapter_config,
@@ -49,8 +50,8 @@ MAX_LOGITS_BYTES = 2**29
 # PyTorch's fused attention is slow backwards on a CPU: up to this length attention that keeps its weights saves a
 # fifth of the training time and costs little memory.
 MAX_EAGER_TOKENS = 256
-# The tiles, tokens by columns of the vocabulary, that TRL's fused head goes through; the columns of LabelScorer's.
-FUSED_TOKENS, FUSED_TILE, SCORING_TILE = 4096, 32768, 16384
+# The tiles, tokens by columns of the vocabulary, that TRL's fused head goes through.
+FUSED_TOKENS, FUSED_TILE = 4096, 32768
 # What libraries take beside tensors, measured on a CPU; a CUDA context is as large.
 LIBRARIES_GB = 0.7
 # A shorter common start of a batch's prompts is not worth a forward of its own.

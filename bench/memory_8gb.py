@@ -44,6 +44,7 @@ import sft_train
 import training
 from common import (
     EMBEDDED_MODEL,
+    SCORING_TILE,
     InputError,
     LabelScorer,
     PromptEncoder,
@@ -89,7 +90,7 @@ POINTS += [("135m", task, batch, 98, 2) for task, batch in (("sft", 16), ("kd", 
 SCRIPTS = {"sft": sft_train, "kd": kd_train, "dpo": dpo_train}
 KINDS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits")
 # Columns of the tiles in which TRL's fused head and LabelScorer go through the vocabulary.
-TILES = (training.FUSED_TILE, training.SCORING_TILE)
+TILES = (training.FUSED_TILE, SCORING_TILE)
 
 # Elements of a tensor from which on its values may be left out.
 SMALL = 1024
@@ -314,8 +315,7 @@ def training_point(
 def scoring_point(
     config: Any, tokenizer: Any, batch: int, tokens: int, filled: bool = True
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """(peak bytes by kind, estimate in GB) of scoring one batch of rows, through the kernels that unpack weights: the
-    packed ones of some CPUs take less memory and, for batches of such a model, seven times as long."""
+    """(peak bytes by kind, estimate in GB) of scoring one batch of rows."""
     encoder = PromptEncoder(tokenizer)
     turns = [turn for turn, _, _ in make_rows(encoder, batch, tokens, 2)]
     model = random_model(copy.deepcopy(config), tokenizer).eval()

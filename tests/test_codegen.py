@@ -115,6 +115,7 @@ def test_code_is_found_in_an_answer(answer, code):
     [
         ("```\n", False),  # an opening fence
         ("Here:\n```python\nx = 1\n", False),
+        ("Answer\n```python\n", False),  # a heading is Python too
         ("```\nx = 1\n```", True),
         ("x = 1\n```", True),
         ("    return 1\n```", True),  # the body of a function
