@@ -55,6 +55,8 @@ from creditmix import (
 )
 from processes import rank_and_world
 
+TABLE = ("accuracy", "macro_f1", "recall_Standard")  # what stands in the table with intervals
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,15 +179,16 @@ def point_metrics(
     }
 
 
-def intervals(
+def bootstrap(
     answers: np.ndarray,
     predicted: np.ndarray,
     customers: Sequence[str],
     resamples: int,
     seed: int,
     weights: np.ndarray | float = 1.0,
-) -> dict[str, tuple[float, float]]:
-    """95 % percentile bootstrap of accuracy, macro-F1 and recalls, resampling customers with all their rows."""
+) -> dict[str, np.ndarray]:
+    """Accuracy, macro-F1 and recalls [resamples], resampling customers with all their rows. One seed draws the same
+    customers for every model of the same rows, so that differences of two models are paired."""
     index = {customer: i for i, customer in enumerate(dict.fromkeys(customers))}
     size = len(LABELS)
     tables = np.zeros((len(index), size * size))
@@ -196,8 +199,23 @@ def intervals(
     hits, actual, claimed = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1)
     f1 = 2 * hits / np.maximum(actual + claimed, 1e-9)
     samples = {"accuracy": hits.sum(axis=1) / confusion.sum(axis=(1, 2)), "macro_f1": f1.mean(axis=1)}
-    samples |= {f"recall_{label}": hits[:, i] / np.maximum(actual[:, i], 1e-9) for i, label in enumerate(LABELS)}
-    return {name: tuple(np.percentile(values, [2.5, 97.5]).tolist()) for name, values in samples.items()}
+    return samples | {f"recall_{label}": hits[:, i] / np.maximum(actual[:, i], 1e-9) for i, label in enumerate(LABELS)}
+
+
+def interval(samples: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of bootstrap samples [resamples]."""
+    low, high = np.percentile(samples, [2.5, 97.5]).tolist()
+    return low, high
+
+
+def add_differences(results: list[dict[str, Any]], reference: dict[str, Any]) -> None:
+    """Add to each model how much it is above the reference on the same rows, with paired intervals."""
+    for result in results:
+        if result is not reference:
+            result["difference"] = {"to": reference["model"]} | {
+                name: [result[name] - reference[name], *interval(samples - reference["samples"][name])]
+                for name, samples in result["samples"].items()
+            }
 
 
 def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
@@ -209,7 +227,8 @@ def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, args: argparse
     weights = np.ones(len(rows)) if shares is None else len(LABELS) * shares[answers]
     customers = [row.customer for row in rows]
     result: dict[str, Any] = point_metrics(answers, predicted, probabilities, weights)
-    result["interval_95"] = intervals(answers, predicted, customers, args.bootstrap, args.seed, weights)
+    result["samples"] = bootstrap(answers, predicted, customers, args.bootstrap, args.seed, weights)
+    result["interval_95"] = {name: interval(samples) for name, samples in result["samples"].items()}
     result["predicted"] = [LABELS[i] for i in predicted]
     if args.abstain_below is not None:
         sure = probabilities.max(axis=1) >= args.abstain_below
@@ -354,7 +373,7 @@ def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any)
     print(f"{'model':<{width}}  {'accuracy':<24}{'macro-F1':<24}{'Standard recall':<24}NLL     ECE", file=out)
     for result in results:
         cells = []
-        for name in ("accuracy", "macro_f1", "recall_Standard"):
+        for name in TABLE:
             low, high = result["interval_95"][name]
             cells.append(f"{result[name]:.4f} [{low:.4f}, {high:.4f}]  ")
         cells += [f"{result[name]:.4f}  " for name in ("nll", "ece")]
@@ -365,6 +384,12 @@ def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any)
                 f"{abstain['coverage']:.3f} of the rows, {abstain['accuracy'] or 0:.4f} of these right",
                 file=out,
             )
+    compared = [result for result in results if "difference" in result]
+    if compared:
+        print(f"\nabove {compared[0]['difference']['to']} on the same rows, paired intervals", file=out)
+    for result in compared:
+        cells = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*result["difference"][name]) for name in TABLE]
+        print(f"{result['model']:<{width}}  {'  '.join(cells)}", file=out)
 
 
 def plots(result: dict[str, Any], rows: list[CreditRow], folder: Path) -> None:
@@ -446,7 +471,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.baselines:
         results += baselines(train, validation, args)
-    hidden = ("predicted", "responses", "probabilities")
+    if len(results) > 1:
+        add_differences(results, results[-1 if args.baselines else 0])  # gradient boosting, or the first model
+    hidden = ("predicted", "responses", "probabilities", "samples")
     summary = {
         "data": {"file": args.data, "sha256": data_hash, "validation_rows": len(validation)},
         "split_seed": args.split_seed,

@@ -679,18 +679,38 @@ def test_intervals_resample_customers():
     answers = rng.integers(0, 3, 120)
     predicted = np.where(rng.random(120) < 0.7, answers, (answers + 1) % 3)
     names = [f"C{i}" for i in range(120)]
-    once = eval_creditmix.intervals(answers, predicted, names, 2000, 0)
-    ten = eval_creditmix.intervals(
-        answers.repeat(10), predicted.repeat(10), [n for n in names for _ in range(10)], 2000, 0
-    )
-    assert ten == once
-    low, high = once["accuracy"]
+    truth, guess = answers.repeat(10), predicted.repeat(10)
+
+    def accuracy(*arguments):
+        return eval_creditmix.interval(eval_creditmix.bootstrap(*arguments, 2000, 0)["accuracy"])
+
+    low, high = accuracy(answers, predicted, names)
+    assert accuracy(truth, guess, [n for n in names for _ in range(10)]) == (low, high)
     assert low < (answers == predicted).mean() < high
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 120), rel=0.2)  # the binomial width
-    rows_alone = eval_creditmix.intervals(
-        answers.repeat(10), predicted.repeat(10), [str(i) for i in range(1200)], 2000, 0
-    )
-    assert rows_alone["accuracy"][1] - rows_alone["accuracy"][0] < 0.5 * (high - low)
+    alone = accuracy(truth, guess, [str(i) for i in range(1200)])
+    assert alone[1] - alone[0] < 0.5 * (high - low)
+
+
+def test_differences_are_paired():
+    """Two models that differ on 6 of 120 rows: the difference is known far better than either accuracy."""
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 3, 120)
+    worse = np.where(rng.random(120) < 0.7, answers, (answers + 1) % 3)
+    better = worse.copy()
+    better[np.flatnonzero(worse != answers)[:6]] = answers[np.flatnonzero(worse != answers)[:6]]
+    names = [f"C{i}" for i in range(120)]
+    models = [
+        {"model": name, "accuracy": (predicted == answers).mean(), "macro_f1": 0.0}
+        | {f"recall_{label}": 0.0 for label in LABELS}
+        | {"samples": eval_creditmix.bootstrap(answers, predicted, names, 2000, 0)}
+        for name, predicted in (("better", better), ("worse", worse))
+    ]
+    eval_creditmix.add_differences(models, models[1])
+    point, low, high = models[0]["difference"]["accuracy"]
+    assert point == pytest.approx(6 / 120) and 0 < low < point < high
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.05 * 0.95 / 120), rel=0.2)
+    assert models[0]["difference"]["to"] == "worse" and "difference" not in models[1]
 
 
 @pytest.mark.parametrize(
