@@ -979,7 +979,33 @@ def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> 
     return Calibration("fitted", prior, bias - bias.mean(), temperature)
 
 
-def cross_fitted_nll(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray, groups: Sequence[str]) -> float:
+def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calibration:
+    """`fit_calibration`, its biases then moved until each label is predicted as often as it is right on these rows.
+
+    The likelihood alone lets a label that is often second best be predicted too rarely: its recall falls below its
+    precision. Matching the shares has one answer and less noise than a search for the best F1 on few rows.
+    """
+    import numpy as np
+
+    found = fit_calibration(raw, prior, answers)
+    actual = np.bincount(answers, minlength=raw.shape[1])
+    best, least = found.bias, np.inf
+    bias = found.bias
+    for _ in range(300):
+        predicted = np.bincount((raw - prior + bias).argmax(axis=1), minlength=raw.shape[1])
+        if (gap := np.abs(actual - predicted).sum()) < least:
+            best, least = bias, gap
+        bias = bias + 0.05 * found.temperature * np.log((actual + 1) / (predicted + 1))
+    return Calibration("fitted", prior, best - best.mean(), found.temperature)
+
+
+def cross_fitted_nll(
+    raw: np.ndarray,
+    prior: np.ndarray,
+    answers: np.ndarray,
+    groups: Sequence[str],
+    fit: Callable[..., Calibration] = fit_calibration,
+) -> float:
     """Negative log-likelihood (natural log, mean over rows) of fitted calibrations on rows that they were not fitted
     on, in five folds by group: so a fit can be compared with calibrators that have nothing to fit."""
     import numpy as np
@@ -987,7 +1013,7 @@ def cross_fitted_nll(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray, gr
 
     total = 0.0
     for train, test in GroupKFold(5).split(raw, answers, groups):
-        probabilities = fit_calibration(raw[train], prior, answers[train]).probabilities(raw[test])
+        probabilities = fit(raw[train], prior, answers[train]).probabilities(raw[test])
         total -= np.log(probabilities[np.arange(len(test)), answers[test]].clip(1e-12)).sum()
     return total / len(raw)
 

@@ -30,6 +30,7 @@ from common import (
     cross_fitted_nll,
     file_sha256,
     fit_calibration,
+    fit_shares,
     model_fingerprint,
     read_json,
     run_record,
@@ -77,6 +78,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="fit bias and temperature on calibration rows and write calibration.json; with --calibration another "
         "one, with auto the likeliest of all",
+    )
+    add(
+        "--fit_bias",
+        choices=("likelihood", "shares"),
+        default="likelihood",
+        help="fitted biases: the likeliest, or moved on until each label is predicted as often as it is right, which "
+        "finds more of a label that is often second best (%(default)s)",
     )
     add("--fit_per_class", type=int, default=300, help="calibration rows a class at most (%(default)s)")
     add = parser.add_argument_group("report").add_argument
@@ -241,7 +249,7 @@ def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, args: argparse
 
 
 def calibrators(
-    raw: np.ndarray, contextual: np.ndarray, answers: np.ndarray, customers: Sequence[str]
+    raw: np.ndarray, contextual: np.ndarray, answers: np.ndarray, customers: Sequence[str], fit_bias: str
 ) -> tuple[dict[str, Calibration], dict[str, float]]:
     """({method: calibration}, {method: negative log-likelihood}) on calibration rows; raw: [N, labels]. The fitted
     one's likelihood is that of fits that did not see the customer. Batch calibration: the shift is the mean raw score
@@ -254,8 +262,9 @@ def calibrators(
     }
     index = np.arange(len(answers))
     nll = {name: float(-np.log(c.probabilities(raw)[index, answers].clip(1e-12)).mean()) for name, c in found.items()}
-    found["fitted"] = fit_calibration(raw, contextual, answers)
-    nll["fitted"] = cross_fitted_nll(raw, contextual, answers, customers)
+    method = fit_shares if fit_bias == "shares" else fit_calibration
+    found["fitted"] = method(raw, contextual, answers)
+    nll["fitted"] = cross_fitted_nll(raw, contextual, answers, customers, method)
     return found, nll
 
 
@@ -266,7 +275,7 @@ def fit(
     contextual calibration and no bias."""
     raw = model.raw_scores([row.features for row in rows], "calibration rows")
     answers = np.array([LABELS.index(row.label) for row in rows])
-    found, nll = calibrators(raw, model.calibration.prior, answers, [row.customer for row in rows])
+    found, nll = calibrators(raw, model.calibration.prior, answers, [row.customer for row in rows], args.fit_bias)
     chosen = found[min(nll, key=nll.__getitem__) if args.calibration == "auto" else args.calibration]
     if rank_and_world()[0]:
         return chosen, found
@@ -291,6 +300,7 @@ def fit(
                 "data": args.data,
                 "data_sha256": file_sha256(args.data),
                 "split_seed": args.split_seed,
+                "bias": args.fit_bias,
             },
         },
     )

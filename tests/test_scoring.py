@@ -23,6 +23,7 @@ from common import (
     PromptEncoder,
     cache_dir,
     fit_calibration,
+    fit_shares,
     label_prior,
     load_model,
     model_fingerprint,
@@ -266,6 +267,19 @@ def test_fitting_recovers_a_known_bias_and_temperature(temperature):
     unfitted = Calibration("contextual", prior, np.zeros(3))
     assert nll(found.probabilities(raw)) < nll(unfitted.probabilities(raw))
     assert nll(found.probabilities(raw)) <= nll(truth) + 1e-6
+
+
+def test_matched_shares_predict_each_label_as_often_as_it_is_right():
+    """A label that is often second best: the likeliest fit predicts it too rarely."""
+    rng = np.random.default_rng(0)
+    answers = np.repeat([0, 1, 2], 300)
+    place = np.array([-1.0, 0.0, 1.0])[answers] + rng.normal(0, 1.2, 900)
+    raw = np.stack([-place, np.zeros(900), place], axis=1)
+    likely, matched = (fit(raw, np.zeros(3), answers) for fit in (fit_calibration, fit_shares))
+    counts = [np.bincount(c.scores(raw).argmax(1), minlength=3) for c in (likely, matched)]
+    assert counts[0][1] < 250
+    assert np.abs(counts[1] - 300).max() <= 3
+    assert matched.temperature == likely.temperature and abs(matched.bias.mean()) < 1e-9
 
 
 @pytest.mark.parametrize("answers", [[0, 1, 2] * 20, [1] * 60])
