@@ -155,12 +155,15 @@ def harness(args: argparse.Namespace, texts: list[str], quantization: str, threa
             process.wait()
 
 
-def agreement(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
-    """Share of rows with the same best label outside ties, and the number of ties. Scores are [rows, labels]."""
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Share of rows with the same best label outside ties, the number of ties, and the share over all rows.
+
+    Scores are [rows, labels]."""
     gaps = [np.diff(np.sort(scores, axis=1)[:, -2:], axis=1)[:, 0] for scores in (ours, theirs)]
     clear = np.minimum(*gaps) > TIE
     same = ours.argmax(axis=1) == theirs.argmax(axis=1)
-    return float(same[clear].mean()) if clear.any() else 1.0, int((~clear).sum())
+    outside = {"label_agreement": float(same[clear].mean())} if clear.any() else {}
+    return outside | {"ties": int((~clear).sum()), "label_agreement_with_ties": float(same.mean())}
 
 
 def measure(args: argparse.Namespace, prompts: list[str], quantization: str) -> dict[str, object]:
@@ -207,7 +210,7 @@ def measure(args: argparse.Namespace, prompts: list[str], quantization: str) -> 
             result[f"vs_{name}"] = round(statistics.median(ratios), 3)
             result[f"vs_{name}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
     if lm_eval:
-        result["label_agreement"], result["ties"] = agreement(outputs["ours"], outputs["lm_eval"])
+        result |= agreement(outputs["ours"], outputs["lm_eval"])
     result["rows_per_second"] = round(1 / statistics.median(seconds["ours"]), 2)
     return result
 
