@@ -1,27 +1,54 @@
-"""Rows per second of label scoring beside what a plain script does: six full forwards a row at batch 1.
+"""Rows per second of label scoring beside what one would use instead, in turns in one run, with the ratios' spread.
 
-The plain way scores each of the three labels with and without a leading space, each by its own forward over the whole
-prompt with logits at every position. Same model, rows and threads, in one run, taking turns; ratios with their spread.
-Also reported: the limit, a bare batched forward of just the tokens that rows do not share, and label agreement.
+- six_forwards: what a plain script does, six full forwards a row at batch 1: each of the three labels with and without
+  a leading space, with logits at every position. A quarter of the rows, as it is so slow.
+- lm_eval: lm-evaluation-harness, a multiple_choice task over the same prompts at the same batch size. It lives in an
+  environment of its own, made once (some minutes), that sees this one's torch and transformers.
+- limit: a bare batched forward of just the tokens that rows do not share, without a cache, a mask or an output head.
 
-    python bench/scoring.py --rows 96 --repeats 3
+Label agreement with the harness leaves ties out. The harness adds up the log-probabilities of a label's tokens
+(its `acc`); here labels are one token each, so that sum and mean are the same.
+
+    python bench/scoring.py --quick
+    python bench/scoring.py --rows 96 --repeats 3 --quantization none
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shutil
 import statistics
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
+import venv
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common import LabelScorer, PromptEncoder, load_model, run_script
+from common import (
+    InputError,
+    LabelScorer,
+    PromptEncoder,
+    adapter_config,
+    cache_dir,
+    load_model,
+    local_or_hub,
+    run_script,
+    write_jsonl,
+)
 from creditmix import LABELS, creditmix_prompt, read_creditmix
+
+ROOT = Path(__file__).resolve().parents[1]
+LM_EVAL = "0.4.13"
+TIE = 0.25  # closer than this, labels are a tie: the harness rounds to bf16, in steps of 1/8 from 16 to 32
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,11 +57,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="data/creditmix_dataset.json", help="raw rows (%(default)s)")
     parser.add_argument("--rows", type=int, default=96, help="rows scored by each way (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, in which the ways take turns (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="of our scorer and of the limit (%(default)s)")
-    parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4", help="(%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, help="of all ways but six_forwards (%(default)s)")
     parser.add_argument(
-        "--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)"
+        "--quantization",
+        nargs="+",
+        choices=("none", "nf4"),
+        default=["none", "nf4"],
+        help='those after the first come beside it, as "nf4_vs_limit" (none nf4)',
     )
+    parser.add_argument("--compute_dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
+    parser.add_argument("--no_lm_eval", action="store_true", help="leave the harness and its environment out")
     parser.add_argument("--quick", action="store_true", help="fewer rows: below 3 minutes on two cores")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -72,40 +104,135 @@ def bare_forward(model, rows: list[list[int]], batch_size: int) -> None:
             body(input_ids=ids[start : start + batch_size], use_cache=False)
 
 
+def lm_eval_python() -> str:
+    """The interpreter of the harness's environment, made in the cache folder where it is not there yet.
+
+    It sees the packages of the running interpreter through a .pth file, so both compute with the same torch and
+    transformers; what the harness needs beyond them is installed into it, under this project's pins."""
+    folder = cache_dir() / f"lm-eval-{LM_EVAL}-py{sys.version_info.major}.{sys.version_info.minor}"
+    python, done = folder / "bin/python", folder / "complete"
+    site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    if not done.is_file():
+        print(f"installing lm-eval {LM_EVAL} once into {folder}", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=True)
+    (site / "running.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    if not done.is_file():
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, "-c", str(ROOT / "requirements.txt"), f"lm-eval=={LM_EVAL}"], check=True)
+        done.touch()
+    return str(python)
+
+
+@contextlib.contextmanager
+def harness(args: argparse.Namespace, texts: list[str], quantization: str, threads: int) -> Iterator[Callable]:
+    """A function that lets the harness score the texts once more and returns {"seconds", "scores"} [rows, labels]."""
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
+        rows = Path(folder) / "rows.jsonl"
+        write_jsonl(rows, [{"prompt": text} for text in texts])
+        command = [lm_eval_python(), str(ROOT / "bench/lm_harness.py"), str(rows), local_or_hub(args.model_dir)]
+        command += ["--labels", *LABELS, "--dtype", args.compute_dtype, "--quantization", quantization]
+        command += ["--batch_size", str(args.batch_size), "--threads", str(threads)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
+        )
+
+        def answer() -> str:
+            if line := process.stdout.readline():
+                return line
+            log.seek(0)
+            raise RuntimeError(f"the harness ended: {log.read()[-1500:]}")
+
+        def once() -> dict:
+            process.stdin.write("go\n")
+            return json.loads(answer())
+
+        try:
+            answer()  # it is ready
+            yield once
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Share of rows with the same best label outside ties, the number of ties, and the share over all rows.
+
+    Scores are [rows, labels]."""
+    gaps = [np.diff(np.sort(scores, axis=1)[:, -2:], axis=1)[:, 0] for scores in (ours, theirs)]
+    clear = np.minimum(*gaps) > TIE
+    same = ours.argmax(axis=1) == theirs.argmax(axis=1)
+    outside = {"label_agreement": float(same[clear].mean())} if clear.any() else {}
+    return outside | {"ties": int((~clear).sum()), "label_agreement_with_ties": float(same.mean())}
+
+
+def measure(args: argparse.Namespace, prompts: list[str], quantization: str) -> dict[str, object]:
+    import torch
+
+    model, tokenizer = load_model(args.model_dir, quantization, args.compute_dtype)
+    encoder = PromptEncoder(tokenizer)
+    shared = [creditmix_prompt("Age: 1"), creditmix_prompt("-")]
+    scorer = LabelScorer(model, encoder, {label: [label] for label in LABELS}, "max", args.batch_size, shared)
+    ids = [encoder.prompt(prompt) for prompt in prompts]
+    unshared = [row[len(scorer.prefix) :] for row in ids]
+    few = prompts[:: 4 if len(prompts) >= 16 else 1]
+    outputs: dict[str, np.ndarray] = {}
+    seconds: dict[str, list[float]] = {"ours": [], "six_forwards": [], "limit": []}  # a row
+
+    def clock(name: str, way: Callable, rows: int) -> None:
+        start = time.perf_counter()
+        outputs[name] = way()
+        seconds[name].append((time.perf_counter() - start) / rows)
+
+    threads = torch.get_num_threads()
+    texts = [tokenizer.decode(row) for row in ids]
+    if [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] != ids:
+        raise InputError(f"{args.model_dir}: prompts as text have other tokens than ours; use --no_lm_eval")
+    beside = contextlib.nullcontext() if args.no_lm_eval else harness(args, texts, quantization, threads)
+    with beside as lm_eval:
+        six_forwards(model, encoder, prompts[:2])  # warm-up
+        scorer.raw_scores(prompts[: args.batch_size])
+        if lm_eval:
+            lm_eval()
+            seconds["lm_eval"] = []
+        for _ in range(args.repeats):
+            clock("six_forwards", lambda: six_forwards(model, encoder, few), len(few))
+            clock("ours", lambda: scorer.raw_scores(prompts), len(prompts))
+            clock("limit", lambda: bare_forward(model, unshared, args.batch_size), len(prompts))
+            if lm_eval:
+                found = lm_eval()
+                outputs["lm_eval"] = np.array(found["scores"])
+                seconds["lm_eval"].append(found["seconds"] / len(prompts))
+    result: dict[str, object] = {}
+    for name in ("six_forwards", "lm_eval", "limit"):
+        ratios = [theirs / ours for theirs, ours in zip(seconds.get(name, []), seconds["ours"], strict=False)]
+        if ratios:
+            result[f"vs_{name}"] = round(statistics.median(ratios), 3)
+            result[f"vs_{name}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    if lm_eval:
+        result |= agreement(outputs["ours"], outputs["lm_eval"])
+    result["rows_per_second"] = round(1 / statistics.median(seconds["ours"]), 2)
+    return result
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.quick:
-        args.rows, args.repeats = min(args.rows, 64), min(args.repeats, 3)
+        args.rows, args.repeats = min(args.rows, 64), min(args.repeats, 2)
+    if adapter_config(args.model_dir) and not args.no_lm_eval:
+        raise InputError(f"--model_dir {args.model_dir} is an adapter: the harness takes a base here, or --no_lm_eval")
     import torch
 
     rows, _ = read_creditmix(args.data)
     prompts = [creditmix_prompt(row.features) for row in rows[: args.rows]]
-    model, tokenizer = load_model(args.model_dir, args.quantization, args.compute_dtype)
-    encoder = PromptEncoder(tokenizer)
-    shared = [creditmix_prompt("Age: 1"), creditmix_prompt("-")]
-    scorer = LabelScorer(model, encoder, {label: [label] for label in LABELS}, "max", args.batch_size, shared)
-    unshared = [encoder.prompt(prompt)[len(scorer.prefix) :] for prompt in prompts]
-    ways = {
-        "six_forwards": lambda: six_forwards(model, encoder, prompts),
-        "ours": lambda: scorer.raw_scores(prompts),
-        "limit": lambda: bare_forward(model, unshared, args.batch_size),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    outputs = {}
-    six_forwards(model, encoder, prompts[:2])  # warm-up, and the 4-bit CPU repacking
-    scorer.raw_scores(prompts[: args.batch_size])
-    for _ in range(args.repeats):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            outputs[name] = way()
-            seconds[name].append(time.perf_counter() - start)
-    agreement = float((outputs["ours"].argmax(1) == outputs["six_forwards"].argmax(1)).mean())
-    result = {"rows": len(prompts), "threads": torch.get_num_threads(), "label_agreement_six_forwards": agreement}
-    for name in ("six_forwards", "limit"):
-        ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)]
-        result[f"vs_{name}"] = round(statistics.median(ratios), 3)
-        result[f"vs_{name}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
-    result["rows_per_second"] = round(len(prompts) / statistics.median(seconds["ours"]), 2)
+    result = {"rows": len(prompts), "threads": torch.get_num_threads(), "compute_dtype": args.compute_dtype}
+    for quantization in dict.fromkeys(args.quantization):
+        found = measure(args, prompts, quantization)
+        result |= (
+            found
+            if quantization == args.quantization[0]
+            else {f"{quantization}_{key}": value for key, value in found.items()}
+        )
     if args.json:
         print(json.dumps(result))
     else:
