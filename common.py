@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 EMBEDDED_MODEL = "smollm2-135m"
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
 SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 SYSTEM_PROMPT = "Follow the instruction and answer with nothing else."
 
@@ -61,6 +63,13 @@ def run_script(main: Callable[[list[str] | None], int | None]) -> None:
             f"{name}: error: the package {error.name} is missing: activate the environment that `make demo` makes "
             "(source .venv/bin/activate), or pip install -r requirements.txt",
             file=sys.stderr,
+        )
+        status = 2
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(
+            f"{name}: error: {error.filename or ''}: {error.strerror}; check the path and its rights", file=sys.stderr
         )
         status = 2
     except KeyboardInterrupt:
@@ -200,7 +209,9 @@ def preparation(data: str) -> dict[str, Any]:
     "changed" where the note is of other content of that file."""
     for path in Path(data).parent.glob("*_prepared.json"):
         note = read_json(path)
-        if isinstance(note, dict) and (noted := note.get("files", {}).get(Path(data).name)):
+        if not isinstance(note, dict) or not isinstance(note.get("files", {}), dict):
+            raise InputError(f"{path}: no note of prepared data (an object with files is expected); prepare it again")
+        if noted := note.get("files", {}).get(Path(data).name):
             return note if noted == file_sha256(data) else {"changed": str(path)}
     return {}
 
@@ -221,6 +232,9 @@ def write_parts(outdir: str, task: str, parts: dict[str, list[dict]], src: str, 
         if not rows:
             raise InputError(f"nothing falls into the {part} part; change --val_share or --split_seed")
     note_path, files = Path(outdir) / f"{task}_prepared.json", {}
+    for path in (note_path, *(Path(outdir) / f"{task}_{part}.jsonl" for part in parts)):
+        if path.is_dir():
+            raise InputError(f"{path}: a folder is in the way; move it, or choose another --outdir")
     note_path.unlink(missing_ok=True)  # an old one must not speak for new files
     for part, rows in parts.items():
         path = Path(outdir) / f"{task}_{part}.jsonl"
@@ -299,8 +313,9 @@ def adapter_config(model_dir: str | Path) -> dict | None:
     if not path.is_file():
         return None
     config = read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
-        raise InputError(f"{path}: damaged (base_model_name_or_path is missing); copy or train the adapter again")
+    for key in ("base_model_name_or_path", "peft_type"):
+        if not isinstance(config, dict) or not isinstance(config.get(key), str):
+            raise InputError(f"{path}: damaged ({key} is missing); copy or train the adapter again")
     return config
 
 
@@ -308,8 +323,9 @@ def run_record(model_dir: str | Path) -> dict:
     """run.json of an adapter folder, empty where there is none. Raises InputError where it is damaged."""
     path = Path(model_dir) / "run.json"
     record = read_json(path) if path.is_file() else {}
-    if not isinstance(record, dict):
-        raise InputError(f"{path}: no record of a run (an object is expected)")
+    sources = record.get("sources") or [] if isinstance(record, dict) else None
+    if not isinstance(sources, list) or not all(source is None or isinstance(source, dict) for source in sources):
+        raise InputError(f"{path}: no record of a run (an object is expected, with sources as trainers write them)")
     return record
 
 
@@ -329,7 +345,10 @@ def check_model_name(model_dir: str) -> None:
             raise InputError(f"{model_dir}: adapter_config.json without adapter_model.safetensors")
         if (path / "checkpoints").is_dir() and not (path / "run.json").is_file():
             raise InputError(f"{model_dir}: this run did not finish (no run.json); go on with --resume in the trainer")
-        check_model_name(base_of(model_dir))
+        base = base_of(model_dir)
+        if adapter_config(base):
+            raise InputError(f"{model_dir}: its base {base} is itself an adapter; a base model is expected")
+        check_model_name(base)
         check_weights(path / "adapter_model.safetensors")
     elif (path / "checkpoints").is_dir():
         raise InputError(f"{model_dir}: this run did not finish (no adapter yet); go on with --resume in the trainer")
@@ -337,6 +356,10 @@ def check_model_name(model_dir: str) -> None:
         if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
             raise InputError(
                 f"{model_dir}: no model here (config.json and *.safetensors, or an adapter, are expected)"
+            )
+        if not any((path / name).is_file() for name in TOKENIZER_FILES):
+            raise InputError(
+                f"{model_dir}: no tokenizer here (tokenizer.json is expected); copy it from the base model"
             )
         for file in path.glob("*.safetensors"):
             check_weights(file)
@@ -482,14 +505,19 @@ def load_model(
             llm_int8_enable_fp32_cpu_offload=offload,
         )
     extra = {"offload_folder": offload_folder} if offload else {}
-    model = AutoModelForCausalLM.from_pretrained(
+    model, loaded = AutoModelForCausalLM.from_pretrained(
         path,
+        output_loading_info=True,
         quantization_config=config,
         dtype=compute,
         device_map="auto" if offload else device_map,
         use_safetensors=True,
         **extra,
     )
+    if missing := sorted(loaded["missing_keys"]):  # they would be random numbers
+        raise InputError(
+            f"{base}: the weights lack {len(missing)} tensors of the model, such as {missing[0]}; copy it again"
+        )
     keep_autograd_kernels(model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     align_special_tokens(model, tokenizer)
@@ -504,15 +532,23 @@ def add_adapters(model: Any, folders: dict[str, str], trainable: bool = False) -
     """PEFT model of a loaded base with the adapters {name: folder} on top, the first of them active.
 
     For inference their weights, trained in float32, take the base's type of computation: half the memory, and faster.
+    Raises InputError where an adapter's weights are not those that its configuration and the base ask for.
     """
     from peft import PeftModel
 
     dtype = model.dtype
     for number, (name, folder) in enumerate(folders.items()):
-        if number:
-            model.load_adapter(folder, name)
-        else:
-            model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+        try:
+            with warnings.catch_warnings():
+                # Only a warning to PEFT, which would go on with an adapter that changes nothing.
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                if number:
+                    model.load_adapter(folder, name)
+                else:
+                    model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+        except (UserWarning, RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"{folder}: no adapter for this base model ({reason}); train or copy it again") from None
     if not trainable:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -1063,6 +1099,8 @@ def claim_run_dir(save_dir: str | Path, overwrite: bool, resume: bool) -> None:
         raise InputError("--overwrite starts again and --resume goes on: give one of them")
     if (path / "run.json").is_file() and not overwrite:
         raise InputError(f"{path}: a finished run is here; --overwrite replaces it, or choose another --save_dir")
+    if path.is_dir() and any(path.iterdir()) and not any((path / n).exists() for n in ("run.json", "checkpoints")):
+        raise InputError(f"{path}: has files that are no run of a trainer; choose another --save_dir")
     started = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())
     if started and not (resume or overwrite):
         raise InputError(f"{path}: an unfinished run is here; --resume goes on with it, --overwrite starts again")

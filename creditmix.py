@@ -177,7 +177,16 @@ class CreditRow:
 
 
 def _customer_id(value: Any) -> str:
+    """One spelling of a customer, who would else stand on two sides of the split: ' 17', 17 and 17.0 are '17'."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return "" if value is None else str(value).strip()
+
+
+def _cell(field: str, value: str) -> str:
+    """A CSV cell without what would begin another field of a feature string."""
+    value = re.sub(r"[:;\r\n]+", " ", value)
+    return re.sub(r",\s+", ",", value) if field in PLAUSIBLE else value
 
 
 def _raw_creditmix(path: Path) -> Iterator[tuple[str, str, str, str]]:
@@ -192,6 +201,9 @@ def _raw_creditmix(path: Path) -> Iterator[tuple[str, str, str, str]]:
             raise InputError(
                 f"{path}: column {', '.join(missing)} missing; found {', '.join(reader.fieldnames or [])}"
             )
+        twice = [name for name, times in Counter(reader.fieldnames).items() if times > 1 and name in CSV_COLUMNS]
+        if twice:
+            raise InputError(f"{path}: column {', '.join(twice)} stands there twice; keep one")
         while True:
             where = f"{path}: line {reader.line_num + 1}"
             try:
@@ -202,8 +214,8 @@ def _raw_creditmix(path: Path) -> Iterator[tuple[str, str, str, str]]:
                 raise InputError(f"{where}: {error}; is a quotation mark not closed?") from None
             if None in row or None in row.values():
                 raise InputError(f"{where} has another number of cells than the header")
-            features = ", ".join(f"{field}: {row[column]}" for column, field in CSV_COLUMNS.items())
-            yield where, row["Customer_ID"], features, row["Credit_Mix"]
+            features = ", ".join(f"{field}: {_cell(field, row[column])}" for column, field in CSV_COLUMNS.items())
+            yield where, _customer_id(row["Customer_ID"]), features, row["Credit_Mix"]
     if text.lstrip().startswith("["):
         try:
             rows = parse_json(text)
@@ -273,7 +285,9 @@ def tabular_features(features: Sequence[str]) -> Any:
     for column in frame:
         numbers = pd.to_numeric(frame[column], errors="coerce")
         is_number = column in PLAUSIBLE or numbers.notna().mean() > 0.5
-        frame[column] = numbers.astype(float) if is_number else frame[column].fillna(UNKNOWN).astype("category")
+        words = frame[column].fillna(UNKNOWN)
+        rare = ~words.isin(words.value_counts().index[:200])  # gradient boosting takes 255 categories at most
+        frame[column] = numbers.astype(float) if is_number else words.mask(rare, "other").astype("category")
     return frame.dropna(axis="columns", how="all")  # gradient boosting cannot bin a column without a value
 
 

@@ -69,7 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="raw rows, as creditmix_prepare.py reads them (%(default)s)",
     )
     add("--val_per_class", type=int, help="validation rows a class (default: as many as the rarest class has)")
-    add("--val_frac", type=float, help="or: share 0..1 of all rows to validate on, balanced")
+    add(
+        "--val_frac",
+        type=float,
+        help="or: share of all rows to validate on, balanced; at most 0.3, the validation part",
+    )
     add("--seed", type=seed_number, default=0, help="of the sample and the bootstrap (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the training's own (%(default)s)")
     add = parser.add_argument_group("calibration").add_argument
@@ -148,6 +152,10 @@ def draw_samples(rows: Sequence[CreditRow], args: argparse.Namespace) -> tuple[l
     per_class = max(1, round(args.val_frac * len(rows) / len(LABELS))) if args.val_frac else args.val_per_class
     validation = draw(rows, "validation", per_class, args)
     calibration = draw(rows, "calibration", None, args) if args.fit else []
+    if args.fit and len({row.customer for row in calibration}) < 5:
+        raise InputError(
+            f"{args.data}: --fit needs calibration rows of at least 5 customers; leave it out, or give more"
+        )
     if len(calibration) > args.fit_per_class * len(LABELS):
         calibration = draw(rows, "calibration", args.fit_per_class, args)
     return validation, calibration, draw(rows, "train", None, args) if args.baselines else []

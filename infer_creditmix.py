@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from batch_files import check_files, failed_line, parse_line, run_file
 from common import InputError, model_fingerprint, run_script
-from creditmix import CREDIT_FIELDS, CreditModel, add_scoring_flags, known_fields
+from creditmix import CREDIT_FIELDS, CreditModel, add_scoring_flags, canonical_features, known_fields
 from processes import only_one
 
 CHUNK = 128  # rows scored between two writes to the .part file: what an interruption can cost
@@ -62,6 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         only_one("--features")
         if not args.features.strip():
             raise InputError("--features is empty")
+        try:
+            args.features.encode()
+        except UnicodeEncodeError:
+            raise InputError("--features is not UTF-8 text") from None
+        notes: Counter[str] = Counter()
+        canonical_features(args.features, notes)
+        if unread := [note for note in notes if "not a number" in note or "outside" in note]:
+            print(f"note: {'; '.join(unread)} (write plain numbers: Age: 23, Annual Income: 19114)", file=sys.stderr)
         if not known_fields(args.features):
             names = ", ".join(CREDIT_FIELDS)
             print(f"note: the text names none of {names}; the answer says little", file=sys.stderr)

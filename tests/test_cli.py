@@ -9,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import creditmix_prepare
 import eval_creditmix
 import infer_creditmix
 import sft_train
-from common import InputError, run_script, warn_if_slow
+from common import InputError, run_script, warn_if_slow, write_jsonl
 from conftest import ROOT, credit_rows, run_cli, save_adapter
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text())
@@ -199,7 +200,7 @@ def test_wrong_input_ends_with_status_2_and_one_line(here, command, line):
     Path("open.csv").write_text(f'{columns},Credit_Mix\nC1,30,"' + "x\n" * 100_000)
     killed = here / "runs/killed"
     (killed / "checkpoints/checkpoint-2").mkdir(parents=True)
-    (killed / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m"}')
+    (killed / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m", "peft_type": "LORA"}')
     (killed / "adapter_model.safetensors").touch()
     Path("plain").touch()
     before = everything(here)
@@ -275,10 +276,14 @@ def test_a_model_that_is_none(here, data, script, name, message):
     Path("pickled/pytorch_model.bin").touch()
     for folder in ("half", "started/checkpoints", "orphan"):
         Path("runs", folder).mkdir(parents=True)
-    Path("runs/half/adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m"}')
+    Path("runs/half/adapter_config.json").write_text(
+        '{"base_model_name_or_path": "smollm2-135m", "peft_type": "LORA"}'
+    )
     before = everything(here)
     if name == "runs/orphan":
-        Path("runs/orphan/adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base"}')
+        Path("runs/orphan/adapter_config.json").write_text(
+            '{"base_model_name_or_path": "/gone/base", "peft_type": "LORA"}'
+        )
         Path("runs/orphan/adapter_model.safetensors").touch()
         before = everything(here)
     if script == "infer":
@@ -352,6 +357,72 @@ def test_weights_that_were_cut_short_are_named(here, data, model_dir):
         (folder / "adapter_model.safetensors").write_bytes(part)
         no_model(infer_creditmix.main, "--model_dir", "runs/damaged", "--features", "Age: 30")
         assert "adapter_model.safetensors: damaged weights (" in no_model.message
+
+
+def test_an_adapter_that_would_change_nothing_is_refused(here, model_dir):
+    """PEFT only warns of it, and the base model's answers would go under the adapter's name."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(save_adapter(here / "runs/wrong", model_dir))
+    weights = load_file(folder / "adapter_model.safetensors")
+    flags = ["--model_dir", "runs/wrong", "--features", "Age: 30", "--quantization", "none", "--null_prompts", "1"]
+    for changed in ({"x": np.zeros(3, np.float32)}, {name: part[:1] for name, part in weights.items()}):
+        save_file(changed, folder / "adapter_model.safetensors")
+        with pytest.raises(InputError, match=r"^runs/wrong: no adapter for this base model \("):
+            infer_creditmix.main(flags)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for key, value, message in (
+        ("peft_type", None, "damaged (peft_type is missing)"),
+        ("base_model_name_or_path", "runs/wrong", "its base runs/wrong is itself an adapter"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        no_model(infer_creditmix.main, *flags)
+        assert message in no_model.message
+
+
+def test_a_model_folder_that_lacks_a_part_is_named(here, model_dir):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(model_dir, "copy")
+    weights = load_file("copy/model.safetensors")
+    flags = ["--model_dir", "copy", "--features", "Age: 30", "--quantization", "none", "--compute_dtype", "float32"]
+    gone = next(name for name in weights if "q_proj.weight" in name)
+    save_file({k: v for k, v in weights.items() if k != gone}, "copy/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"copy: the weights lack 1 tensors of the model, such as .*q_proj.weight"):
+        infer_creditmix.main(flags)
+    Path("copy/tokenizer.json").unlink()
+    no_model(infer_creditmix.main, *flags)
+    assert no_model.message.startswith("copy: no tokenizer here")
+
+
+def test_a_run_does_not_go_over_what_is_none(here, model_dir):
+    """Not over the student, not over a folder of other files, whatever --overwrite says."""
+    write_jsonl("sft.jsonl", [{"input": "a", "output": "Good"}])
+    shutil.copytree(model_dir, "student")
+    Path("mine").mkdir()
+    Path("mine/README.md").write_text("mine")
+    before = everything(here)
+    for folder in ("student", "mine"):
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(InputError, match=f"{folder}: has files that are no run"):
+                sft_train.main(["--student", "student", "--data", "sft.jsonl", "--save_dir", folder, *more])
+    assert everything(here) == before and Path("mine/README.md").read_text() == "mine"
+
+
+def test_a_path_of_the_wrong_kind_ends_with_status_2(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda _: tmp_path.read_text() and 0)
+    assert "Is a directory; check the path" in capsys.readouterr().err
+
+
+def test_features_that_cannot_be_read_are_told(here, model_dir, capsys):
+    flags = ["--model_dir", model_dir, "--quantization", "none", "--null_prompts", "1", "--features"]
+    infer_creditmix.main([*flags, "Age: 23 years, Annual Income: 19114"])
+    assert "note: Age: not a number -> Unknown (write plain numbers" in capsys.readouterr().err
+    infer_creditmix.main([*flags, "Age: 23, Annual Income: 19114 $"])
+    assert "note" not in capsys.readouterr().err
+    no_model(infer_creditmix.main, *flags, "Age: \udcff")
+    assert no_model.message == "--features is not UTF-8 text"
 
 
 def test_a_folder_that_is_no_known_model_is_named(here, model_dir):

@@ -32,6 +32,7 @@ from creditmix import (
     creditmix_prompt,
     null_prompts,
     read_creditmix,
+    tabular_features,
     tabular_teacher,
 )
 from eval_creditmix import draw, draw_samples
@@ -348,6 +349,36 @@ def test_csv_cells_with_commas_and_line_ends(tmp_path):
     assert [row.label for row in rows] == ["Good", "Bad"]
     assert "Age: 40, Occupation: Lawyer, Annual Income: 50000, " in rows[0].features
     assert rows[0].features.endswith("Payment Behaviour: High\u2028spent")
+
+
+def test_csv_cells_cannot_become_other_fields(tmp_path):
+    path = tmp_path / "train.csv"
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(HEADER.split(","))
+        writer.writerow(["1", "CUS_1", "May", "40", "A: b, Age: 99", "50000", "Good", "1", "2", "x; Age: 98\nAge: 97"])
+    (row,), _ = read_creditmix(path)
+    assert "Age: 40, Occupation: A b, Age 99, Annual Income: 50000, " in row.features.replace("  ", " ")
+
+
+def test_one_customer_is_spelt_one_way(tmp_path):
+    """Else months of one customer would be on two sides of the split."""
+    table, listed = tmp_path / "a.csv", tmp_path / "b.json"
+    with open(table, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(HEADER.split(","))
+        for name in ("17", " 17", "17 "):
+            writer.writerow(["1", name, "May", "40", "Lawyer", "50000", "Good", "1", "2", "x"])
+    listed.write_text(
+        json.dumps([{"question": "Age: 40", "answer": "Good", "customer_id": i} for i in (17, 17.0, "17", " 17")])
+    )
+    for path in (table, listed):
+        assert {row.customer for row in read_creditmix(path)[0]} == {"17"}
+
+
+def test_more_words_than_gradient_boosting_takes():
+    features = [canonical_features(f"Age: 30, Occupation: job{i % 400}") for i in range(900)]
+    assert len(tabular_features(features)["Occupation"].cat.categories) == 201
 
 
 def test_csv_with_an_odd_row_keeps_the_fields_apart(tmp_path):
