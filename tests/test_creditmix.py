@@ -173,6 +173,7 @@ def test_prompts_say_the_canonical_text_whatever_the_caller_gave():
 
 def test_null_prompts_differ_and_their_number_is_checked():
     assert len(null_prompts()) == len(set(null_prompts())) == 7
+    assert null_prompts()[5].endswith("\n" + ", ".join(f"{field}: -" for field in CREDIT_FIELDS))  # as they stand
     assert null_prompts(2) == null_prompts()[:2]
     for count in (0, -1, 8):
         with pytest.raises(InputError, match="--null_prompts"):
@@ -546,6 +547,14 @@ def noisy_file(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("noisy") / "noisy.json"
     path.write_text(json.dumps(rows))
     return str(path)
+
+
+def test_near_misses_are_the_narrowest():
+    rows = [CreditRow(f"C{i}", f"Age: {20 + i}", "Standard") for i in range(10)]
+    # Row i is Standard with 0.5 - 0.04 i, and Good with the rest: from row 1 on a near miss, ever less near.
+    probabilities = {row: np.array([0.5 + 0.04 * i, 0.5 - 0.04 * i, 0.0]) for i, row in enumerate(rows)}
+    chosen = creditmix_prepare.enrich_standard(rows[:4], rows, probabilities, 0.5, 0)
+    assert {row.customer for row in chosen} >= {"C1", "C2"} and len(chosen) == 4
 
 
 def test_hard_standard_changes_standard_rows_only(tmp_path, noisy_file):

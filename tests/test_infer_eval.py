@@ -17,7 +17,7 @@ import eval_creditmix
 import infer_creditmix
 from common import InputError, file_sha256, model_fingerprint, split_of
 from conftest import credit_rows, save_adapter
-from creditmix import LABELS, CreditModel, read_creditmix
+from creditmix import LABELS, CreditModel, CreditRow, read_creditmix
 
 PLAIN = ["--quantization", "none", "--compute_dtype", "float32", "--null_prompts", "2"]
 FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
@@ -690,6 +690,18 @@ def test_intervals_resample_customers():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 120), rel=0.2)  # the binomial width
     alone = accuracy(truth, guess, [str(i) for i in range(1200)])
     assert alone[1] - alone[0] < 0.5 * (high - low)
+
+
+def test_a_model_is_measured_by_customer():
+    """Ten equal months of each customer: the intervals are those of one month."""
+    rng = np.random.default_rng(0)
+    once = [CreditRow(f"C{i}", f"Age: {20 + i}", LABELS[i % 3]) for i in range(90)]
+    probabilities = rng.dirichlet(np.ones(3), 90)
+    args = eval_creditmix.build_parser().parse_args(["--model_dir", "x"])
+    one = eval_creditmix.measure(once, probabilities, args)
+    ten = eval_creditmix.measure([row for row in once for _ in range(10)], probabilities.repeat(10, axis=0), args)
+    for name, ends in one["interval_95"].items():
+        assert ten["interval_95"][name] == pytest.approx(ends)
 
 
 def test_differences_are_paired():

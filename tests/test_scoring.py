@@ -22,12 +22,14 @@ from common import (
     LabelScorer,
     PromptEncoder,
     cache_dir,
+    cross_fitted_nll,
     fit_calibration,
     fit_shares,
     label_prior,
     load_model,
     model_fingerprint,
     read_verbalizers,
+    with_shares,
 )
 from conftest import CHATML, build_tokenizer, save_adapter
 from creditmix import LABELS, CreditModel, creditmix_prompt, null_prompts
@@ -282,6 +284,25 @@ def test_matched_shares_predict_each_label_as_often_as_it_is_right():
     assert matched.temperature == likely.temperature and abs(matched.bias.mean()) < 1e-9
 
 
+def test_a_fit_is_judged_on_customers_that_it_did_not_see():
+    """Scores that are noise: fitted on all rows they look better than a third each, cross-fitted they cannot."""
+    rng = np.random.default_rng(3)
+    raw, answers = rng.normal(size=(30, 3)), np.arange(30) % 3
+    seen = fit_calibration(raw, np.zeros(3), answers).probabilities(raw)[np.arange(30), answers]
+    assert -np.log(seen).mean() < np.log(3)
+    groups = [str(number // 3) for number in range(30)]
+    assert cross_fitted_nll(raw, np.zeros(3), answers, groups) > np.log(3)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_shares_multiply_the_probabilities(raw, temperature):
+    even = Calibration("fitted", np.array([0.3, -0.2, 0.0]), np.array([0.0, 0.4, -0.4]), temperature)
+    shares = np.array([0.2, 0.5, 0.3])
+    expected = even.probabilities(raw) * shares
+    expected /= expected.sum(axis=1, keepdims=True)
+    assert with_shares(even, shares).probabilities(raw) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("answers", [[0, 1, 2] * 20, [1] * 60])
 def test_rows_that_are_all_right_or_all_alike_give_a_finite_calibration(answers):
     """Without limits the temperature would go to 0, and a bias to infinity."""
@@ -473,3 +494,13 @@ def test_bad_verbalizers_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(InputError, match=r"words\.json: (not JSON|expected an object of label: \[words\])"):
         read_verbalizers(path, LABELS)
+
+
+def test_a_model_is_loaded_as_qlora_says_and_answers_greedily(model_dir):
+    """NF4 with double quantisation (QLoRA, section 3); nothing of a base model's own sampling settings is left."""
+    model, _ = load_model(model_dir, "nf4")
+    layers = [module for module in model.modules() if hasattr(getattr(module, "weight", None), "quant_state")]
+    states = [layer.weight.quant_state for layer in layers]
+    assert states and all(state.quant_type == "nf4" and state.nested for state in states)
+    settings = model.generation_config
+    assert not settings.do_sample and settings.repetition_penalty in (None, 1.0)
