@@ -44,6 +44,7 @@ lint: .venv/.installed-dev
 bench: .venv/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	$(PY) bench/scoring.py
+	$(PY) bench/train.py
 	$(PY) bench/memory_8gb.py --quick
 	$(PY) bench/serve.py
 	$(PY) bench/serve_faults.py
