@@ -1025,8 +1025,8 @@ def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calib
 
     found = fit_calibration(raw, prior, answers)
     actual = np.bincount(answers, minlength=raw.shape[1])
-    best, least = found.bias, np.inf
-    bias = found.bias
+    best = bias = found.bias
+    least = np.inf
     for _ in range(300):
         predicted = np.bincount((raw - prior + bias).argmax(axis=1), minlength=raw.shape[1])
         if (gap := np.abs(actual - predicted).sum()) < least:

@@ -95,8 +95,9 @@ def remedies(scores: dict[str, np.ndarray], answers: np.ndarray) -> dict[str, np
             prior = joined(scores["null prompts"], aggregate).mean(axis=0)
             calibrations["contextual prior"] = Calibration("contextual", prior, zero)
             calibrations["batch calibration"] = Calibration("batch", raw.mean(axis=0), zero)
-        fitted = fitted_parts(raw, answers)
-        calibrations |= fitted if aggregate == "alone" else {k: fitted[k] for k in ("bias and temperature",)}
+            calibrations |= fitted_parts(raw, answers)
+        else:
+            calibrations["bias and temperature"] = fit_calibration(raw, zero, answers)
         for name, calibration in calibrations.items():
             words = "" if aggregate == "alone" else f"three words, {aggregate}"
             found[" + ".join(filter(None, (words, name))) or "none"] = calibration.probabilities(validation)
