@@ -83,6 +83,10 @@ def run_script(main: Callable[[list[str] | None], int | None]) -> None:
             text = "the disk is full; make room, then go on: a trainer with --resume, others with the same command"
         print(f"{name}: failed: {type(error).__name__}: {text} (--debug shows the traceback)", file=sys.stderr)
         status = 1
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        # A process that ends with its group alive may abort (SIGABRT).
+        distributed.destroy_process_group()
     sys.stdout.flush()
     sys.exit(status)
 

@@ -475,7 +475,7 @@ def test_rows_of_many_requests_share_batches(model_dir, folders, monkeypatch):
     async def use(engine):
         await asyncio.gather(*(engine.score(VARIANTS[i % 4], [text]) for i, text in enumerate(TEXTS)))
 
-    with_engine(arguments(model_dir, folders, "--batch_size", "8"), use)
+    with_engine(arguments(model_dir, folders, "--batch_size", "8", "--gather_ms", "500"), use)
     assert sizes == [8, 8, 8]
 
 
