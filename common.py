@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_MODEL = "smollm2-135m"
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
@@ -637,8 +638,9 @@ def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05) -> LoraConf
     """LoRA over attention and MLP projections, as the whitepaper's section 3 sets it."""
     from peft import LoraConfig
 
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"
+    )
 
 
 def model_fingerprint(model_dir: str) -> str:

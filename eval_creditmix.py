@@ -24,6 +24,7 @@ from common import (
     Calibration,
     InputError,
     adapter_config,
+    base_of,
     calibration_path,
     check_folder,
     check_model_name,
@@ -31,6 +32,7 @@ from common import (
     file_sha256,
     fit_calibration,
     fit_shares,
+    local_or_hub,
     model_fingerprint,
     read_json,
     run_record,
@@ -484,6 +486,8 @@ def main(argv: list[str] | None = None) -> int:
         if not args.fit and args.calibration not in ("none", "contextual"):
             check_fitted(model_dir, args.split_seed, data_hash)
     validation, calibration, train = draw_samples(rows, args)
+    for model_dir in args.model_dir:  # before the first is scored, which takes minutes
+        local_or_hub(base_of(model_dir))
     results = [evaluate_model(model_dir, validation, calibration, args) for model_dir in args.model_dir]
     if rank_and_world()[0]:  # of several processes the first reports
         return 0

@@ -26,6 +26,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import SFTTrainer
 
 from common import (
+    LORA_TARGETS,
     SCORING_TILE,
     InputError,
     PromptEncoder,
@@ -343,12 +344,19 @@ class Sizes:
 
     @classmethod
     def of(cls, path: str, lora_r: int = 16) -> Sizes:
-        """Of a base model and LoRA of this rank, from its configuration alone (nothing is loaded)."""
+        """Of a base model and LoRA of this rank, from its configuration alone (nothing is loaded). Raises InputError
+        where the model lacks projections that LoRA goes to."""
         from peft import get_peft_model
 
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+            there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+            if lacking := [target for target in LORA_TARGETS if target not in there]:
+                raise InputError(
+                    f"{path}: a {config.model_type} model has no {', '.join(lacking)} to train; take a student built "
+                    "like Llama, Qwen2 or Qwen3"
+                )
             linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
             adapter = get_peft_model(model, lora_config(lora_r)).get_nb_trainable_parameters()[0]
         text = config.get_text_config()

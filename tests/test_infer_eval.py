@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from argparse import Namespace
 from collections import Counter
@@ -406,6 +407,31 @@ def test_fitting_lowers_the_nll_of_the_rows_it_was_fitted_on(here, capsys, adapt
         result = evaluate_json(capsys, own, credit_file, "--fit", "--calibration", "fitted")["models"][0]
     assert result["nll"] < min(result["calibrations"]["none"]["nll"], result["calibrations"]["contextual"]["nll"])
     assert result["nll"] <= np.log(3) + 1e-6  # zero weight on the scores is among what was fitted
+
+
+def test_every_model_is_looked_up_before_the_first_is_scored(here, adapter, credit_file, monkeypatch):
+    monkeypatch.setattr(eval_creditmix, "evaluate_model", lambda *args: pytest.fail("scored"))
+    with pytest.raises(InputError, match="nobody/no-such-model: neither in the local cache"):
+        evaluate(adapter, credit_file, "--model_dir", adapter, "nobody/no-such-model")
+
+
+def test_baselines_learn_nothing_from_the_customers_they_are_measured_on(here, capsys, model_dir):
+    """Labels by chance and rows that tell customers apart: only who saw these customers knows their labels."""
+    rng = random.Random(0)
+    rows = [
+        {
+            "question": f"Age: {20 + n % 60}, Annual Income: {20000 + 10 * n}, Outstanding Debt: {500 + n}",
+            "answer": label,
+            "customer_id": f"C{n}",
+        }
+        for n, label in enumerate(rng.choices(LABELS, k=400))
+        for _ in range(8)
+    ]
+    Path("chance.json").write_text(json.dumps(rows))
+    flags = ("--calibration", "none", "--baselines", "--bootstrap", "10")
+    found = evaluate_json(capsys, model_dir, "chance.json", *flags, "--val_per_class", "150")["models"]
+    assert found[-1]["model"] == "gradient boosting"
+    assert found[-1]["accuracy"] < 0.5
 
 
 def test_a_base_keeps_its_calibration_in_its_own_run_folder(here, capsys, model_dir, credit_file):

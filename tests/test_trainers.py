@@ -270,6 +270,27 @@ def test_own_loss_trains_as_the_fused_head_does(run, monkeypatch):
     assert first_step(own)["grad_norm"] == pytest.approx(first_step(fused)["grad_norm"], rel=1e-4)
 
 
+def test_distillation_keeps_its_loss_however_long_the_answers(run, monkeypatch):
+    """TRL's fused head knows no teacher: what would send SFT through it must not take KD's term away."""
+    short = run("kd", "short", *EXACT, "--batch_size", 2, "--grad_accum", 2)
+    monkeypatch.setattr(training, "MAX_LOGITS_BYTES", 0)
+    long = run("kd", "long", *EXACT, "--batch_size", 2, "--grad_accum", 2)
+    assert_same(adapter(short), adapter(long), atol=0)
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_a_student_without_the_projections_is_refused(method, data, tmp_path, tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=1, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(InputError, match=r"a gpt2 model has no q_proj, .* to train; take a student"):
+        flags = ["--student", str(tmp_path / "gpt2"), "--data", data[method], "--save_dir", str(tmp_path / "out")]
+        TRAINERS[method].main([*flags, "--quantization", "none"])
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
 @pytest.mark.parametrize("method", ["sft", "kd", "dpo"])
 def test_gradient_checkpointing_changes_nothing(method, run):
     flags = ("--compute_dtype", "float32", "--optimizer", "sgd", "--learning_rate", "0.5", "--batch_size", 4)
@@ -447,6 +468,19 @@ def test_gradients_are_the_same_after_an_evaluation(folder, request):
         before, after = gradients_around_an_evaluation(request.getfixturevalue(folder))
     assert before.abs().max() > 1e-3
     assert torch.equal(before, after)
+
+
+def test_a_kernel_without_gradients_ends_the_training(run, monkeypatch):
+    """torch only warns, and what is trained is wrong (TRL and the Trainer show no warning but in the log)."""
+    real = training.CompletionTrainer.compute_loss
+
+    def warning(self, *args, **kwargs):
+        warnings.warn("gemv_4bit: an autograd kernel was not registered to the Autograd key", stacklevel=1)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.CompletionTrainer, "compute_loss", warning)
+    with pytest.raises(UserWarning, match="autograd kernel"):
+        run("sft", "warned")
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered.*")
