@@ -24,7 +24,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
+STEM_TOKENS = 256  # a further forward has to save so many: about what starting one costs
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 SYSTEM_PROMPT = "Follow the instruction and answer with nothing else."
@@ -770,6 +771,10 @@ def read_verbalizers(path: str | Path | None, labels: Sequence[str]) -> dict[str
     return forms
 
 
+def common_beginning(rows: Sequence[list[int]]) -> list[int]:
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
+
+
 class LabelScorer:
     """Length-normalised log-likelihood of each label at the assistant start (whitepaper, section 4.3).
 
@@ -777,8 +782,9 @@ class LabelScorer:
     shared_by: user turns whose common beginning is run once and its key/value cache reused (none: no cache).
     adapters: names of a PEFT model's adapters that rows may ask for, `BASE` for none; without them all rows are
     scored by the model as it is.
-    Rows are sorted by length and batched; labels of one token need one forward for all; only scored positions go
-    through the output head, in float32.
+    Rows are sorted by length and batched, or by their beginning where rows of a batch share more of it (those of one
+    customer do): it is then run once for all that share it. Labels of one token need one forward for all; only scored
+    positions go through the output head, in float32.
     """
 
     def __init__(
@@ -812,8 +818,7 @@ class LabelScorer:
         """Each adapter has keys and values of its own for the shared beginning."""
         import torch
 
-        columns = zip(*(self.encoder.prompt(turn) for turn in user_turns), strict=False)
-        self.prefix = [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
+        self.prefix = common_beginning([self.encoder.prompt(turn) for turn in user_turns])
         for adapter in adapters if self.prefix else []:
             with torch.inference_mode(), self._using([adapter]):
                 ids = torch.tensor([self.prefix], device=self._device)
@@ -853,15 +858,11 @@ class LabelScorer:
             longest = max(map(len, rows))
             raise InputError(f"a text has {longest} tokens; the model's context is {self._context}: shorten it")
         names = list(adapters) if adapters else [None] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         scores = np.empty((len(rows), len(self._form_ids)))
         bar = tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None, file=sys.stderr)
         with torch.inference_mode(), bar:
-            for start in range(0, len(order), self.batch_size):
-                chosen = order[start : start + self.batch_size]
-                chosen_names = [names[i] for i in chosen]
-                with self._using(chosen_names):
-                    scores[chosen] = self._score_batch([rows[i] for i in chosen], chosen_names)
+            for chosen in self._batches(rows, names):
+                scores[chosen] = self._score_batch([rows[i] for i in chosen], [names[i] for i in chosen])
                 bar.update(len(chosen))
         if np.isnan(scores).any():
             raise FloatingPointError("the model's scores are no numbers (NaN); try --compute_dtype float32")
@@ -890,39 +891,88 @@ class LabelScorer:
                 scores[:, i] = self._log_probs(hidden, [[[token] for token in ids]] * len(rows))[:, :, 0].mean(axis=1)
         return scores
 
+    def _batches(self, rows: Sequence[list[int]], adapters: Sequence[str | None]) -> list[list[int]]:
+        """Row numbers in batches: rows of like length together, or of like beginning where that is less to run."""
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        by_beginning = sorted(range(len(rows)), key=lambda i: (adapters[i] or "", rows[i]))
+        size = self.batch_size
+        plans = [[order[i : i + size] for i in range(0, len(rows), size)] for order in (by_length, by_beginning)]
+
+        def tokens(batch: list[int]) -> int:
+            return self._stem([rows[i] for i in batch], [adapters[i] for i in batch], len(self.prefix), 1)[1]
+
+        return min(plans, key=lambda plan: sum(map(tokens, plan)))
+
+    def _stem(
+        self, rows: Sequence[list[int]], adapters: Sequence[str | None], start: int, positions: int
+    ) -> tuple[int, int]:
+        """(length, tokens to run): up to which length rows that begin alike run once for all of them, so that fewest
+        tokens are run beyond the first `start`; `start` itself where a forward more would not pay."""
+        longest, most = max(map(len, rows)), min(map(len, rows)) - positions
+        alone = len(rows) * (longest - start)
+        best, fewest = start, min(0.8 * alone, alone - STEM_TOKENS)
+        neighbours = pairwise(sorted(zip((adapter or "" for adapter in adapters), rows, strict=True)))
+        alike = [-1 if a != b else len(common_beginning([one, other])) for (a, one), (b, other) in neighbours]
+        for length in range(start + 1, most + 1):
+            stems = 1 + sum(common < length for common in alike)
+            tokens = stems * (length - start) + len(rows) * (longest - length)
+            if tokens < fewest:
+                best, fewest = length, tokens
+        return best, int(fewest) if best > start else alone
+
     def _hidden(self, rows: list[list[int]], positions: int, adapters: list[str | None]) -> torch.Tensor:
         """Final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
         import torch
+
+        start = len(self.prefix)
+        if any(row[:start] != self.prefix or len(row) - start < positions for row in rows):
+            start = 0
+        length, _ = self._stem(rows, adapters, start, positions)
+        layers = self._prefix_layers(adapters) if start else None
+        if length > start:
+            keys = [(adapter, tuple(row[:length])) for adapter, row in zip(adapters, rows, strict=True)]
+            stems = list(dict.fromkeys(keys))
+            names = [adapter for adapter, _ in stems]
+            known = self._prefix_layers(names) if start else None
+            cache = self._forward([list(ids) for _, ids in stems], start, known, names, True).cache
+            index = torch.tensor([stems.index(key) for key in keys], device=self._device)
+            layers = [[layer.keys[index], layer.values[index]] for layer in cache.layers]
+        return self._forward(rows, length, layers, adapters).last_hidden_state[:, -positions:]
+
+    def _prefix_layers(self, adapters: list[str | None]) -> list[list[torch.Tensor]]:
+        """Keys and values of the shared beginning for rows of these adapters, layer by layer."""
+        import torch
+
+        caches = [self._prefix_caches[adapter] for adapter in adapters]
+        if len(set(adapters)) == 1:  # one cache for all rows, without copies
+            return [[part.expand(len(adapters), -1, -1, -1) for part in layer] for layer in caches[0]]
+        return [[torch.cat(parts) for parts in zip(*layer, strict=True)] for layer in zip(*caches, strict=True)]
+
+    def _forward(
+        self,
+        rows: list[list[int]],
+        start: int,
+        layers: list[list[torch.Tensor]] | None,
+        adapters: list[str | None],
+        keep_cache: bool = False,
+    ) -> Any:
+        """The body's output for the tokens of each row from `start` on; `layers` are keys and values of those before.
+        Padding is on the left, between the two."""
+        import torch
         from transformers import DynamicCache
 
-        shared = len(self.prefix)
-        if any(row[:shared] != self.prefix or len(row) - shared < positions for row in rows):
-            shared = 0
-        width = max(map(len, rows)) - shared
-        pads = [width + shared - len(row) for row in rows]
+        width = max(map(len, rows)) - start
+        pads = [width + start - len(row) for row in rows]
         tensor = functools.partial(torch.tensor, device=self._device)
         filler = self.encoder.tokenizer.pad_token_id
-        ids = tensor([[filler] * pad + row[shared:] for pad, row in zip(pads, rows, strict=True)])
-        mask = tensor([[1] * shared + [0] * pad + [1] * (width - pad) for pad in pads])
-        position_ids = tensor([[0] * pad + list(range(shared, shared + width - pad)) for pad in pads])
-        cache = None
-        if shared:
-            caches = [self._prefix_caches[adapter] for adapter in adapters]
-            if len(set(adapters)) == 1:  # one cache for all rows, without copies
-                layers = [[part.expand(len(rows), -1, -1, -1) for part in layer] for layer in caches[0]]
-            else:
-                layers = [
-                    [torch.cat(parts) for parts in zip(*layer, strict=True)] for layer in zip(*caches, strict=True)
-                ]
-            cache = DynamicCache([tuple(layer) for layer in layers])
-        output = self._body(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=cache is not None,
-        )
-        return output.last_hidden_state[:, -positions:]
+        with self._using(adapters):
+            return self._body(
+                input_ids=tensor([[filler] * pad + row[start:] for pad, row in zip(pads, rows, strict=True)]),
+                attention_mask=tensor([[1] * start + [0] * pad + [1] * (width - pad) for pad in pads]),
+                position_ids=tensor([[0] * pad + list(range(start, start + width - pad)) for pad in pads]),
+                cache=DynamicCache([tuple(layer) for layer in layers]) if layers else None,
+                use_cache=keep_cache or bool(layers),
+            )
 
     def _log_probs(self, hidden: torch.Tensor, targets: list[list[list[int]]]) -> np.ndarray:
         """Log-probabilities [rows, positions, k] of `targets` given hidden states [rows, positions, hidden].

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 LORA = {"lora_r": 16, "lora_alpha": 32}
 # The whitepaper's section 3 for large students; measured on smollm2-135m for small ones (README, "The recipe").
 LARGE = {"epochs": 1.0, "learning_rate": 2e-4, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05} | LORA
-SMALL = {"epochs": 1.0, "learning_rate": 1e-3, "batch_size": 16, "grad_accum": 1, "lora_dropout": 0.0} | LORA
+SMALL = {"epochs": 1.0, "learning_rate": 2e-3, "batch_size": 16, "grad_accum": 1, "lora_dropout": 0.0} | LORA
 
 
 def build_parser() -> argparse.ArgumentParser:
