@@ -188,6 +188,13 @@ def test_rules_that_only_validation_can_check_are_kept_by_retries(decoder):
     assert answer["error"]["code"] == "invalid" and "not" in answer["error"]["message"]
 
 
+def test_a_retry_does_not_repeat_the_likeliest_answer(decoder):
+    choices = {"enum": [1, 2, 3, 4]}
+    (first,) = extractor(decoder, choices).extract(["x"])
+    (other,) = extractor(decoder, choices | {"not": {"const": first["json"]}}, retries=30).extract(["x"])
+    assert other["json"] in {1, 2, 3, 4} - {first["json"]}
+
+
 # -------------------------------------------------------------------------------------------------------- preflight
 
 
