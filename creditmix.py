@@ -34,6 +34,7 @@ from common import (
     label_prior,
     load_model,
     model_fingerprint,
+    number_or_auto,
     parse_json,
     read_fitted,
     read_jsonl,
@@ -388,7 +389,8 @@ def add_scoring_flags(parser: Any) -> None:
     )
     add("--verbalizers", metavar="FILE", help='JSON {"Standard": ["Standard", "Average"]}: surface forms of labels')
     add("--aggregate", choices=("max", "mean", "logsumexp"), default="max", help="of surface forms (%(default)s)")
-    add("--batch_size", type=int, default=32, help="rows a forward (%(default)s)")
+    batch = "rows a forward, or auto: the fastest is found on the rows themselves, from 256 on (%(default)s)"
+    add("--batch_size", type=number_or_auto, default=32, help=batch)
     add_loading_flags(parser)
 
 
@@ -421,7 +423,7 @@ def check_scoring_flags(args: Any) -> tuple[dict[str, list[str]], np.ndarray, li
     """(surface forms of labels, bias [labels], content-free user turns) of the scoring flags. Raises InputError."""
     forms = read_verbalizers(args.verbalizers, LABELS)
     given = parse_label_numbers(args.bias)
-    if args.batch_size < 1:
+    if args.batch_size != "auto" and args.batch_size < 1:
         raise InputError(f"--batch_size {args.batch_size}: at least 1")
     if args.abstain_below is not None and not 0 < args.abstain_below <= 1:
         raise InputError(f"--abstain_below {args.abstain_below}: a probability above 0")

@@ -21,6 +21,7 @@ from common import (
     load_model,
     local_or_hub,
     lora_config,
+    number_or_auto,
     parameter_count,
     quiet_libraries,
     read_jsonl,
@@ -67,13 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--batch_size",
-        type=int,
-        help=f"rows a forward; {SMALL['batch_size']} below 1 B parameters, else {LARGE['batch_size']}",
+        type=number_or_auto,
+        help=f"rows a forward; {SMALL['batch_size']} below 1 B parameters, else {LARGE['batch_size']}; auto: "
+        "the most that fit the memory, for the same rows a step",
     )
     add(
         "--grad_accum",
         type=int,
-        help=f"forwards a step; {SMALL['grad_accum']} below 1 B parameters, else {LARGE['grad_accum']}",
+        help=f"forwards a step; {SMALL['grad_accum']} below 1 B parameters, else {LARGE['grad_accum']}; with "
+        "--batch_size auto: rows a step",
     )
     add("--max_length", type=int, default=1024, help="tokens; longer rows are refused, not cut (%(default)s)")
     add("--optimizer", choices=("adamw_torch", "adamw_8bit", "sgd"), default="adamw_torch", help="(%(default)s)")
@@ -81,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gradient_checkpointing",
         choices=("auto", "on", "off"),
         default="auto",
-        help="recompute activations to save memory; auto: on from 1 B parameters (%(default)s)",
+        help="recompute activations to save memory; auto: where it does not fit without (%(default)s)",
     )
     add = parser.add_argument_group("preference").add_argument
     add("--beta", type=float, default=0.1, help="strength of the pull to the reference, into DPOConfig (%(default)s)")
@@ -164,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     examples = preference_examples(rows, PromptEncoder(training.load_tokenizer(path)), args.max_length, args.data)
     lengths = [sequence_length(example) for example in examples]
     answer = max(len(example[ids]) for example in examples for ids in ("chosen_ids", "rejected_ids"))
-    estimate = training.estimate_memory(path, args, max(lengths), answer, pairs=True)
+    estimate = training.fit_to_memory(path, args, max(lengths), answer, pairs=True)
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0

@@ -23,6 +23,7 @@ from common import (
     load_model,
     local_or_hub,
     lora_config,
+    number_or_auto,
     parameter_count,
     quiet_libraries,
     read_jsonl,
@@ -76,13 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--batch_size",
-        type=int,
-        help=f"rows a forward; {SMALL['batch_size']} below 1 B parameters, else {LARGE['batch_size']}",
+        type=number_or_auto,
+        help=f"rows a forward; {SMALL['batch_size']} below 1 B parameters, else {LARGE['batch_size']}; auto: "
+        "the most that fit the memory, for the same rows a step",
     )
     add(
         "--grad_accum",
         type=int,
-        help=f"forwards a step; {SMALL['grad_accum']} below 1 B parameters, else {LARGE['grad_accum']}",
+        help=f"forwards a step; {SMALL['grad_accum']} below 1 B parameters, else {LARGE['grad_accum']}; with "
+        "--batch_size auto: rows a step",
     )
     add("--max_length", type=int, default=1024, help="tokens; longer rows are refused, not cut (%(default)s)")
     add("--optimizer", choices=("adamw_torch", "adamw_8bit", "sgd"), default="adamw_torch", help="(%(default)s)")
@@ -90,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gradient_checkpointing",
         choices=("auto", "on", "off"),
         default="auto",
-        help="recompute activations to save memory; auto: on from 1 B parameters (%(default)s)",
+        help="recompute activations to save memory; auto: where it does not fit without (%(default)s)",
     )
     add = parser.add_argument_group("distillation").add_argument
     add("--kd_alpha", type=float, default=0.9, help="share of KL(teacher || student) in the loss, 0..1 (%(default)s)")
@@ -194,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     if labels:
         dataset = dataset.add_column("label_probs", [row["label_probs"] for row in rows])
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    estimate = training.estimate_memory(path, args, **training.row_sizes(dataset), label_probs=bool(labels))
+    estimate = training.fit_to_memory(path, args, **training.row_sizes(dataset), label_probs=bool(labels))
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0

@@ -85,6 +85,8 @@ def check_server_flags(args: argparse.Namespace) -> None:
         raise InputError(
             f"--gather_ms is 0 or more, --timeout above 0, --queue_rows at least {MAX_BATCH}, --port 0 to 65535"
         )
+    if args.batch_size == "auto":
+        raise InputError("--batch_size auto is found on the rows of a file; give the server a number")
     if not is_loopback(args.host) and not os.environ.get(API_KEY):
         raise InputError(
             f"--host {args.host} can be reached from other machines: set a key in ${API_KEY}, "

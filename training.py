@@ -7,6 +7,7 @@ it inside `main`, after their flags and files are checked.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import shutil
@@ -103,11 +104,12 @@ def fill_defaults(args: argparse.Namespace, small: dict[str, Any], large: dict[s
             if getattr(args, flag) not in (None, config.get(key)):
                 raise InputError(f"--{flag} {getattr(args, flag)}: {args.adapter} has {config.get(key)}; leave it out")
             setattr(args, flag, config.get(key))
-    for name, value in (small if parameters < SMALL_STUDENT else large).items():
+    recipe = small if parameters < SMALL_STUDENT else large
+    if args.batch_size == "auto" and args.grad_accum is None:
+        args.grad_accum = recipe["batch_size"] * recipe["grad_accum"]
+    for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.gradient_checkpointing == "auto":
-        args.gradient_checkpointing = "off" if parameters < SMALL_STUDENT else "on"
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -117,7 +119,7 @@ def check_flags(args: argparse.Namespace) -> None:
     problems = [
         f"--{name} {getattr(args, name)} (at least {low})"
         for name, low in least.items()
-        if not low <= getattr(args, name) < math.inf
+        if getattr(args, name) != "auto" and not low <= getattr(args, name) < math.inf
     ]
     if args.epochs == 0 and not args.max_steps:
         problems.append("--epochs 0 without --max_steps")
@@ -343,6 +345,7 @@ class Sizes:
     vocabulary: int
 
     @classmethod
+    @functools.lru_cache(maxsize=8)
     def of(cls, path: str, lora_r: int = 16) -> Sizes:
         """Of a base model and LoRA of this rank, from its configuration alone (nothing is loaded). Raises InputError
         where the model lacks projections that LoRA goes to."""
@@ -454,6 +457,30 @@ def estimate_memory(
     return {**gb, "total": sum(gb.values()), "trainable_parameters": size.adapter}
 
 
+def fit_to_memory(path: str, args: argparse.Namespace, *sizes: int, **more: Any) -> dict[str, float]:
+    """Put numbers for `auto` into args and return their `estimate_memory`: no gradient checkpointing if that fits four
+    fifths of the memory, and of the micro-batches that divide a step's rows the largest that does; those of the killed
+    run with --resume."""
+    ways, batches = [args.gradient_checkpointing], [(args.batch_size, args.grad_accum)]
+    if args.gradient_checkpointing == "auto":
+        ways = ["off", "on"]
+    if args.batch_size == "auto":
+        step = args.grad_accum
+        batches = [(size, step // size) for size in range(step, 0, -1) if step % size == 0]
+    note = Path(args.save_dir) / "checkpoints" / "settings.json"
+    if args.resume and note.is_file():
+        before = read_json(note)
+        ways = [before["gradient_checkpointing"]] if len(ways) > 1 else ways
+        batches = [(before["batch_size"], before["grad_accum"])] if len(batches) > 1 else batches
+    limit = 0.8 * memory_to_be_had(args.max_memory_gb)
+    for way, (batch_size, grad_accum) in itertools.product(ways, batches):
+        args.gradient_checkpointing, args.batch_size, args.grad_accum = way, batch_size, grad_accum
+        estimate = estimate_memory(path, args, *sizes, **more)
+        if estimate["total"] <= limit:
+            break
+    return estimate
+
+
 def estimate_scoring_memory(path: str, batch_size: int, longest: int, shared: int = 0) -> dict[str, float]:
     """Expected peak in GB by kind of label scoring in NF4 and bfloat16: `longest` tokens a row after the `shared`
     ones, whose keys and values all rows reuse."""
@@ -476,15 +503,20 @@ def eager_attention(longest: int) -> bool:
     return longest <= MAX_EAGER_TOKENS and not torch.cuda.is_available()
 
 
+def memory_to_be_had(max_memory_gb: float | None) -> float:
+    """GB that a run may need: as given, else what is free."""
+    if max_memory_gb is not None:
+        return max_memory_gb
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / 1e9
+    import psutil
+
+    return psutil.virtual_memory().available / 1e9
+
+
 def check_memory(estimate: dict[str, float], max_memory_gb: float | None) -> None:
     """Refuse a run that cannot fit. Raises InputError with what to change."""
-    if max_memory_gb is None:
-        if torch.cuda.is_available():
-            max_memory_gb = torch.cuda.mem_get_info()[0] / 1e9
-        else:
-            import psutil
-
-            max_memory_gb = psutil.virtual_memory().available / 1e9
+    max_memory_gb = memory_to_be_had(max_memory_gb)
     if estimate["total"] > max_memory_gb:
         raise InputError(
             f"about {estimate['total']:.1f} GB needed, {max_memory_gb:.1f} GB to be had: lower --batch_size (raise "
@@ -634,6 +666,7 @@ def print_plan(args: argparse.Namespace, tokens: Sequence[int], estimate: dict[s
     mean = sum(tokens) / len(tokens)
     print(f"tokens               {sum(tokens)} in an epoch; {mean:.0f} a sequence, longest {max(tokens)}")
     print(f"steps                {step_count(args, rows)} of {args.batch_size} x {args.grad_accum} rows")
+    print(f"gradient checkpoints {args.gradient_checkpointing}")
     print(f"learning rate        {args.learning_rate:g}, linear decay after {args.warmup_steps} warm-up steps")
     print(f"trainable parameters {int(estimate['trainable_parameters']):,} (LoRA r={args.lora_r}, float32)")
     kinds = ("weights", "adapter", "gradients", "optimiser", "activations", "logits", "libraries")

@@ -91,6 +91,29 @@ def test_batch_size_prefix_cache_and_order_of_rows_change_nothing(loaded):
             np.testing.assert_allclose(scorer.raw_scores(TEXTS[::-1]), wanted[::-1], atol=1e-4)
 
 
+def test_the_batch_size_is_found_on_the_rows(loaded, monkeypatch):
+    """Rows a forward that cost least, until memory ends; scores are those of any size."""
+    model, encoder = loaded
+    texts = TEXTS * 15
+    wanted = LabelScorer(model, encoder, ONE_TOKEN).raw_scores(TEXTS)
+    for costs, memory, best in (({8: 8, 16: 10, 32: 15, 64: 40}, 999, 32), ({8: 8, 16: 10, 32: 15}, 31, 16)):
+        scorer, clock = LabelScorer(model, encoder, ONE_TOKEN, batch_size="auto"), [0.0]
+        score = scorer._score_batch
+
+        def costly(rows, adapters, score=score, clock=clock, costs=costs, memory=memory):
+            if len(rows) > memory:
+                raise torch.OutOfMemoryError
+            clock[0] += costs.get(len(rows), 0)
+            return score(rows, adapters)
+
+        monkeypatch.setattr(scorer, "_score_batch", costly)
+        monkeypatch.setattr(common.time, "perf_counter", lambda clock=clock: clock[0])
+        scorer.raw_scores(TEXTS)
+        assert scorer.batch_size == "auto"  # too few rows to try
+        np.testing.assert_allclose(scorer.raw_scores(texts), np.tile(wanted, (15, 1)), atol=1e-4)
+        assert scorer.batch_size == best
+
+
 def test_the_prefix_cache_serves_again_and_again(loaded):
     model, encoder = loaded
     scorer = LabelScorer(model, encoder, SEVERAL_FORMS, batch_size=4, shared_by=TURNS)

@@ -1065,12 +1065,38 @@ def test_plan_of_the_default_student(tmp_path, tokenizer, data, capsys):
 
 
 def test_defaults_follow_the_size_and_yield_to_flags():
-    for parameters, recipe, checkpointing in ((135e6, sft_train.SMALL, "off"), (3e9, sft_train.LARGE, "on")):
+    for parameters, recipe in ((135e6, sft_train.SMALL), (3e9, sft_train.LARGE)):
         args = sft_train.build_parser().parse_args(["--batch_size", "5"])
         training.fill_defaults(args, sft_train.SMALL, sft_train.LARGE, parameters)
         found = {name: getattr(args, name) for name in recipe}
         assert found == recipe | {"batch_size": 5}
-        assert args.gradient_checkpointing == checkpointing
+
+
+def test_auto_takes_what_fits_and_keeps_the_rows_of_a_step(model_dir, tmp_path):
+    def found(gigabytes, *flags):
+        argv = ["--save_dir", str(tmp_path), "--max_memory_gb", str(gigabytes), "--compute_dtype", "float32"]
+        args = sft_train.build_parser().parse_args([*argv, *flags])
+        training.fill_defaults(args, sft_train.SMALL, sft_train.LARGE, 135e6)
+        training.check_flags(args)
+        estimate = training.fit_to_memory(model_dir, args, longest=500, answer=5)
+        return (args.batch_size, args.grad_accum, args.gradient_checkpointing), estimate["total"]
+
+    auto = ("--batch_size", "auto")
+    assert found(1000, *auto)[0] == (16, 1, "off")  # a step as without the flag
+    assert found(1000, *auto, "--grad_accum", "6")[0] == (6, 1, "off")
+    most, least = (found(gigabytes, *auto)[1] for gigabytes in (1000, 0))
+    for share in (0.3, 0.6, 0.9):
+        limit = (least + share * (most - least)) / 0.8
+        (batch, accumulation, checkpointing), total = found(limit, *auto)
+        assert batch * accumulation == 16 and 1 <= batch < 16 and total <= 0.8 * limit and checkpointing == "off"
+    assert found(0, *auto)[0] == (1, 16, "on")  # check_memory refuses it then
+    assert found(0)[0] == (16, 1, "on") and found(1000)[0] == (16, 1, "off")
+    # A run that was killed goes on as it began, whatever memory is free now.
+    settings = {"batch_size": 4, "grad_accum": 4, "gradient_checkpointing": "on"}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "settings.json").write_text(json.dumps(settings))
+    assert found(1000, *auto, "--resume")[0] == (4, 4, "on")
+    assert found(1000, "--batch_size", "8", "--resume")[0] == (8, 1, "on")
 
 
 @pytest.mark.parametrize("method", TRAINERS)
