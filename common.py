@@ -1101,8 +1101,9 @@ def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> 
     return Calibration("fitted", prior, bias - bias.mean(), temperature)
 
 
-def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calibration:
-    """`fit_calibration`, its biases then moved until each label is predicted as often as it is right on these rows.
+def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray, way: float = 1.0) -> Calibration:
+    """`fit_calibration`, its biases then moved until each label is predicted as often as it is right on these rows,
+    or only part of that `way` (0 to 1).
 
     The likelihood alone lets a label that is often second best be predicted too rarely: its recall falls below its
     precision. Matching the shares has one answer and less noise than a search for the best F1 on few rows.
@@ -1118,7 +1119,8 @@ def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calib
         if (gap := np.abs(actual - predicted).sum()) < least:
             best, least = bias, gap
         bias = bias + 0.05 * found.temperature * np.log((actual + 1) / (predicted + 1))
-    return Calibration("fitted", prior, best - best.mean(), found.temperature)
+    bias = found.bias + way * (best - found.bias)
+    return Calibration("fitted", prior, bias - bias.mean(), found.temperature)
 
 
 def cross_fitted_nll(

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ from creditmix import (
 from processes import rank_and_world
 
 TABLE = ("accuracy", "macro_f1", "recall_Standard")  # what stands in the table with intervals
+FIT_BIAS = {"likelihood": fit_calibration, "halfway": partial(fit_shares, way=0.5), "shares": fit_shares}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,10 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--fit_bias",
-        choices=("likelihood", "shares"),
+        choices=tuple(FIT_BIAS),
         default="likelihood",
-        help="fitted biases: the likeliest, or moved on until each label is predicted as often as it is right, which "
-        "finds more of a label that is often second best (%(default)s)",
+        help="fitted biases: the likeliest, or moved on (all the way or half of it) until each label is predicted as "
+        "often as it is right, which finds more of a label that is often second best (%(default)s)",
     )
     add("--fit_per_class", type=int, default=300, help="calibration rows a class at most (%(default)s)")
     add = parser.add_argument_group("report").add_argument
@@ -272,7 +274,7 @@ def calibrators(
     }
     index = np.arange(len(answers))
     nll = {name: float(-np.log(c.probabilities(raw)[index, answers].clip(1e-12)).mean()) for name, c in found.items()}
-    method = fit_shares if fit_bias == "shares" else fit_calibration
+    method = FIT_BIAS[fit_bias]
     found["fitted"] = method(raw, contextual, answers)
     nll["fitted"] = cross_fitted_nll(raw, contextual, answers, customers, method)
     return found, nll

@@ -81,6 +81,7 @@ def fitted_parts(raw: np.ndarray, answers: np.ndarray) -> dict[str, Calibration]
         "temperature": Calibration("", zero, zero, float(np.exp(temperature.x))),
         "bias": Calibration("", zero, np.append(bias, 0.0)),
         "bias and temperature": both,
+        "the same, halfway to matched shares": fit_shares(raw, zero, answers, 0.5),
         "the same, predicted shares matched": fit_shares(raw, zero, answers),
     }
 

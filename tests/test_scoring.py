@@ -327,6 +327,8 @@ def test_matched_shares_predict_each_label_as_often_as_it_is_right():
     assert counts[0][1] < 250
     assert np.abs(counts[1] - 300).max() <= 3
     assert matched.temperature == likely.temperature and abs(matched.bias.mean()) < 1e-9
+    halfway = fit_shares(raw, np.zeros(3), answers, 0.5).bias
+    np.testing.assert_allclose(np.diff(halfway), np.diff((likely.bias + matched.bias) / 2), atol=1e-9)
 
 
 def test_a_fit_is_judged_on_customers_that_it_did_not_see():
