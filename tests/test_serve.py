@@ -18,10 +18,9 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-import common
 import serve_creditmix
 import serving
-from common import InputError, LabelScorer, add_adapters, load_model, model_fingerprint
+from common import InputError, add_adapters, load_model, model_fingerprint
 from conftest import TinyEngine, save_adapter
 from creditmix import LABELS, CreditModel, scoring_settings
 from serve_creditmix import EXAMPLE, Metrics, bound_socket, build_parser, check_server_flags, create_app
@@ -466,27 +465,6 @@ def test_mixed_batches_answer_as_infer_does(quantization, atol, model_dir, folde
         assert_same_answers(found[variant], wanted[variant], atol)
     raw = [[a["raw_scores"]["Good"] for a in wanted[variant]] for variant in VARIANTS]
     assert min(np.abs(np.subtract(raw[i], raw[j])).max() for i in range(4) for j in range(i)) > 0.01
-
-
-def test_rows_of_a_customer_share_a_beginning_by_variant(model_dir, folders, monkeypatch):
-    """What such rows share is run once for each variant of a mixed batch."""
-    texts = [f"Age: 30, Occupation: {'Doctor' * 9}, Outstanding Debt: {n}" for n in range(4)]
-    lengths, stem = [], LabelScorer._stem
-    monkeypatch.setattr(LabelScorer, "_stem", lambda self, *rest: lengths.append(stem(self, *rest)) or lengths[-1])
-    args = arguments(model_dir, folders, "--batch_size", "16", "--gather_ms", "500")
-
-    async def use(engine):
-        answers = await asyncio.gather(*(engine.score(variant, texts) for variant in VARIANTS))
-        return dict(zip(VARIANTS, answers, strict=True)), len(engine.models["base"].scorer.prefix)
-
-    monkeypatch.setattr(common, "STEM_TOKENS", 10**9)
-    apart, prefix = with_engine(args, use)
-    assert max(length for length, _ in lengths) == prefix
-    monkeypatch.setattr(common, "STEM_TOKENS", 0)
-    together, prefix = with_engine(args, use)
-    assert max(length for length, _ in lengths) > prefix + 20
-    for variant in VARIANTS:
-        assert_same_answers(together[variant], apart[variant])
 
 
 def test_rows_of_many_requests_share_batches(model_dir, folders, monkeypatch):
