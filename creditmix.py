@@ -6,6 +6,7 @@ here once, so that a request meets what was trained.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -31,6 +32,7 @@ from common import (
     calibration_path,
     check_model_name,
     compute_dtype,
+    hash_share,
     label_prior,
     load_model,
     model_fingerprint,
@@ -263,6 +265,19 @@ def read_creditmix(path: str | Path) -> tuple[list[CreditRow], Counter]:
     if not rows:
         raise InputError(f"{path}: no labelled rows")
     return rows, notes
+
+
+def gold_share(text: str) -> float:
+    """argparse type of --gold_share."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: a share above 0 and at most 1")
+    return float(text)
+
+
+def gold_known(row: CreditRow, args: Any) -> bool:
+    """Whether --gold_share lets the row's label be used: it picks the same customers in every script, and a larger
+    share has all those of a smaller one."""
+    return args.gold_share == 1 or hash_share(f"gold {row.customer}", args.split_seed) < args.gold_share
 
 
 def balanced_sample(rows: Sequence[CreditRow], per_class: int, seed: int) -> list[CreditRow]:

@@ -23,6 +23,8 @@ from creditmix import (
     CreditRow,
     balanced_sample,
     creditmix_prompt,
+    gold_known,
+    gold_share,
     read_creditmix,
     tabular_teacher,
 )
@@ -46,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="share 0..1 of the Standard rows that are near misses (%(default)s)",
     )
+    add("--gold_share", type=gold_share, default=1.0, help="share of customers whose label may be used (%(default)s)")
     add("--seed", type=seed_number, default=0, help="of sampling and order (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -96,7 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     show_counts("rows with a label", rows)
     for split in ("train", "calibration", "validation"):
         show_counts(f"  {split}", [row for row in rows if split_of(row.customer, args.split_seed) == split])
-    pool = [row for row in rows if split_of(row.customer, args.split_seed) == "train"]
+    pool = [row for row in rows if split_of(row.customer, args.split_seed) == "train" and gold_known(row, args)]
+    if args.gold_share < 1:
+        show_counts("  train, with a usable label", pool)
     per_class = args.per_class or min(
         Counter({label: 0 for label in LABELS} | Counter(r.label for r in pool)).values()
     )
@@ -116,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         sft.append({"input": prompt, "output": row.label})
         kd.append({"input": prompt, "teacher_output": row.label, "label_probs": soft})
         dpo.append({"prompt": prompt, "chosen": row.label, "rejected": wrong})
-    note = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "hard_standard")}
+    note = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "hard_standard", "gold_share")}
     write_parts(args.outdir, "creditmix", {"sft": sft, "kd": kd, "dpo": dpo}, args.src, note)
     return 0
 

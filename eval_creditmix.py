@@ -51,6 +51,8 @@ from creditmix import (
     adjusted,
     balanced_sample,
     class_shares,
+    gold_known,
+    gold_share,
     gradient_boosting,
     logistic_regression,
     read_creditmix,
@@ -95,6 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
         "often as it is right, which finds more of a label that is often second best (%(default)s)",
     )
     add("--fit_per_class", type=int, default=300, help="calibration rows a class at most (%(default)s)")
+    add(
+        "--gold_share",
+        type=gold_share,
+        default=1.0,
+        help="share of customers whose label --fit and --baselines may use (%(default)s)",
+    )
     add = parser.add_argument_group("report").add_argument
     add("--baselines", action="store_true", help="add majority, logistic regression and gradient boosting")
     add("--report_dir", help="write metrics.json, predictions.jsonl and plots there")
@@ -143,6 +151,8 @@ def check_fitted(model_dir: str, split_seed: int, data_sha256: str) -> None:
 def draw(rows: Sequence[CreditRow], split: str, per_class: int | None, args: argparse.Namespace) -> list[CreditRow]:
     """A balanced sample of one split; `per_class` None: as many as the rarest class has."""
     pool = [row for row in rows if split_of(row.customer, args.split_seed) == split]
+    if split != "validation":
+        pool = [row for row in pool if gold_known(row, args)]
     counts = Counter(row.label for row in pool)
     try:
         return balanced_sample(pool, per_class or max(1, min(counts[label] for label in LABELS)), args.seed)
@@ -313,6 +323,7 @@ def fit(
                 "data_sha256": file_sha256(args.data),
                 "split_seed": args.split_seed,
                 "bias": args.fit_bias,
+                "gold_share": args.gold_share,
             },
         },
     )

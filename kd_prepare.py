@@ -24,7 +24,6 @@ from common import (
     InputError,
     add_loading_flags,
     file_sha256,
-    hash_share,
     note_preparation,
     preparation,
     read_jsonl,
@@ -33,6 +32,7 @@ from common import (
     split_of,
     write_jsonl,
 )
+from creditmix import gold_share
 from processes import gather, only_one, own_share, rank_and_world
 
 GOLD_FIELDS = ("output", "chosen", "answer")
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group(f"{TABULAR} teacher").add_argument
     add("--per_class", type=int, default=0, help="rows a class; 0: as many as the rarest has (%(default)s)")
-    add("--gold_share", type=float, default=1.0, help="share 0..1 of customers whose label it may know (%(default)s)")
+    add("--gold_share", type=gold_share, default=1.0, help="share of customers whose label it may know (%(default)s)")
     add("--seed", type=seed_number, default=0, help="of sampling (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
     add_loading_flags(parser)
@@ -96,8 +96,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--input is needed: JSONL with the prompts")
     least = {"concurrency": 1, "retries": 0, "max_new_tokens": 1, "batch_size": 1, "per_class": 0, "temperature": 0}
     problems = [f"--{name} is at least {low}" for name, low in least.items() if not getattr(args, name) >= low]
-    if not 0 < args.gold_share <= 1 or not 0 <= args.min_confidence <= 1:
-        problems.append("--gold_share is above 0 and at most 1, --min_confidence from 0 to 1")
+    if not 0 <= args.min_confidence <= 1:
+        problems.append("--min_confidence is from 0 to 1")
     if args.timeout <= 0:
         problems.append("--timeout is above 0")
     if problems:
@@ -208,12 +208,12 @@ def kd_row(prompt: str, answer: dict[str, Any], name: str, version: int) -> dict
 def tabular_rows(args: argparse.Namespace) -> tuple[list[str], list[str | None], list[dict[str, Any]], list[str]]:
     """(prompts, gold answers or None, answers, labels) of CreditMix training rows by gradient boosting, each row's by
     a model that never saw its customer. With --gold_share the labels of the other customers are not used at all."""
-    from creditmix import LABELS, balanced_sample, creditmix_prompt, read_creditmix, tabular_teacher
+    from creditmix import LABELS, balanced_sample, creditmix_prompt, gold_known, read_creditmix, tabular_teacher
     from teachers import answer_of_probabilities
 
     rows, _ = read_creditmix(args.src)
     pool = [row for row in rows if split_of(row.customer, args.split_seed) == "train"]
-    known = [hash_share(f"gold {row.customer}", args.split_seed) < args.gold_share for row in pool]
+    known = [gold_known(row, args) for row in pool]
     probabilities = tabular_teacher(pool, known, args.seed)
     answers = [answer_of_probabilities(dict(zip(LABELS, row.tolist(), strict=True))) for row in probabilities]
     # Classes are balanced by gold where all of it is known, else by what the teacher says.

@@ -30,6 +30,7 @@ from creditmix import (
     canonical_number,
     clean_field,
     creditmix_prompt,
+    gold_known,
     null_prompts,
     read_creditmix,
     tabular_features,
@@ -210,7 +211,7 @@ def labelled(customers: int = 400) -> list[CreditRow]:
 @pytest.mark.parametrize("split_seed", range(5))
 @pytest.mark.parametrize("seed", [0, 3])
 def test_validation_fit_and_training_rows_share_no_customer(split_seed, seed):
-    args = Namespace(split_seed=split_seed, seed=seed, data="x")
+    args = Namespace(split_seed=split_seed, seed=seed, data="x", gold_share=1)
     rows = labelled()
     customers = {}
     for split in ("train", "calibration", "validation"):
@@ -228,21 +229,35 @@ def test_validation_fit_and_training_rows_share_no_customer(split_seed, seed):
 def test_what_eval_draws_comes_from_the_split_it_is_for(fit_per_class, how):
     """The capped calibration rows and the baselines' training rows too."""
     flags = {"val_per_class": None, "val_frac": None, "fit": True, "baselines": True} | how
-    args = Namespace(split_seed=0, seed=0, data="x", fit_per_class=fit_per_class, **flags)
+    args = Namespace(split_seed=0, seed=0, data="x", gold_share=1, fit_per_class=fit_per_class, **flags)
     drawn = dict(zip(("validation", "calibration", "train"), draw_samples(labelled(), args), strict=True))
     for split, rows in drawn.items():
         assert rows and {split_of(row.customer) for row in rows} == {split}
     assert len(drawn["calibration"]) <= 3 * fit_per_class
     flags |= {"fit": False, "baselines": False}
-    _, *unasked = draw_samples(labelled(), Namespace(split_seed=0, seed=0, data="x", fit_per_class=5, **flags))
+    args = Namespace(split_seed=0, seed=0, data="x", gold_share=1, fit_per_class=5, **flags)
+    _, *unasked = draw_samples(labelled(), args)
     assert unasked == [[], []]
+
+
+def test_a_share_of_the_gold_labels_binds_all_but_validation():
+    """A larger share has the customers of a smaller one, so that scripts and runs can be compared."""
+    flags = {"val_per_class": None, "val_frac": None, "fit": True, "baselines": True, "fit_per_class": 300}
+    seen = {}
+    for share in (0.2, 0.5, 1.0):
+        args = Namespace(split_seed=0, seed=0, data="x", gold_share=share, **flags)
+        validation, *others = draw_samples(labelled(), args)
+        assert validation == draw(labelled(), "validation", None, Namespace(**vars(args) | {"gold_share": 1.0}))
+        assert all(gold_known(row, args) for rows in others for row in rows)
+        seen[share] = {row.customer for row in labelled() if gold_known(row, args)}
+    assert seen[0.2] < seen[0.5] < seen[1.0] and 40 < len(seen[0.2]) < 120
 
 
 def test_a_split_without_rows_of_a_label_is_refused():
     rows = [row for row in labelled() if row.label != "Bad"]
     for per_class in (None, 5):
         with pytest.raises(InputError, match=r"x: validation rows: .* only 0 are Bad"):
-            draw(rows, "validation", per_class, Namespace(split_seed=0, seed=0, data="x"))
+            draw(rows, "validation", per_class, Namespace(split_seed=0, seed=0, data="x", gold_share=1))
 
 
 def test_balanced_sample_is_balanced_without_repeats_and_follows_the_seed():
@@ -481,7 +496,7 @@ def test_prepare_writes_training_customers_only(prepared, credit_file):
     assert {split_of(name) for name in customers} == {"train"}
     rows, _ = read_creditmix(credit_file)
     for split in ("validation", "calibration"):
-        held_out = draw(rows, split, None, Namespace(split_seed=0, seed=0, data=credit_file))
+        held_out = draw(rows, split, None, Namespace(split_seed=0, seed=0, data=credit_file, gold_share=1))
         assert not customers & {row.customer for row in held_out}
         assert not written & {creditmix_prompt(row.features) for row in held_out}
 
@@ -612,6 +627,21 @@ def test_hard_standard_changes_standard_rows_only(tmp_path, noisy_file):
     assert near_misses(hard) >= 15
     with pytest.raises(InputError, match=r"--hard_standard is a share"):
         creditmix_prepare.main([*common, "--outdir", str(tmp_path / "x"), "--hard_standard", "1.5"])
+
+
+def test_a_share_of_the_gold_labels_is_all_that_is_written(tmp_path, noisy_file, capsys):
+    for share in ("1", "0.5"):
+        assert (
+            creditmix_prepare.main(["--src", noisy_file, "--outdir", str(tmp_path / share), "--gold_share", share])
+            == 0
+        )
+    args = Namespace(split_seed=0, gold_share=0.5)
+    rows, _ = read_creditmix(noisy_file)
+    allowed = {creditmix_prompt(row.features) for row in rows if gold_known(row, args)}
+    whole, half = ({row["input"] for row in read(tmp_path / share, "sft")} for share in ("1", "0.5"))
+    assert half <= allowed and whole - allowed and len(half) < 0.8 * len(whole)
+    assert "train, with a usable label" in capsys.readouterr().out
+    assert json.loads((tmp_path / "0.5" / "creditmix_prepared.json").read_text())["gold_share"] == 0.5
 
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path, noisy_file):

@@ -643,7 +643,7 @@ def test_a_calibrator_that_is_named_is_stored_whatever_its_likelihood(here, caps
         assert response["scores"] == response["raw_scores"]
     if method == "batch":  # the mean raw score of the calibration rows, whatever their labels
         rows, _ = read_creditmix(credit_file)
-        flags = Namespace(split_seed=0, seed=0, data="x")
+        flags = Namespace(split_seed=0, seed=0, data="x", gold_share=1)
         model = CreditModel.load(own, infer_creditmix.build_parser().parse_args(["--model_dir", own, *PLAIN]))
         drawn = eval_creditmix.draw(rows, "calibration", None, flags)
         mean = model.raw_scores([row.features for row in drawn]).mean(axis=0)

@@ -412,7 +412,7 @@ def test_a_tenth_of_the_gold_labels(here, credit_file):
         (["--teacher", "m", "--teacher_url", "u"], "give either --teacher or --teacher_url"),
         (["--teacher_url", "u"], "--teacher_url needs --teacher_model"),
         (["--teacher", "m"], "--input is needed"),
-        (["--teacher", "tabular", "--gold_share", "0"], "--gold_share is above 0"),
+        (["--teacher", "tabular", "--min_confidence", "2"], "--min_confidence is from 0 to 1"),
         (["--teacher", "tabular", "--concurrency", "0"], "--concurrency is at least 1"),
         (["--teacher", "m", "--input", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--teacher", "m", "--input", "bad.jsonl"], 'bad.jsonl: row 1 needs "input" or "prompt"'),
