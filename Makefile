@@ -11,10 +11,10 @@ KD_STEPS := --max_steps 30
 DPO_STEPS := --max_steps 15
 DEMO_ROWS := --val_per_class 200 --fit_per_class 150
 else
-SFT_STEPS := --max_steps 130 --learning_rate 2e-3 --warmup_steps 15
-KD_STEPS := --max_steps 15 --warmup_steps 3
-DPO_STEPS := --max_steps 8 --warmup_steps 2
-DEMO_ROWS := --val_per_class 120 --fit_per_class 80
+SFT_STEPS := --batch_size 8 --max_steps 210 --learning_rate 1.5e-3 --warmup_steps 20
+KD_STEPS := --max_steps 12 --warmup_steps 3
+DPO_STEPS := --max_steps 6 --warmup_steps 2
+DEMO_ROWS := --val_per_class 100 --fit_per_class 60
 endif
 EXAMPLE := Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments
 

@@ -1,0 +1,81 @@
+"""Whether scoring a file costs as much a row, and as much memory, at 1,000 rows as at 20,000.
+
+infer_creditmix.py runs as its own process on files of one row, of --few and of --many (rows of --data, repeated);
+the time of one row, which is that of loading, is taken off the others.
+
+    python bench/linear.py --few 1000 --many 20000
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import InputError, run_script, write_jsonl
+from creditmix import read_creditmix
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_dir", default="smollm2-135m", help="base, folder or adapter (%(default)s)")
+    add("--data", default=str(ROOT / "data/creditmix_dataset.json"), help="raw rows (%(default)s)")
+    add("--few", type=int, default=1000, help="rows of the small file (%(default)s)")
+    add("--many", type=int, default=20000, help="rows of the large file (%(default)s)")
+    add("--json", action="store_true", help="print one JSON object on standard output")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def run(model_dir: str, features: list[str], rows: int, folder: Path) -> tuple[float, float]:
+    """(seconds, peak resident memory in MB) of infer_creditmix.py on so many rows."""
+    source, output = folder / f"{rows}.jsonl", folder / f"{rows}.scored.jsonl"
+    write_jsonl(source, [{"features": text} for text in itertools.islice(itertools.cycle(features), rows)])
+    command = [sys.executable, str(ROOT / "infer_creditmix.py"), "--model_dir", model_dir, "--calibration", "none"]
+    start = time.perf_counter()
+    process = subprocess.Popen([*command, "--input", str(source), "--output", str(output)])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"infer_creditmix.py ended with status {process.returncode}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if not 1 < args.few < args.many:
+        raise InputError("--few is above 1 and below --many")
+    features = [row.features for row in read_creditmix(args.data)[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        (load, _), (few, few_mb), (many, many_mb) = (
+            run(args.model_dir, features, rows, Path(folder)) for rows in (1, args.few, args.many)
+        )
+    rates = [(args.few - 1) / (few - load), (args.many - 1) / (many - load)]
+    result = {
+        "rows": [args.few, args.many],
+        "rows_per_second": [round(rate, 2) for rate in rates],
+        "speed_many_vs_few": round(rates[1] / rates[0], 3),
+        "peak_memory_mb": [round(few_mb), round(many_mb)],
+        "memory_many_vs_few": round(many_mb / few_mb, 3),
+    }
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:<24}{value}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
