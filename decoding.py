@@ -267,6 +267,7 @@ class Closer:
         opening = [t for t in quotes if not texts[t].strip(b'"')]  # more would be the string's content
         self._outside = [*(t for t in ends if t not in quotes), *words, *opening, *single]
         self._letters = [t for t in single if texts[t].isalpha() and texts[t] not in b"tfneE"]
+        self._signs = [t for sign in b"@/:-_." for t in single if texts[t][0] == sign]
         self._one = next((t for t in single if texts[t] == b"1"), None)
         self.kinds = {t: self._kind(texts[t]) for t in {*self._in_string, *self._outside}}
 
@@ -282,12 +283,15 @@ class Closer:
         The matcher is left as it was. First the likeliest ending at every step, which is mostly short; where that is
         too long, a best-first search in which second choices cost, and so does what can go on for ever: text.
         """
-        dives = (self._dive(matcher.deep_copy(), limit, digit) for digit in (self._one, None))
+        ways = ((self._one, ()), (None, ()), (self._one, self._signs))
+        dives = (self._dive(matcher.deep_copy(), limit, *way) for way in ways)
         return next((tokens for tokens in dives if tokens is not None), None) or self._search(matcher, limit)
 
-    def _dive(self, state: Any, limit: int, digit: int | None) -> list[int] | None:
-        """digit: a token to prefer among digits; 1111-11-11 is a date, 0000-00-00 is none."""
+    def _dive(self, state: Any, limit: int, digit: int | None, signs: Sequence[int]) -> list[int] | None:
+        """digit: a token to prefer among digits; 1111-11-11 is a date, 0000-00-00 is none. signs: tokens to try once
+        in each string before words, for formats that need them: an e-mail address ends only after @ and a dot."""
         tokens: list[int] = []
+        left = list(signs)
         while len(tokens) <= limit:
             forced = state.compute_ff_tokens()
             if len(tokens) + len(forced) > limit or (forced and not state.consume_tokens(forced)):
@@ -295,10 +299,17 @@ class Closer:
             tokens += forced
             if state.is_accepting():
                 return tokens
-            _, choices = self._choices(state, 1)
-            if choices and self.kinds.get(choices[0]) == "digit" and digit is not None:
+            in_string, choices = self._choices(state, 1)
+            kind = self.kinds.get(choices[0]) if choices else None
+            left = left if in_string else list(signs)
+            preferred = [digit] if kind == "digit" and digit is not None else []
+            preferred += left if in_string and kind != "quote" else []
+            if preferred:
                 mask = state.compute_bitmask()
-                choices = [digit] if mask[digit >> 3] >> (digit & 7) & 1 else choices
+                choices = [t for t in preferred if mask[t >> 3] >> (t & 7) & 1] or choices
+                if choices[0] in left:  # what stands behind it may be needed again after it: the dot after an @
+                    behind = signs.index(choices[0]) + 1
+                    left = [*(t for t in left if t in signs[: behind - 1]), *signs[behind:]]
             if not choices or not state.consume_token(choices[0]):
                 return None
             tokens.append(choices[0])

@@ -7,8 +7,9 @@ which that folder is a small file system in memory and all else is read-only; no
 
 A program counts as passed only if a secret comes back that is sent after the last test, so printing "passed" or
 leaving early does not count; while it runs, no object that it can get at holds the secret. Not covered: code that
-searches the interpreter's memory by address, answers that claim to equal whatever they are compared with, and, without
-Landlock (kernels before 5.13), reading files.
+searches the interpreter's memory by address, answers that claim to equal whatever they are compared with, that replace
+the builtins a test uses or look up what the test that calls them expects, and, without Landlock (kernels before 5.13),
+reading files.
 """
 
 from __future__ import annotations
@@ -101,15 +102,15 @@ PROCESSES = ("fork", "forkpty", "exec", "posix_spawn", "spawn", "system", "kill"
 # What shows the frames of the runner or the objects in them, or lets a traced test skip lines.
 INSIGHT = ("gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys._current_frames", "sys._current_exceptions",
            "sys.settrace", "sys.setprofile", "sys.monitoring.register_callback")
+# Another interpreter would have no hook.
+INSIGHT += ("cpython.PyInterpreterState_New",)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 def guarding(folder):
     "The audit hook. Bound to what it needs: a program can replace functions of modules, and builtins."
-    getcwd, readlink, devnull, kind, refused, number, text, raw = (
-        os.getcwd, os.readlink, os.devnull, type, PermissionError, int, str, bytes)
-    writing, changes, forbidden, processes, insight = WRITING, CHANGES, FORBIDDEN, PROCESSES, INSIGHT
+    # By defaults: each refusal brings a frame, from which variables of closures can be written (Python 3.13).
 
-    def real(path):
+    def real(path, *, getcwd=os.getcwd, readlink=os.readlink, refused=PermissionError, failed=OSError):
         "As os.path.realpath."
         parts, done, links = path.split("/")[::-1], [], 0
         if path[:1] != "/":
@@ -121,7 +122,7 @@ def guarding(folder):
             elif part and part != ".":
                 try:
                     target = readlink("/".join(["", *done, part]))
-                except OSError:
+                except failed:
                     done.append(part)
                     continue
                 links += 1
@@ -131,7 +132,7 @@ def guarding(folder):
                 parts += target.split("/")[::-1]
         return "/" + "/".join(done)
 
-    def plain(path):
+    def plain(path, *, kind=type, raw=bytes, text=str, refused=PermissionError):
         "A subclass of str could say one thing here and another to the system."
         if kind(path) is raw:
             path = path.decode("utf-8", "surrogateescape")
@@ -139,15 +140,19 @@ def guarding(folder):
             raise refused("a path that is no plain text")
         return path
 
-    def inside(where):
+    def inside(where, *, folder=folder, devnull=os.devnull):
         return where == folder or where == devnull or where.startswith(folder + "/")
 
-    def relative_inside(path):
+    def relative_inside(path, *, plain=plain, inside=inside, real=real):
         "Events do not tell what folder's descriptor a path is relative to: none is open of a folder outside."
         path = plain(path)
         return inside(real(path)) and (path[:1] == "/" or ".." not in path.split("/"))
 
-    def guard(event, details):
+    def guard(
+        event, details, *, kind=type, number=int, real=real, plain=plain, inside=inside, refused=PermissionError,
+        relative_inside=relative_inside, writing=WRITING, forbidden=FORBIDDEN, processes=PROCESSES, insight=INSIGHT,
+        changes=CHANGES,
+    ):
         area, _, name = event.partition(".")
         if event == "open":
             path, mode, flags = details
@@ -201,6 +206,7 @@ def prepare():
     steps = [functools.partial(exec, code, vars(space)) for code in codes]
     steps += [functools.partial(os.write, 3, job["secret"].encode()), functools.partial(os._exit, 0)]
     sys.modules["__main__"] = space
+    globals().pop("libc")  # frames show it to the program
     sys.addaudithook(guarding(folder))
     return steps
 
@@ -236,9 +242,18 @@ class Outcome:
 @functools.cache
 def isolation() -> tuple[str, ...]:
     """The `unshare` command that works here: user, process, network and mount namespaces, or nothing."""
-    command = ("unshare", "-r", "-n", "-p", "-m", "-f", "--kill-child", "--")
+    return _working("unshare", "-r", "-n", "-p", "-m", "-f", "--kill-child", "--")
+
+
+@functools.cache
+def tied() -> tuple[str, ...]:
+    """The `setpriv` command that works here: a killed harness takes what it started with it. Or nothing."""
+    return _working("setpriv", "--pdeathsig", "KILL", "--")
+
+
+def _working(*command: str) -> tuple[str, ...]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    works = shutil.which("unshare") and subprocess.run([*command, "true"], **quiet).returncode == 0
+    works = shutil.which(command[0]) and subprocess.run([*command, "true"], **quiet).returncode == 0
     return command if works else ()
 
 
@@ -289,7 +304,7 @@ def run_program(program: str, tests: Sequence[str], seconds: float = SECONDS, me
         job = {"program": program, "tests": list(tests), "seconds": seconds, "memory_mb": memory_mb}
         job |= {"file_mb": FILE_MB, "total_mb": TOTAL_MB, "namespaces": bool(isolation()), "secret": secret}
         child = subprocess.Popen(
-            [*isolation(), os.path.realpath(sys.executable), "-I", "-S", "-c", CHILD],
+            [*tied(), *isolation(), os.path.realpath(sys.executable), "-I", "-S", "-c", CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=writing,

@@ -99,6 +99,19 @@ def test_a_closed_document_keeps_what_was_written(decoder):
         assert not draft.truncated or len(draft.tokens) >= 98
 
 
+@pytest.mark.parametrize(
+    "text",
+    [{"format": "email"}, {"pattern": "@"}, {"pattern": "^[^@]+@[^@]+[.][a-z]{2,}$"}, {"format": "uri"}],
+    ids=lambda text: next(iter(text.values())),
+)
+def test_a_text_that_needs_certain_signs_can_be_closed(decoder, text):
+    properties = {"name": {"type": "string"}, "where": {"type": "string"} | text}
+    schema = {"type": "object", "properties": properties, "required": ["name", "where"], "additionalProperties": False}
+    grammar = compile_schema(schema, decoder.grammar_tokenizer)
+    for draft in decoder.generate([[5, 6, 7, 8]] * 2, [grammar] * 2, 48):
+        jsonschema.validate(json.loads(draft.text), schema, format_checker=jsonschema.FormatChecker())
+
+
 def test_what_cannot_be_closed_is_cut_back_no_further_than_it_must(decoder):
     """The optional member needs more tokens than are left: what came before it stays."""
     notes = {"type": "string", "minLength": 60, "maxLength": 90, "pattern": "^[0-9]*$"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import time
 import pytest
 
 import sandbox
+from conftest import ROOT
 from sandbox import run_program, run_programs
 
 TESTS = ("assert f(2) == 4",)
@@ -73,6 +76,11 @@ FAKES = {
     "looks in the frames of a test": SEND + "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
     "        send([*frame.f_globals.values(), *frame.f_locals.values()])\n        frame = frame.f_back",
     "looks at what the collector knows": SEND + "import gc\nsend(gc.get_objects())",
+    "rewrites what the hook is bound to": SEND + "import gc\ntry: gc.get_objects()\nexcept PermissionError as error:\n"
+    "    trace = error.__traceback__\n    while trace:\n        for name in ('insight', 'forbidden', 'processes'):\n"
+    "            trace.tb_frame.f_locals[name] = ()\n        trace = trace.tb_next\nsend(gc.get_objects())",
+    "makes an interpreter without the hook": "try: import _interpreters as other\n"
+    "except ImportError: import _xxsubinterpreters as other\nother.create()\ndef f(x): return 4",
     "looks from an object's end": SEND + "import sys, weakref\nframe = sys._getframe()\nclass A: pass\n"
     "def f(x):\n    global a\n    a = A()\n    weakref.finalize(a, lambda: send(frame.f_back.f_globals.values()))\n"
     "    del a\n    return 0",
@@ -97,10 +105,11 @@ def test_a_program_that_only_pretends_does_not_pass(program):
     assert not run_program(program, TESTS, seconds=2).passed
 
 
-def test_an_endless_loop_ends_at_its_time():
+@pytest.mark.parametrize("program", ["while True: pass", "import time\ntime.sleep(60)"], ids=["busy", "asleep"])
+def test_what_does_not_end_is_ended_at_its_time(program):
     start = time.monotonic()
-    assert "not done after 1" in run_program("while True: pass", TESTS, seconds=1).problem
-    assert time.monotonic() - start < 10
+    assert "not done after 1" in run_program(program, TESTS, seconds=1).problem
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("program", ["x = [0] * (10**10 // 8)\n", "x = bytearray(1500 << 20)\n"])
@@ -130,7 +139,7 @@ def test_a_program_that_nests_folders_leaves_nothing(monkeypatch, tmp_path):
     without(monkeypatch, "namespaces", "hook")  # the hook would be slow here, a file system of its own hide it
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     nests = "import os\nfor i in range(1500):\n    os.mkdir('d'); open('x', 'w').close(); os.chdir('d')\n"
-    assert run_program(nests + "os.chmod('../../d', 0)\n" + RIGHT, TESTS).passed
+    assert run_program(nests + "os.chmod('../../d', 0)\n" + RIGHT, TESTS, seconds=60).passed
     assert not list(tmp_path.iterdir())
 
 
@@ -329,6 +338,36 @@ def test_nothing_outlives_the_run():
         except OSError:
             continue
     assert not any(found)
+
+
+def working_under(folder) -> list[str]:
+    """Processes whose working folder is under this one."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            found += [pid] if os.readlink(f"/proc/{pid}/cwd").startswith(f"{folder}/") else []
+    return found
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_program_does_not_outlive_a_killed_harness(stop, tmp_path):
+    if not sandbox.tied():
+        pytest.skip("no setpriv here")
+    code = "from sandbox import *; run_program('import time\\ntime.sleep(600)', ['assert True'], seconds=600)"
+    harness = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
+    try:
+        assert wait_for(lambda: len(working_under(tmp_path)) > bool(sandbox.isolation()))
+    finally:
+        harness.send_signal(stop)
+        harness.wait()
+    assert wait_for(lambda: not working_under(tmp_path))
+
+
+def wait_for(condition, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
 
 
 def test_many_programs_keep_their_order():
