@@ -245,8 +245,8 @@ def main(argv: list[str] | None = None) -> int:
         missing = [number for number in range(len(prompts)) if number not in file.answers]
         if missing:
             print(
-                f"{len(missing)} of {len(prompts)} prompts got no answer; the others are kept in {file.path}: run the "
-                "same command again",
+                f"{len(missing)} of {len(prompts)} prompts got no answer; what others got is kept in {file.path}: run "
+                "the same command again",
                 file=sys.stderr,
             )
             return 1

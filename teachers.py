@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from time import sleep
@@ -136,6 +137,7 @@ class HttpTeacher:
         from openai import OpenAI
 
         self.args = args
+        self._said: set[str] = set()
         # Retries are ours: the client's own do not cover an answer that came as half a JSON text.
         self.client = OpenAI(
             base_url=args.teacher_url,
@@ -159,6 +161,7 @@ class HttpTeacher:
     def _ask(self, prompt: str, labels: Sequence[str]) -> dict[str, Any] | None:
         import openai
 
+        why: BaseException | None = None
         for attempt in range(self.args.retries + 1):
             pause = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.5)
             try:
@@ -170,10 +173,15 @@ class HttpTeacher:
                     ) from None
                 after = error.response.headers.get("retry-after", "")
                 pause = max(pause, min(60.0, float(after))) if after.isdigit() else pause
-            except (openai.APIConnectionError, openai.APIError, ValueError):  # ValueError: half an answer
-                pass
+                why = error
+            except (openai.APIConnectionError, openai.APIError, ValueError) as error:  # ValueError: half an answer
+                why = error.__cause__ or error
             if attempt < self.args.retries:
                 sleep(pause)
+        said = f"{self.args.teacher_url}: a prompt is given up: {' '.join(str(why).split())[:200]}"
+        if said not in self._said:  # once, however many prompts it happens to
+            self._said.add(said)
+            print(said, file=sys.stderr)
         return None
 
     def _request(self, prompt: str, logprobs: bool) -> Any:

@@ -161,7 +161,7 @@ def test_what_was_answered_is_not_asked_again(here, endpoint, capsys):
     write_lines("in.jsonl", rows)
     server = endpoint(("500",) * 5)
     assert ask(server.url, "--retries", 0, "--concurrency", 1) == 1
-    assert "5 of 12 prompts got no answer; the others are kept in kd.jsonl.part" in capsys.readouterr().err
+    assert "5 of 12 prompts got no answer; what others got is kept in kd.jsonl.part" in capsys.readouterr().err
     assert not Path("kd.jsonl").exists() and len(server.asked) == 12
     with open("kd.jsonl.part", "a") as out:
         out.write('{"row": 11, "teacher_out')  # killed while writing
@@ -240,7 +240,9 @@ def test_what_is_refused_for_good_ends_at_once(here, endpoint, status):
 def test_an_endpoint_that_is_not_there(here, capsys):
     write_lines("in.jsonl", gold_rows(6))
     assert ask("http://127.0.0.1:9/v1", "--retries", 1) == 1
-    assert "6 of 6 prompts got no answer" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "6 of 6 prompts got no answer" in said
+    assert said.count("a prompt is given up: [Errno 111] Connection refused") == 1
 
 
 def test_likelihoods_of_an_endpoint_become_label_probs(here, endpoint):
