@@ -99,11 +99,11 @@ CHANGES = ("remove", "rename", "rmdir", "mkdir", "chmod", "chown", "link", "syml
            "setxattr", "removexattr")
 FORBIDDEN = ("socket", "ctypes", "subprocess", "pty", "urllib", "ftplib", "smtplib", "poplib", "imaplib", "telnetlib")
 PROCESSES = ("fork", "forkpty", "exec", "posix_spawn", "spawn", "system", "kill", "killpg", "startfile", "chroot")
-# What shows the frames of the runner or the objects in them, or lets a traced test skip lines.
+# What shows the frames of the runner or the objects in them, lets a traced test skip lines, or makes another
+# interpreter, which would have no hook.
 INSIGHT = ("gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys._current_frames", "sys._current_exceptions",
-           "sys.settrace", "sys.setprofile", "sys.monitoring.register_callback")
-# Another interpreter would have no hook.
-INSIGHT += ("cpython.PyInterpreterState_New",)
+           "sys.settrace", "sys.setprofile", "sys.monitoring.register_callback",
+           "cpython.PyInterpreterState_New")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 def guarding(folder):

@@ -15,6 +15,7 @@ import pytest
 import creditmix_prepare
 import eval_creditmix
 import infer_creditmix
+import kd_prepare
 import sft_train
 from common import InputError, run_script, warn_if_slow, write_jsonl
 from conftest import ROOT, credit_rows, run_cli, save_adapter
@@ -439,6 +440,15 @@ def test_seeds_that_generators_do_not_take_are_refused(capsys, seed):
         with pytest.raises(SystemExit) as stop:
             main(["--model_dir", "m", "--seed", seed] if main is eval_creditmix.main else ["--seed", seed])
         assert stop.value.code == 2 and "--seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "nan", "x"])
+def test_shares_of_gold_labels_out_of_range_are_refused(capsys, share):
+    needed = {eval_creditmix.main: ["--model_dir", "m"], kd_prepare.main: ["--teacher", "tabular", "--output", "o"]}
+    for main in (creditmix_prepare.main, *needed):
+        with pytest.raises(SystemExit) as stop:
+            main([*needed.get(main, []), "--gold_share", share])
+        assert stop.value.code == 2 and "--gold_share" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------- files that fail

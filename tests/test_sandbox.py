@@ -109,7 +109,7 @@ def test_a_program_that_only_pretends_does_not_pass(program):
 def test_what_does_not_end_is_ended_at_its_time(program):
     start = time.monotonic()
     assert "not done after 1" in run_program(program, TESTS, seconds=1).problem
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("program", ["x = [0] * (10**10 // 8)\n", "x = bytearray(1500 << 20)\n"])
