@@ -50,6 +50,7 @@ from creditmix import (
     add_scoring_flags,
     adjusted,
     balanced_sample,
+    chosen_boosting,
     class_shares,
     gold_known,
     gold_share,
@@ -104,7 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of customers whose label --fit and --baselines may use (%(default)s)",
     )
     add = parser.add_argument_group("report").add_argument
-    add("--baselines", action="store_true", help="add majority, logistic regression and gradient boosting")
+    add(
+        "--baselines",
+        action="store_true",
+        help="add majority, logistic regression, the tabular teacher and gradient boosting",
+    )
     add("--report_dir", help="write metrics.json, predictions.jsonl and plots there")
     add("--bootstrap", type=int, default=1000, help="resamples for the 95 %% intervals (%(default)s)")
     add("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
@@ -362,14 +367,18 @@ def evaluate_model(
 
 
 def baselines(train: list[CreditRow], rows: list[CreditRow], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Majority, logistic regression and gradient boosting (the ceiling), trained on all balanced training rows."""
+    """Majority, logistic regression, the tabular teacher and gradient boosting (the ceiling), trained on all balanced
+    training rows."""
     from sklearn.dummy import DummyClassifier
 
     frame = tabular_features([row.features for row in train + rows])
-    answers = [LABELS.index(row.label) for row in train]
+    answers = np.array([LABELS.index(row.label) for row in train])
+    customers = [row.customer for row in train]
+    teacher, _ = chosen_boosting(frame[: len(train)], answers, customers, np.ones(len(train)), args.seed)
     models = {
         "majority": DummyClassifier(strategy="prior"),
         "logistic regression": logistic_regression(),
+        "tabular teacher": teacher,
         "gradient boosting": gradient_boosting(args.seed),
     }
     results = []
@@ -501,11 +510,11 @@ def main(argv: list[str] | None = None) -> int:
     validation, calibration, train = draw_samples(rows, args)
     for model_dir in args.model_dir:  # before the first is scored, which takes minutes
         local_or_hub(base_of(model_dir))
+    simple = baselines(train, validation, args) if args.baselines else []
     results = [evaluate_model(model_dir, validation, calibration, args) for model_dir in args.model_dir]
     if rank_and_world()[0]:  # of several processes the first reports
         return 0
-    if args.baselines:
-        results += baselines(train, validation, args)
+    results += simple
     if len(results) > 1:
         add_differences(results, results[-1 if args.baselines else 0])  # gradient boosting, or the first model
     hidden = ("predicted", "responses", "probabilities", "samples")

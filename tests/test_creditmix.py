@@ -542,6 +542,32 @@ def test_the_teacher_weighs_each_label_the_same():
     assert np.abs(np.array(means) - 1 / 3).max() < 0.08
 
 
+def test_few_labels_take_a_teacher_that_gives_way_less():
+    """Of the settings the one whose cross-fitted likelihood is best: with few noisy labels not the published one."""
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 3, 400)
+    features = [f"Age: {rng.integers(18, 80)}, Outstanding Debt: {500 * a + rng.integers(0, 3000)}" for a in answers]
+    frame, groups, weights = creditmix.tabular_features(features), [str(n // 2) for n in range(400)], np.ones(400)
+    model, probabilities = creditmix.chosen_boosting(frame, answers, groups, weights, 0)
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    published = cross_val_predict(
+        creditmix.gradient_boosting(0), frame, answers, groups=groups, cv=folds, method="predict_proba"
+    )
+    assert model.max_leaf_nodes < 15
+    assert log_loss(answers, probabilities) < log_loss(answers, published) - 0.1
+
+
+def test_the_gates_regression_never_sees_the_customer():
+    """Each customer has an occupation of its own and random labels, the same in all its rows."""
+    labels = np.random.default_rng(0).choice(LABELS, 90)
+    rows = [(f"Age: 30, Occupation: Job {n}, Annual Income: 5{n}0", label) for n, label in enumerate(labels)] * 4
+    found = creditmix.simple_baselines([f"Classify\n{text}" for text, _ in rows], [label for _, label in rows])
+    assert found["logistic regression"] < 0.5
+
+
 @pytest.mark.parametrize("split_seed", [0, 1])
 def test_the_embedded_rows_are_as_hard_as_the_real_ones(split_seed):
     """Gradient boosting, balanced classes, other customers: 0.682 / 0.677 on the real rows (data/README.md)."""
