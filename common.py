@@ -60,9 +60,14 @@ def run_script(main: Callable[[list[str] | None], int | None]) -> None:
     name = Path(sys.argv[0]).name
     try:
         status = main(None) or 0
+        sys.stdout.flush()
     except InputError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         status = 2
+    except BrokenPipeError:
+        print(f"{name}: stopped: nobody reads the output on (`| head`)", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again at its end
+        status = 1
     except ModuleNotFoundError as error:
         if "--debug" in sys.argv:
             raise

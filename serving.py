@@ -113,10 +113,11 @@ class Engine:
 
     def _training_commands(self) -> dict[str, str]:
         base = "BASE" if Path(self.args.base).exists() else self.args.base  # no paths in answers
+        sft, kd, dpo = map(default_folder, VARIANTS[1:])
         commands = {
-            "sft": f"python sft_train.py --student {base} --save_dir {default_folder('sft')}",
-            "kd": f"python kd_train.py --student {base} --save_dir {default_folder('kd')}",
-            "dpo": f"python dpo_train.py --adapter {default_folder('sft')} --save_dir {default_folder('dpo')}",
+            "sft": f"python sft_train.py --student {base} --save_dir {sft}",
+            "kd": f"python kd_train.py --student {base} --save_dir {kd}",
+            "dpo": f"python dpo_train.py --adapter {sft} --save_dir {dpo} --max_steps 60",
         }
         return {variant: command for variant, command in commands.items() if variant not in self.folders}
 
@@ -149,6 +150,8 @@ class Engine:
             raise Refusal(503, self.failure, "no model is at work", "the server's log says why")
         if command := self.missing().get(variant):
             hint = f"train it: {command}; then restart the server"
+            if getattr(self.args, variant) == "none":
+                hint = f"the server was started with --{variant} none"
             raise Refusal(503, "adapter_missing", f"no adapter is loaded for {variant}", hint)
         if not self.ready:
             raise Refusal(503, "loading", "the model is being loaded", "ask /readyz", retry_after=5)

@@ -70,6 +70,16 @@ def test_help_comes_without_a_heavy_import(script):
 # ------------------------------------------------------------------------------------------- exit status and one line
 
 
+def test_an_output_that_nobody_reads_on_is_one_line(here, credit_file):
+    command = [sys.executable, str(ROOT / "creditmix_prepare.py"), "--src", credit_file, "--outdir", "data"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr == "creditmix_prepare.py: stopped: nobody reads the output on (`| head`)\n"
+
+
 def status_of(monkeypatch, main, *flags: str) -> int:
     monkeypatch.setattr(sys, "argv", ["/somewhere/script.py", *flags])
     with pytest.raises(SystemExit) as stop:

@@ -485,10 +485,22 @@ def test_a_missing_adapter_answers_503_with_its_command(model_dir, folders):
             await engine.score("dpo", ["Age: 3"])
         return found.value, await engine.score("kd", ["Age: 3"])
 
-    refusal, answers = with_engine(arguments(model_dir, {"kd": folders["kd"]}), use)
+    refusal, answers = with_engine(arguments(model_dir, {"kd": folders["kd"], "dpo": "runs/creditmix_dpo"}), use)
     assert (refusal.status, refusal.code) == (503, "adapter_missing")
     assert "python dpo_train.py --adapter runs/creditmix_sft" in refusal.hint and model_dir not in refusal.hint
     assert answers[0]["prediction"] in LABELS
+
+
+def test_an_endpoint_that_was_left_out_says_so(model_dir, folders):
+    async def use(engine):
+        with pytest.raises(Refusal) as found:
+            await engine.score("dpo", ["Age: 3"])
+        return found.value
+
+    assert (
+        with_engine(arguments(model_dir, folders | {"dpo": "none"}), use).hint
+        == "the server was started with --dpo none"
+    )
 
 
 def test_an_adapter_of_another_base_is_refused_at_once(model_dir, folders, tmp_path):
