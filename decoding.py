@@ -343,11 +343,13 @@ class Closer:
         """Whether the state is inside a string, and the first allowed candidate of each of the first few kinds, so
         that a loop in a pattern is left too."""
         mask = state.compute_bitmask()
-        in_string = any(mask[token >> 3] >> (token & 7) & 1 for token in self._letters)
-        chosen: dict[str, int] = {}
+        letters = sum(mask[token >> 3] >> (token & 7) & 1 for token in self._letters)
+        in_string = letters > 0
+        few = letters < 8  # not free text: the first letters of names or of fixed values, which are not alike
+        chosen: dict[str | int, int] = {}
         for token in self._in_string if in_string else self._outside:
             if mask[token >> 3] >> (token & 7) & 1:
-                chosen.setdefault(self.kinds[token], token)
+                chosen.setdefault(token if few and self.kinds[token] == "letter" else self.kinds[token], token)
                 if len(chosen) == width:
                     break
         if not chosen:  # none of the candidates: whatever is allowed

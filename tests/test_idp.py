@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from llguidance import LLMatcher
 
 import eval_idp
 import idp
@@ -127,6 +128,19 @@ def test_what_cannot_be_closed_is_cut_back_no_further_than_it_must(decoder):
             cut += 1
             assert value["name"]
     assert cut
+
+
+def test_where_the_likeliest_ending_is_too_long_others_are_searched(decoder):
+    """Of two members the first to be tried needs 60 signs, the other one word."""
+    long = {"properties": {"alpha": {"type": "string", "pattern": "^[0-9]{60}$"}}, "required": ["alpha"]}
+    short = {"properties": {"beta": {"type": "null"}}, "required": ["beta"]}
+    schema = {"anyOf": [{"type": "object", "additionalProperties": False} | one for one in (long, short)]}
+    matcher = LLMatcher(decoder.grammar_tokenizer, compile_schema(schema, decoder.grammar_tokenizer).grammar)
+    assert matcher.consume_tokens(decoder.grammar_tokenizer.tokenize_str("{"))
+    for digit in (decoder.closer._one, None):
+        assert decoder.closer._dive(matcher.deep_copy(), 24, digit, ()) is None
+    tokens = decoder.closer.close(matcher, 24)
+    assert decoder.grammar_tokenizer.decode_str(tokens) == '"beta":null}'
 
 
 def test_a_long_text_is_filled_with_words(decoder):
