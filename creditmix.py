@@ -331,6 +331,7 @@ def chosen_boosting(
     InputError where there are too few customers for these."""
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from threadpoolctl import threadpool_limits
 
     for k, label in enumerate(LABELS):
         customers = len({group for group, answer in zip(groups, answers, strict=True) if answer == k})
@@ -342,15 +343,16 @@ def chosen_boosting(
     tried = []
     for settings in BOOSTING_SETTINGS:
         model = gradient_boosting(seed, settings)
-        probabilities = cross_val_predict(
-            model,
-            frame,
-            answers,
-            groups=groups,
-            cv=StratifiedGroupKFold(5, shuffle=True, random_state=seed),
-            method="predict_proba",
-            params={"sample_weight": weights},
-        )
+        with threadpool_limits(1):  # threads that wait for each other take minutes beside other work
+            probabilities = cross_val_predict(
+                model,
+                frame,
+                answers,
+                groups=groups,
+                cv=StratifiedGroupKFold(5, shuffle=True, random_state=seed),
+                method="predict_proba",
+                params={"sample_weight": weights},
+            )
         tried.append((log_loss(answers, probabilities, sample_weight=weights), model, probabilities))
     return min(tried, key=lambda one: one[0])[1:]
 
@@ -377,6 +379,7 @@ def tabular_teacher(rows: Sequence[CreditRow], known: Sequence[bool], seed: int)
     never saw its customer: cross-fitted over the `known` rows, and by a model of all of these for the others, whose
     labels are not used. Raises InputError where there are too few customers for five folds."""
     from sklearn.utils.class_weight import compute_sample_weight
+    from threadpoolctl import threadpool_limits
 
     seen = np.flatnonzero(known)
     groups = [rows[i].customer for i in seen]
@@ -387,7 +390,8 @@ def tabular_teacher(rows: Sequence[CreditRow], known: Sequence[bool], seed: int)
     model, probabilities[seen] = chosen_boosting(frame.iloc[seen], answers, groups, weights, seed)
     others = np.flatnonzero(~np.asarray(known, dtype=bool))
     if len(others):
-        model.fit(frame.iloc[seen], answers, sample_weight=weights)
+        with threadpool_limits(1):
+            model.fit(frame.iloc[seen], answers, sample_weight=weights)
         probabilities[others] = model.predict_proba(frame.iloc[others])
     return probabilities
 

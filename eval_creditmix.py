@@ -370,6 +370,7 @@ def baselines(train: list[CreditRow], rows: list[CreditRow], args: argparse.Name
     """Majority, logistic regression, the tabular teacher and gradient boosting (the ceiling), trained on all balanced
     training rows."""
     from sklearn.dummy import DummyClassifier
+    from threadpoolctl import threadpool_limits
 
     frame = tabular_features([row.features for row in train + rows])
     answers = np.array([LABELS.index(row.label) for row in train])
@@ -383,7 +384,8 @@ def baselines(train: list[CreditRow], rows: list[CreditRow], args: argparse.Name
     }
     results = []
     for name, model in models.items():
-        model.fit(frame[: len(train)], answers)
+        with threadpool_limits(1):  # as in `chosen_boosting`
+            model.fit(frame[: len(train)], answers)
         probabilities = model.predict_proba(frame[len(train) :])
         if (shares := class_shares(args)) is not None:
             probabilities = probabilities * shares
