@@ -512,6 +512,12 @@ def main(argv: list[str] | None = None) -> int:
     validation, calibration, train = draw_samples(rows, args)
     for model_dir in args.model_dir:  # before the first is scored, which takes minutes
         local_or_hub(base_of(model_dir))
+    if args.fit and (customers := len({row.customer for row in calibration})) < 100:
+        print(
+            f"note: fitting on the rows of {customers} customers may do harm; "
+            "look at 'calibration none' in the report, and use that where it is better",
+            file=sys.stderr,
+        )
     simple = baselines(train, validation, args) if args.baselines else []
     results = [evaluate_model(model_dir, validation, calibration, args) for model_dir in args.model_dir]
     if rank_and_world()[0]:  # of several processes the first reports

@@ -399,6 +399,14 @@ def test_fit_writes_a_calibration_that_eval_and_infer_then_use(here, capsys, ada
     assert again["calibration"] == "fitted" and again["nll"] == pytest.approx(fitted["nll"], abs=1e-6)
 
 
+def test_a_fit_on_few_customers_is_said_to_be_a_risk(here, capsys, adapter, credit_file):
+    own = str(shutil.copytree(adapter, here / "own"))
+    evaluate(own, credit_file, "--fit")
+    assert "customers may do harm" in capsys.readouterr().err
+    evaluate(own, credit_file)
+    assert "customers may do harm" not in capsys.readouterr().err
+
+
 def test_fitting_lowers_the_nll_of_the_rows_it_was_fitted_on(here, capsys, adapter, credit_file, monkeypatch):
     own = str(shutil.copytree(adapter, here / "own"))
     real = eval_creditmix.draw
