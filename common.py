@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
+STEM_TOKENS = 256  # a further forward has to save so many: about what starting one costs
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 SYSTEM_PROMPT = "Follow the instruction and answer with nothing else."
@@ -793,8 +794,9 @@ class LabelScorer:
     shared_by: user turns whose common beginning is run once and its key/value cache reused (none: no cache).
     adapters: names of a PEFT model's adapters that rows may ask for, `BASE` for none; without them all rows are
     scored by the model as it is.
-    Rows are sorted by length and batched; labels of one token need one forward for all; only scored positions go
-    through the output head, in float32.
+    Rows are sorted by length and batched, or by their beginning where rows of a batch share more of it (those of one
+    customer do): it is then run once for all that share it. Labels of one token need one forward for all; only scored
+    positions go through the output head, in float32.
     """
 
     def __init__(
@@ -873,7 +875,7 @@ class LabelScorer:
         with torch.inference_mode(), bar:
             if self.batch_size == "auto" and len(rows) >= 256:
                 self.batch_size = self._fastest_batch_size(rows, names)
-            for chosen in self._batches(rows):
+            for chosen in self._batches(rows, names):
                 scores[chosen] = self._score_batch([rows[i] for i in chosen], [names[i] for i in chosen])
                 bar.update(len(chosen))
         if np.isnan(scores).any():
@@ -924,20 +926,53 @@ class LabelScorer:
             best, seconds, size = size, taken, 2 * size
         return best
 
-    def _batches(self, rows: Sequence[list[int]]) -> list[list[int]]:
-        """Row numbers in batches of rows of like length, the longest first."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    def _batches(self, rows: Sequence[list[int]], adapters: Sequence[str | None]) -> list[list[int]]:
+        """Row numbers in batches: rows of like length together, or of like beginning where that is less to run."""
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        by_beginning = sorted(range(len(rows)), key=lambda i: (adapters[i] or "", rows[i]))
         size = 32 if self.batch_size == "auto" else self.batch_size
-        return [order[i : i + size] for i in range(0, len(rows), size)]
+        plans = [[order[i : i + size] for i in range(0, len(rows), size)] for order in (by_length, by_beginning)]
+
+        def tokens(batch: list[int]) -> int:
+            return self._stem([rows[i] for i in batch], [adapters[i] for i in batch], len(self.prefix), 1)[1]
+
+        return min(plans, key=lambda plan: sum(map(tokens, plan)))
+
+    def _stem(
+        self, rows: Sequence[list[int]], adapters: Sequence[str | None], start: int, positions: int
+    ) -> tuple[int, int]:
+        """(length, tokens to run): up to which length rows that begin alike run once for all of them, so that fewest
+        tokens are run beyond the first `start`; `start` itself where a forward more would not pay."""
+        longest, most = max(map(len, rows)), min(map(len, rows)) - positions
+        alone = len(rows) * (longest - start)
+        best, fewest = start, min(0.8 * alone, alone - STEM_TOKENS)
+        neighbours = pairwise(sorted(zip((adapter or "" for adapter in adapters), rows, strict=True)))
+        alike = [-1 if a != b else len(common_beginning([one, other])) for (a, one), (b, other) in neighbours]
+        for length in range(start + 1, most + 1):
+            stems = 1 + sum(common < length for common in alike)
+            tokens = stems * (length - start) + len(rows) * (longest - length)
+            if tokens < fewest:
+                best, fewest = length, tokens
+        return best, int(fewest) if best > start else alone
 
     def _hidden(self, rows: list[list[int]], positions: int, adapters: list[str | None]) -> torch.Tensor:
         """Final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
+        import torch
 
         start = len(self.prefix)
         if any(row[:start] != self.prefix or len(row) - start < positions for row in rows):
             start = 0
+        length, _ = self._stem(rows, adapters, start, positions)
         layers = self._prefix_layers(adapters) if start else None
-        return self._forward(rows, start, layers, adapters).last_hidden_state[:, -positions:]
+        if length > start:
+            keys = [(adapter, tuple(row[:length])) for adapter, row in zip(adapters, rows, strict=True)]
+            stems = list(dict.fromkeys(keys))
+            names = [adapter for adapter, _ in stems]
+            known = self._prefix_layers(names) if start else None
+            cache = self._forward([list(ids) for _, ids in stems], start, known, names, True).cache
+            index = torch.tensor([stems.index(key) for key in keys], device=self._device)
+            layers = [[layer.keys[index], layer.values[index]] for layer in cache.layers]
+        return self._forward(rows, length, layers, adapters).last_hidden_state[:, -positions:]
 
     def _prefix_layers(self, adapters: list[str | None]) -> list[list[torch.Tensor]]:
         """Keys and values of the shared beginning for rows of these adapters, layer by layer."""
@@ -954,6 +989,7 @@ class LabelScorer:
         start: int,
         layers: list[list[torch.Tensor]] | None,
         adapters: list[str | None],
+        keep_cache: bool = False,
     ) -> Any:
         """The body's output for the tokens of each row from `start` on; `layers` are keys and values of those before.
         Padding is on the left, between the two."""
@@ -970,7 +1006,7 @@ class LabelScorer:
                 attention_mask=tensor([[1] * start + [0] * pad + [1] * (width - pad) for pad in pads]),
                 position_ids=tensor([[0] * pad + list(range(start, start + width - pad)) for pad in pads]),
                 cache=DynamicCache([tuple(layer) for layer in layers]) if layers else None,
-                use_cache=bool(layers),
+                use_cache=keep_cache or bool(layers),
             )
 
     def _log_probs(self, hidden: torch.Tensor, targets: list[list[list[int]]]) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
@@ -179,16 +180,22 @@ class Engine:
 
     def _take(self) -> list[Row]:
         """The next batch: single requests first, a quarter kept for rows of batch requests, so that neither starves.
-        Rows that nobody waits for are dropped."""
+        Of each the row that waited longest, then others of its variant, then the next variant: fewer adapters in a
+        batch cost less, and rows of one variant may share a beginning. Rows that nobody waits for are dropped."""
         size, batch = self.args.batch_size, []
         self._bulk_share += size / 4  # of batches below four rows: one row in every few batches
         reserved = min(len(self._bulk), int(self._bulk_share))
         self._bulk_share -= int(self._bulk_share)
         for queue, limit in ((self._single, size - reserved), (self._bulk, size)):
-            while queue and len(batch) < limit:
-                row = queue.popleft()
+            by_variant: dict[str, list[Row]] = {}
+            for row in queue:
                 if not row.future.done():
-                    batch.append(row)
+                    by_variant.setdefault(row.variant, []).append(row)
+            waiting = list(itertools.chain(*by_variant.values()))
+            places = max(0, limit - len(batch))
+            batch += waiting[:places]
+            queue.clear()
+            queue.extend(sorted(waiting[places:], key=lambda row: row.enqueued))
         return batch
 
     async def _run(self) -> None:

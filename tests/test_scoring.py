@@ -122,6 +122,27 @@ def test_the_prefix_cache_serves_again_and_again(loaded):
     np.testing.assert_array_equal(scorer.raw_scores(TURNS), first)
 
 
+@pytest.mark.parametrize("shared", [(), TURNS], ids=["no cache", "prefix cached"])
+def test_what_rows_of_a_customer_share_is_run_once(loaded, shared, monkeypatch):
+    model, encoder = loaded
+    monkeypatch.setattr(common, "STEM_TOKENS", 0)
+    texts = [f"Age: {20 + n}, Outstanding Debt: {n * 371}, Ratio: {month * 7}" for month in range(4) for n in range(8)]
+    scorer = LabelScorer(model, encoder, SEVERAL_FORMS, batch_size=16, shared_by=shared)
+    tokens, forward = [], scorer._forward
+
+    def counting(rows, start, *rest):
+        tokens.append(len(rows) * (max(map(len, rows)) - start))
+        return forward(rows, start, *rest)
+
+    monkeypatch.setattr(scorer, "_forward", counting)
+    found, run = scorer.raw_scores(texts), sum(tokens)
+    np.testing.assert_allclose(found, plain_scores(model, encoder, texts, SEVERAL_FORMS, "max"), atol=1e-4)
+    tokens.clear()
+    monkeypatch.setattr(common, "STEM_TOKENS", 10**9)
+    scorer.raw_scores(texts)
+    assert run < 0.7 * sum(tokens)
+
+
 def test_a_prompt_that_is_the_shared_part_itself_is_scored(loaded):
     model, encoder = loaded
     scorer = LabelScorer(model, encoder, SEVERAL_FORMS, batch_size=4, shared_by=[TURNS[0]])

@@ -18,9 +18,10 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+import common
 import serve_creditmix
 import serving
-from common import InputError, add_adapters, load_model, model_fingerprint
+from common import InputError, LabelScorer, add_adapters, load_model, model_fingerprint
 from conftest import TinyEngine, save_adapter
 from creditmix import LABELS, CreditModel, scoring_settings
 from serve_creditmix import EXAMPLE, Metrics, bound_socket, build_parser, check_server_flags, create_app
@@ -467,6 +468,27 @@ def test_mixed_batches_answer_as_infer_does(quantization, atol, model_dir, folde
     assert min(np.abs(np.subtract(raw[i], raw[j])).max() for i in range(4) for j in range(i)) > 0.01
 
 
+def test_rows_of_a_customer_share_a_beginning_by_variant(model_dir, folders, monkeypatch):
+    """What such rows share is run once for each variant of a mixed batch."""
+    texts = [f"Age: 30, Occupation: {'Doctor' * 9}, Outstanding Debt: {n}" for n in range(4)]
+    lengths, stem = [], LabelScorer._stem
+    monkeypatch.setattr(LabelScorer, "_stem", lambda self, *rest: lengths.append(stem(self, *rest)) or lengths[-1])
+    args = arguments(model_dir, folders, "--batch_size", "16", "--gather_ms", "500")
+
+    async def use(engine):
+        answers = await asyncio.gather(*(engine.score(variant, texts) for variant in VARIANTS))
+        return dict(zip(VARIANTS, answers, strict=True)), len(engine.models["base"].scorer.prefix)
+
+    monkeypatch.setattr(common, "STEM_TOKENS", 10**9)
+    apart, prefix = with_engine(args, use)
+    assert max(length for length, _ in lengths) == prefix
+    monkeypatch.setattr(common, "STEM_TOKENS", 0)
+    together, prefix = with_engine(args, use)
+    assert max(length for length, _ in lengths) > prefix + 20
+    for variant in VARIANTS:
+        assert_same_answers(together[variant], apart[variant])
+
+
 def test_rows_of_many_requests_share_batches(model_dir, folders, monkeypatch):
     sizes = []
     original = Engine._score
@@ -607,12 +629,30 @@ def test_rows_of_batch_requests_count_against_the_limit(model_dir, folders):
     assert [(refusal.status, refusal.code) for refusal in others] == [(503, "busy")] * 2
 
 
+def waiting_row(variant: str = "base", enqueued: float = 0.0, **more) -> Namespace:
+    return Namespace(variant=variant, enqueued=enqueued, future=Namespace(done=lambda: False), **more)
+
+
+def test_a_batch_is_of_few_variants_and_has_the_row_that_waited_longest(model_dir):
+    engine = Engine(arguments(model_dir, {}, "--batch_size", "4"))
+    engine._single.extend(waiting_row(VARIANTS[i % 4], i) for i in range(16))
+    engine._single[1].future.done = lambda: True  # nobody waits for the first of sft
+    batches = []
+    for start in range(16, 32, 4):  # each time there are others that would fill the next batch
+        batches.append([(row.variant, row.enqueued) for row in engine._take()])
+        engine._single.extend(waiting_row("base", i) for i in range(start, start + 4))
+    assert batches[0] == [("base", i) for i in (0, 4, 8, 12)]
+    assert batches[1] == [("kd", i) for i in (2, 6, 10, 14)]
+    assert batches[2] == [("dpo", i) for i in (3, 7, 11, 15)]
+    assert batches[3] == [("sft", 5), ("sft", 9), ("sft", 13), ("base", 16)]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 32])
 def test_neither_kind_of_request_starves(size, model_dir):
     """A quarter of the places are for rows of batch requests as long as both wait, at every batch size."""
     engine = Engine(arguments(model_dir, {}, "--batch_size", str(size)))
     for queue, name in ((engine._single, "single"), (engine._bulk, "bulk")):
-        queue.extend(Namespace(kind=name, future=Namespace(done=lambda: False)) for _ in range(20 * size))
+        queue.extend(waiting_row(kind=name) for _ in range(20 * size))
     taken = [engine._take() for _ in range(16)]
     assert [len(batch) for batch in taken] == [size] * 16
     assert sum(row.kind == "bulk" for batch in taken for row in batch) == 4 * size
