@@ -929,8 +929,10 @@ class LabelScorer:
     def _batches(self, rows: Sequence[list[int]], adapters: Sequence[str | None]) -> list[list[int]]:
         """Row numbers in batches: rows of like length together, or of like beginning where that is less to run."""
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-        by_beginning = sorted(range(len(rows)), key=lambda i: (adapters[i] or "", rows[i]))
         size = 32 if self.batch_size == "auto" else self.batch_size
+        if len(rows) <= size:  # as always in the server: nothing to choose
+            return [by_length] if rows else []
+        by_beginning = sorted(range(len(rows)), key=lambda i: (adapters[i] or "", rows[i]))
         plans = [[order[i : i + size] for i in range(0, len(rows), size)] for order in (by_length, by_beginning)]
 
         def tokens(batch: list[int]) -> int:
