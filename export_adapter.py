@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 from processes import only_one
 
+FIELDS = ("input|prompt", "output|teacher_output|chosen")  # of the data of any of the trainers
 MOST_LABELS = 10  # answers of a sample that differ less are labels; the others are compared by their likelihood
 
 
@@ -45,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model_dir", required=True, help="adapter folder")
     add("--save_dir", required=True, help="model folder to write")
-    add("--sample", help='JSONL of {"input", "output"} to compare on (default: the data of its training)')
+    add(
+        "--sample",
+        help='JSONL of {"input", "output"}, or other training rows, to compare on (default: those of its training)',
+    )
     add("--rows", type=int, default=200, help="first rows of it to compare; 0: none (%(default)s)")
     add("--batch_size", type=int, default=32, help="rows scored in one forward (%(default)s)")
     add("--overwrite", action="store_true", help="replace --save_dir")
@@ -53,28 +57,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_sample(args: argparse.Namespace) -> list[dict]:
-    """Rows with `input` and `output`. Raises InputError where there are none."""
+def read_sample(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(input, answer) of each row. Raises InputError where there are none."""
     if not args.rows:
         return []
     source = args.sample or run_record(args.model_dir).get("data", {}).get("file", "")
     if not args.sample and not Path(source).is_file():
         raise InputError(f"{args.model_dir}: its training data are not here; name rows with --sample, or --rows 0")
-    return read_jsonl(source, ("input", "output"))[: args.rows]
+    rows = read_jsonl(source, FIELDS)[: args.rows]
+    first, second = ([next(row[n] for n in names.split("|") if n in row) for row in rows] for names in FIELDS)
+    return list(zip(first, second, strict=True))
 
 
-def sample_scores(model_dir: str, quantization: str, rows: list[dict], batch_size: int) -> np.ndarray:
+def sample_scores(model_dir: str, quantization: str, rows: list[tuple[str, str]], batch_size: int) -> np.ndarray:
     """Mean log-probability per token [N, labels] of the sample's labels, or [N, 1] of each row's own answer."""
     import numpy as np
 
     model, tokenizer = load_model(model_dir, quantization, "bfloat16")
-    encoder, answers = PromptEncoder(tokenizer), sorted({row["output"] for row in rows})
+    encoder, answers = PromptEncoder(tokenizer), sorted({answer for _, answer in rows})
     if len(answers) <= MOST_LABELS:
         scorer = LabelScorer(model, encoder, {a: [a] for a in answers}, batch_size=batch_size)
-        scores = scorer.raw_scores([row["input"] for row in rows], Path(model_dir).name)
+        scores = scorer.raw_scores([prompt for prompt, _ in rows], Path(model_dir).name)
     else:
-        scorers = (LabelScorer(model, encoder, {"answer": [row["output"]]}) for row in rows)
-        scores = np.concatenate([scorer.raw_scores([row["input"]]) for scorer, row in zip(scorers, rows, strict=True)])
+        own = ((LabelScorer(model, encoder, {"answer": [answer]}), prompt) for prompt, answer in rows)
+        scores = np.concatenate([scorer.raw_scores([prompt]) for scorer, prompt in own])
     del model
     gc.collect()
     return scores

@@ -377,7 +377,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     results = []
     for point in points:
-        results.append(measure(*point, args))
+        with contextlib.redirect_stdout(sys.stderr):  # where the trainers log their steps
+            results.append(measure(*point, args))
         line = "{point:<18} peak {peak_gb:.2f} GB, with allowance {with_allowance_gb:.2f}, estimate / peak {ratio:.3f}"
         parts = ", ".join(f"{kind} {value:.2f}" for kind, value in results[-1]["kinds_gb"].items() if value)
         print(f"{line.format(**results[-1])} ({parts})", file=sys.stderr if args.json else sys.stdout, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,16 @@ def test_answers_that_are_no_labels_are_compared_by_their_likelihood(adapter, tm
     argv = ["--model_dir", adapter, "--save_dir", str(tmp_path / "m"), "--sample", str(tmp_path / "own.jsonl")]
     assert export_adapter.main(argv) == 0
     assert set(json.loads(capsys.readouterr().out)["change from adapter on bf16 base"]) == {"largest", "mean"}
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("input", "teacher_output"), ("prompt", "chosen")])
+def test_the_rows_that_it_was_trained_on_are_the_sample(prompt, answer, adapter, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({prompt: row["input"], answer: row["output"]}) for row in ROWS))
+    (Path(adapter) / "run.json").write_text(json.dumps({"data": {"file": str(data)}}))
+    assert export_adapter.main(["--model_dir", adapter, "--save_dir", str(tmp_path / "m"), "--rows", "5"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"] == 5 and "same_label" in report["change from adapter on bf16 base"]
 
 
 def test_a_folder_with_something_in_it_is_kept(adapter, sample, tmp_path):

@@ -1,0 +1,77 @@
+"""Draw the figures of docs/results/performance.md from what the benches printed with --json.
+
+python bench/memory_8gb.py --unfilled --json > docs/results/performance/memory.json
+python bench/scoring.py --json > docs/results/performance/scoring.json
+python bench/plots.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from matplotlib.figure import Figure
+
+from common import read_json, run_script
+
+ROOT = Path(__file__).resolve().parents[1]
+ALTERNATIVES = {"six_forwards": "six forwards\na row", "lm_eval": "lm-evaluation-\nharness", "limit": "bare forward"}
+
+
+def draw_memory(found: dict, path: Path) -> None:
+    """Peak by kind of each point, the allowance, and what the trainers' estimate says."""
+    points = found["points"][::-1]
+    names = [point["point"] for point in points]
+    figure = Figure(figsize=(9, 0.42 * len(points) + 1.3), layout="constrained")
+    axis = figure.subplots()
+    left = [0.0] * len(points)
+    kinds = {kind: [point["kinds_gb"][kind] for point in points] for kind in points[0]["kinds_gb"]}
+    kinds["libraries or CUDA context"] = [point["with_allowance_gb"] - point["peak_gb"] for point in points]
+    for kind, sizes in kinds.items():
+        axis.barh(names, sizes, left=left, label=kind, color="lightgrey" if kind.startswith("lib") else None)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    estimates = [point["estimate_gb"] + point["with_allowance_gb"] - point["peak_gb"] for point in points]
+    axis.plot(estimates, names, "k|", markersize=14, label="estimate")
+    axis.axvline(8, color="tab:red", linestyle="--", label="8 GB card")
+    axis.set(xlabel="GB at the peak", xlim=(0, 8.3))
+    axis.legend(loc="center right", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_scoring(found: dict, path: Path) -> None:
+    """How many times as many rows a second as each alternative, with the range over the rounds."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for number, prefix in enumerate(("", "nf4_")):
+        ratios = [found[f"{prefix}vs_{name}"] for name in ALTERNATIVES]
+        ranges = [found[f"{prefix}vs_{name}_spread"] for name in ALTERNATIVES]
+        errors = [[r - low for r, (low, _) in zip(ratios, ranges, strict=True)]]
+        errors += [[high - r for r, (_, high) in zip(ratios, ranges, strict=True)]]
+        places = [place + 0.4 * number - 0.2 for place in range(len(ratios))]
+        label = "NF4" if prefix else f"{found['compute_dtype']}, not quantised"
+        axis.bar_label(axis.bar(places, ratios, 0.38, yerr=errors, capsize=3, label=label), fmt="%.2f")
+    axis.set(yscale="log", ylabel="rows/s, ours / theirs", xticks=range(len(ALTERNATIVES)))
+    axis.set_xticklabels(ALTERNATIVES.values())
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.margins(y=0.15)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    results = ROOT / "docs/results/performance"
+    parser.add_argument("--results", default=str(results), help="folder with the JSON files (%(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    folder = Path(parser.parse_args(argv).results)
+    for name, draw in {"memory": draw_memory, "scoring": draw_scoring}.items():
+        draw(read_json(folder / f"{name}.json"), folder / f"{name}.png")
+        print(folder / f"{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
