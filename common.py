@@ -1192,11 +1192,12 @@ def claim_run_dir(save_dir: str | Path, overwrite: bool, resume: bool) -> None:
     path = Path(save_dir)
     if overwrite and resume:
         raise InputError("--overwrite starts again and --resume goes on: give one of them")
-    if (path / "run.json").is_file() and not overwrite:
-        raise InputError(f"{path}: a finished run is here; --overwrite replaces it, or choose another --save_dir")
     if path.is_dir() and any(path.iterdir()) and not any((path / n).exists() for n in ("run.json", "checkpoints")):
         raise InputError(f"{path}: has files that are no run of a trainer; choose another --save_dir")
     started = (path / "checkpoints").is_dir() and any((path / "checkpoints").iterdir())
     if started and not (resume or overwrite):
         raise InputError(f"{path}: an unfinished run is here; --resume goes on with it, --overwrite starts again")
+    # Beside checkpoints a finished run is one that --overwrite was about to replace.
+    if (path / "run.json").is_file() and not overwrite and not started:
+        raise InputError(f"{path}: a finished run is here; --overwrite replaces it, or choose another --save_dir")
     check_folder(path)

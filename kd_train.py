@@ -197,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     if labels:
         dataset = dataset.add_column("label_probs", [row["label_probs"] for row in rows])
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    estimate = training.fit_to_memory(path, args, **training.row_sizes(dataset), label_probs=bool(labels))
+    sizes = training.row_sizes(dataset)
+    estimate = training.fit_to_memory(path, args, **sizes, label_probs=bool(labels))
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0
@@ -211,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
             distillation_loss_sum, label_ids=ids, alpha=args.kd_alpha, temperature=args.kd_temperature
         )
     model, tokenizer = load_model(args.adapter or student, args.quantization, args.compute_dtype, trainable=True)
+    few = training.logits_fit(model.config.get_text_config().vocab_size, args.batch_size * sizes["answer"])
     if training.eager_attention(max(lengths)):
         model.set_attn_implementation("eager")
     weights = training.adapter_weights(model)
@@ -222,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         processing_class=tokenizer,
         peft_config=None if args.adapter else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout),
         loss_sum=loss,
-        always_own_loss=bool(labels),
+        own_loss=few or bool(labels),  # TRL's knows no label_probs
     )
     training.adapters_to_float32(trainer.model, weights)
     training.train_and_save(trainer, args, "kd", student, len(rows), estimate)

@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     encoder = PromptEncoder(training.load_tokenizer(path))
     dataset = training.completion_dataset(rows, "output", encoder, args.max_length, args.data)
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    estimate = training.fit_to_memory(path, args, **training.row_sizes(dataset))
+    sizes = training.row_sizes(dataset)
+    estimate = training.fit_to_memory(path, args, **sizes)
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset,
         processing_class=tokenizer,
         peft_config=lora_config(args.lora_r, args.lora_alpha, args.lora_dropout),
+        own_loss=training.logits_fit(model.config.get_text_config().vocab_size, args.batch_size * sizes["answer"]),
     )
     training.adapters_to_float32(trainer.model, {})
     training.train_and_save(trainer, args, "sft", args.student, len(rows), estimate)

@@ -10,6 +10,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import shutil
 import sys
 import time
@@ -47,7 +48,7 @@ from processes import rank_and_world
 
 # Students below this size learn well with larger steps and need no gradient checkpointing.
 SMALL_STUDENT = 1e9
-# Own loss only where the supervised logits stay below this; above, TRL's fused head computes them in tiles.
+# Own loss only where the supervised logits of any batch stay below this; else TRL's fused head computes them in tiles.
 MAX_LOGITS_BYTES = 2**29
 # PyTorch's fused attention is slow backwards on a CPU: up to this length attention that keeps its weights saves a
 # fifth of the training time and costs little memory.
@@ -236,21 +237,20 @@ class CompletionTrainer(SFTTrainer):
     TRL's fused head projects every position on a CPU; for short answers that costs more than the rest of the model.
     loss_sum(logits, batch) returns a sum over the batch. It is divided by `num_items_in_batch`, the supervised tokens
     of all micro-batches of the step: a mean per micro-batch would step too far under gradient accumulation.
+    own_loss=False leaves the loss to TRL's fused head; for all batches, as processes that chose differently would wait
+    for each other's sums forever.
     """
 
-    def __init__(
-        self, *args: Any, loss_sum: Callable = cross_entropy_sum, always_own_loss: bool = False, **kwargs: Any
-    ):
+    def __init__(self, *args: Any, loss_sum: Callable = cross_entropy_sum, own_loss: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._loss_sum, self._always = loss_sum, always_own_loss
+        self._loss_sum, self._own = loss_sum, own_loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The position before each supervised token predicts it.
         labels, keep = inputs["labels"], torch.zeros_like(inputs["labels"], dtype=torch.bool)
         keep[:, :-1] = labels[:, 1:] != -100
         counts = keep.sum(dim=1)
-        logits_bytes = 4 * int(counts.sum()) * self.model.config.get_text_config().vocab_size
-        if return_outputs or (logits_bytes > MAX_LOGITS_BYTES and not self._always):
+        if return_outputs or not self._own:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         most = 0 if self.args.gradient_checkpointing else int(keep.int().argmax(dim=1).min())  # it takes no cache
         shared = shared_columns(inputs["input_ids"], most)
@@ -286,6 +286,11 @@ def adapters_to_float32(model: Any, exact: dict[str, torch.Tensor]) -> None:
             # Autocast casts the small adapter weights. On a CPU PEFT does not see it and casts each input to float32
             # first, which autocast undoes: two copies of every activation for the same numbers.
             module.cast_input_dtype_enabled = False
+
+
+def logits_fit(vocabulary: int, supervised: int) -> bool:
+    """Whether the logits of so many supervised tokens are few enough to be had all at once, in float32."""
+    return 4 * supervised * vocabulary <= MAX_LOGITS_BYTES
 
 
 def batch_order(lengths: Sequence[int]) -> str:
@@ -437,7 +442,7 @@ def estimate_memory(
     # Copies of the supervised logits in float32: log-probabilities, the loss's gradient by them and by the logits.
     supervised = rows * answer
     logits = 4 * supervised * size.vocabulary * (4 if label_probs else 3)
-    if pairs or (4 * supervised * size.vocabulary > MAX_LOGITS_BYTES and not label_probs):
+    if pairs or not (label_probs or logits_fit(size.vocabulary, supervised)):
         # TRL's fused head: tiles of the vocabulary, on CUDA in place, in PyTorch with seven copies in float32 and one
         # of booleans, and then the weights of the tile in float32.
         columns, high = min(FUSED_TILE, size.vocabulary), min(FUSED_TOKENS, supervised)
@@ -504,14 +509,23 @@ def eager_attention(longest: int) -> bool:
 
 
 def memory_to_be_had(max_memory_gb: float | None) -> float:
-    """GB that a run may need: as given, else what is free."""
+    """GB that a process may need: as given, else what is free on its GPU, or its share of what is free in the machine;
+    the same number, the least, in all processes of a launcher, which must choose the same batches by it."""
     if max_memory_gb is not None:
         return max_memory_gb
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] / 1e9
-    import psutil
+        free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0] / 1e9
+    else:
+        import psutil
 
-    return psutil.virtual_memory().available / 1e9
+        free = psutil.virtual_memory().available / 1e9 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if rank_and_world()[1] == 1:
+        return free
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState()  # joins the processes as accelerate will do it for training
+    return min(gather_object([free]))
 
 
 def check_memory(estimate: dict[str, float], max_memory_gb: float | None) -> None:
@@ -579,6 +593,7 @@ def note_settings(args: argparse.Namespace) -> str:
     ignored = ("resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps")
     settings = {name: value for name, value in vars(args).items() if name not in ignored}
     settings["data_sha256"] = file_sha256(args.data)
+    settings["processes"] = rank_and_world()[1]  # they share the rows out
     if getattr(args, "adapter", None):
         settings["adapter_fingerprint"] = model_fingerprint(args.adapter)
     if args.resume and note.is_file():
@@ -596,13 +611,11 @@ def note_settings(args: argparse.Namespace) -> str:
 def train_and_save(
     trainer: Any, args: argparse.Namespace, method: str, student: str, rows: int, estimate: dict[str, float]
 ) -> None:
-    """Train (from the last complete checkpoint with --resume), then write the adapter folder, run.json last."""
+    """Train (from the last complete checkpoint with --resume), then write the adapter folder, run.json last. What
+    --overwrite replaces stays whole until then."""
     save_dir = Path(args.save_dir)
     main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
-    if args.overwrite and not args.resume and main:
-        # The old adapter too: a run killed before its first checkpoint must not leave it as the new one.
-        for name in ("run.json", "calibration.json", "adapter_config.json", "adapter_model.safetensors"):
-            (save_dir / name).unlink(missing_ok=True)
+    if args.overwrite and main:
         shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
     # The one sign that a 4-bit CPU kernel without gradients is in use (see common.keep_autograd_kernels).
     warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")
@@ -629,12 +642,13 @@ def train_and_save(
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.peft_config["default"].base_model_name_or_path = student  # as the user named it, not this machine's path
-    model.save_pretrained(save_dir, state_dict=weights, selected_adapters=["default"], save_embedding_layers=False)
-    trainer.processing_class.save_pretrained(save_dir)
-    (save_dir / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, with this machine's paths
+    done = save_dir / "checkpoints" / "done"
+    model.save_pretrained(done, state_dict=weights, selected_adapters=["default"], save_embedding_layers=False)
+    trainer.processing_class.save_pretrained(done)
+    (done / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, with this machine's paths
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    write_json(save_dir / "training_curve.json", history)
-    plot_curve(save_dir / "training_curve.png", history, f"{save_dir.name} ({method})")
+    write_json(done / "training_curve.json", history)
+    plot_curve(done / "training_curve.png", history, f"{save_dir.name} ({method})")
     run = {
         "method": method,
         "base_model": student,
@@ -649,7 +663,11 @@ def train_and_save(
         "resumed_from": checkpoint and Path(checkpoint).name,
         "memory": {**peak_memory(), "estimated_gb": round(estimate["total"], 2)},
     }
-    write_json(save_dir / "run.json", run)
+    write_json(done / "run.json", run)
+    for name in ("run.json", "calibration.json"):  # of the run that this one replaces
+        (save_dir / name).unlink(missing_ok=True)
+    for path in sorted(done.iterdir(), key=lambda path: path.name == "run.json"):
+        path.replace(save_dir / path.name)  # needs no room on a full disk
     shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
     memory = run["memory"]
     print(

@@ -1,9 +1,11 @@
 """Whether scoring a file costs as much a row, and as much memory, at 1,000 rows as at 20,000.
 
 infer_creditmix.py runs as its own process on files of one row, of --few and of --many (rows of --data, repeated);
-the time of one row, which is that of loading, is taken off the others.
+the time of one row, which is that of loading, is taken off the others. --layers cuts the model: what is not the model,
+and could grow with the file, then has a larger share.
 
     python bench/linear.py --few 1000 --many 20000
+    python bench/linear.py --layers 4 --json
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import InputError, run_script, write_jsonl
+from common import InputError, load_model, run_script, write_jsonl
 from creditmix import read_creditmix
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,9 +35,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", default=str(ROOT / "data/creditmix_dataset.json"), help="raw rows (%(default)s)")
     add("--few", type=int, default=1000, help="rows of the small file (%(default)s)")
     add("--many", type=int, default=20000, help="rows of the large file (%(default)s)")
+    add("--layers", type=int, help="the model's first layers alone (default: all)")
     add("--json", action="store_true", help="print one JSON object on standard output")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def cut(model_dir: str, layers: int, folder: Path) -> str:
+    """A model folder of the first layers of a base, with its own embeddings and head."""
+    model, tokenizer = load_model(model_dir, "none")
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = len(model.model.layers)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def run(model_dir: str, features: list[str], rows: int, folder: Path) -> tuple[float, float]:
@@ -57,12 +70,17 @@ def main(argv: list[str] | None = None) -> int:
     if not 1 < args.few < args.many:
         raise InputError("--few is above 1 and below --many")
     features = [row.features for row in read_creditmix(args.data)[0]]
+    if args.layers is not None and args.layers < 1:
+        raise InputError(f"--layers {args.layers}: at least 1")
     with tempfile.TemporaryDirectory() as folder:
+        if args.layers:
+            args.model_dir = cut(args.model_dir, args.layers, Path(folder) / "cut")
         (load, _), (few, few_mb), (many, many_mb) = (
             run(args.model_dir, features, rows, Path(folder)) for rows in (1, args.few, args.many)
         )
     rates = [(args.few - 1) / (few - load), (args.many - 1) / (many - load)]
     result = {
+        "layers": args.layers or "all",
         "rows": [args.few, args.many],
         "rows_per_second": [round(rate, 2) for rate in rates],
         "speed_many_vs_few": round(rates[1] / rates[0], 3),

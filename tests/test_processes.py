@@ -169,6 +169,28 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(method, trained)
         assert float(abs(weight - others[name]).max()) < 2e-5, name
 
 
+MEMORY = """
+import os
+import psutil
+import training
+
+class Free:
+    available = 8e9 if os.environ["RANK"] == "0" else 6e9
+
+psutil.virtual_memory = Free
+print("free", training.memory_to_be_had(None), training.memory_to_be_had(5.0), flush=True)
+"""
+
+
+def test_processes_choose_by_the_same_memory(tmp_path, monkeypatch):
+    """Different micro-batches would leave one process waiting for the other's sums; each has half of the machine."""
+    (tmp_path / "memory.py").write_text(MEMORY)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = in_two(tmp_path / "memory.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "free" in line] == ["free 3.0 5.0"] * 2
+
+
 def test_an_interrupted_process_goes_on_in_its_own_stretch(tmp_path, monkeypatch):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(json.dumps({"n": n}) for n in range(11)) + "\n")

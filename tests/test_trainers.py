@@ -270,6 +270,23 @@ def test_own_loss_trains_as_the_fused_head_does(run, monkeypatch):
     assert first_step(own)["grad_norm"] == pytest.approx(first_step(fused)["grad_norm"], rel=1e-4)
 
 
+def test_all_batches_take_one_head(run, monkeypatch, data, tmp_path):
+    """One long answer sends short ones through the fused head too: of several processes those with short answers
+    would otherwise wait for sums that the others never form, and the estimate knows the longest alone."""
+    rows = [{"input": f"Debt: {n}", "output": "Good Bad " * (9 if n == 7 else 1)} for n in range(8)]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = []
+    logits = training.supervised_logits
+    monkeypatch.setattr(training, "supervised_logits", lambda *args: own.append(1) or logits(*args))
+    monkeypatch.setitem(data, "mixed", str(tmp_path / "mixed.jsonl"))
+    run("sft", "below", "--batch_size", 1, rows="mixed")
+    assert own
+    own.clear()
+    monkeypatch.setattr(training, "logits_fit", lambda vocabulary, supervised: supervised < 15)
+    run("sft", "above", "--batch_size", 1, rows="mixed")
+    assert not own
+
+
 def test_distillation_keeps_its_loss_however_long_the_answers(run, monkeypatch):
     """TRL's fused head knows no teacher: what would send SFT through it must not take KD's term away."""
     short = run("kd", "short", *EXACT, "--batch_size", 2, "--grad_accum", 2)
@@ -413,20 +430,32 @@ def test_checkpoints_sort_by_number(tmp_path):
     assert training.last_checkpoint(str(tmp_path / "none")) is None
 
 
-def test_overwrite_leaves_nothing_that_passes_for_the_new_run(run, monkeypatch):
-    """Killed before its first checkpoint, a run that overwrites another must not leave the old adapter as its own."""
-    save_dir = run("sft", "run")
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("moment", ["training", "saving"])
+def test_what_overwrite_replaces_stays_whole_until_the_new_run_is_written(moment, run, monkeypatch):
+    """Killed or out of disk before that, the old run is still there to use, and the new one is gone on with."""
+    save_dir, flags = run("sft", "run"), ("--seed", 5, "--save_steps", 2)
     (save_dir / "calibration.json").write_text("{}")
+    old = files_of(save_dir)
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.CompletionTrainer, "train", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run("sft", "run", "--overwrite")
-    assert not {"run.json", "calibration.json", "adapter_model.safetensors"} & {p.name for p in save_dir.iterdir()}
-    with pytest.raises(InputError):
-        common.check_model_name(str(save_dir))
+    with monkeypatch.context() as patch:
+        place = {"training": (training.CompletionTrainer, "_save_checkpoint"), "saving": (training, "plot_curve")}
+        patch.setattr(*place[moment], stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("sft", "run", *flags, "--overwrite")
+    assert files_of(save_dir) == old
+    common.check_model_name(str(save_dir))
+    with pytest.raises(InputError, match="an unfinished run is here; --resume goes on with it"):
+        run("sft", "run", *flags)
+    assert_same(adapter(run("sft", "run", *flags, "--resume")), adapter(run("sft", "other", *flags)), atol=0)
+    assert json.loads((save_dir / "run.json").read_text())["seed"] == 5
+    assert not (save_dir / "calibration.json").exists() and not (save_dir / "checkpoints").exists()
 
 
 # ------------------------------------------------------------------------------------- gradients after an evaluation
