@@ -50,7 +50,7 @@ def check_gpu(student: str) -> str:
     if shown and not torch.cuda.is_available():
         fix = "update the driver on Windows, and install a CUDA build: pip install --force-reinstall torch==2.13.0"
         raise Finding(f"there is {shown.splitlines()[0]}, but PyTorch {torch.__version__} does not use it", fix)
-    if not shown:
+    if not torch.cuda.is_available():
         return "none; smollm2-135m is the student for a CPU"
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9
     if memory < NEEDED_GPU_GB:
@@ -82,18 +82,17 @@ def check_memory(student: str) -> str:
     total, wsl = psutil.virtual_memory().total / 1e9, "microsoft" in platform.release().lower()
     if total < NEEDED_MEMORY_GB * 0.95:
         fix = "set memory=12GB under [wsl2] in %UserProfile%\\.wslconfig, then run wsl --shutdown in Windows"
-        fix = fix if wsl else "use smollm2-135m, or add memory"
-        raise Finding(f"{total:.1f} GB, {NEEDED_MEMORY_GB} are needed", fix)
+        raise Finding(f"{total:.1f} GB, {NEEDED_MEMORY_GB} are needed", fix if wsl else "use smollm2-135m")
     return f"{total:.1f} GB{' for WSL2' if wsl else ''}"
 
 
 def check_disk(student: str) -> str:
     """Room for models and checkpoints, in a cache that can be written."""
-    cache = cache_dir()
-    place = next(path for path in (cache, *cache.parents) if path.exists())
-    if not os.access(place, os.W_OK):
-        raise Finding(f"{place} cannot be written", "set DISTIL_SLM_CACHE to a folder of yours")
-    free, path = min((shutil.disk_usage(path).free / 1e9, path) for path in (place, Path.cwd()))
+    folders = (cache_dir(), Path(os.environ.get("HF_HOME", Path.home())), Path.cwd())
+    places = [next(path for path in (folder, *folder.parents) if path.exists()) for folder in folders]
+    if not os.access(places[0], os.W_OK):
+        raise Finding(f"{places[0]} cannot be written", "set DISTIL_SLM_CACHE to a folder of yours")
+    free, path = min((shutil.disk_usage(path).free / 1e9, path) for path in places)
     if free < NEEDED_DISK_GB:
         fix = f"free {NEEDED_DISK_GB} GB, or move the caches: DISTIL_SLM_CACHE and HF_HOME"
         raise Finding(f"{free:.1f} GB free in {path}", fix)
@@ -137,9 +136,10 @@ def main(argv: list[str] | None = None) -> int:
         name = check.__name__.removeprefix("check_")
         try:
             print(f"ok       {name:<9}{check(args.student)}")
-        except Finding as finding:
+        except (Finding, ImportError, OSError) as problem:  # a package that is missing or does not load
             problems += 1
-            print(f"PROBLEM  {name:<9}{finding.args[0]}\n         {'mend:':<9}{finding.args[1]}")
+            what, mend = problem.args if isinstance(problem, Finding) else (problem, "install requirements.txt anew")
+            print(f"PROBLEM  {name:<9}{what}\n         {'mend:':<9}{mend}")
             if check is check_model:  # the labels need its tokenizer
                 break
     print(f"{problems} of {len(CHECKS)} checks found a problem", file=sys.stderr)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from common import (
     LabelScorer,
     PromptEncoder,
     adapter_config,
+    base_of,
     check_folder,
     check_model_name,
     load_model,
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--rows", type=int, default=200, help="first rows of it to compare; 0: none (%(default)s)")
     add("--batch_size", type=int, default=32, help="rows scored in one forward (%(default)s)")
-    add("--overwrite", action="store_true", help="replace --save_dir")
+    add("--overwrite", action="store_true", help="replace an earlier export in --save_dir")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -97,12 +98,37 @@ def difference(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
 
 
 def merge(model_dir: str, folder: Path) -> None:
-    """Write the merged model and its tokenizer into a folder. The adapter's product is added in float32 accuracy."""
+    """Write the merged model and its tokenizer into a folder; all of it is computed in bf16."""
     model, tokenizer = load_model(model_dir, "none", "bfloat16", trainable=True)
     merged: Any = model.merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_target(save_dir: Path, args: argparse.Namespace) -> None:
+    """Raises InputError where the export would take the place of anything but an earlier export."""
+    for name, folder in (("adapter", args.model_dir), ("base", base_of(args.model_dir))):
+        if save_dir.resolve() == Path(folder).resolve():
+            raise InputError(f"--save_dir {save_dir} is the {name} itself; choose another folder")
+    if not save_dir.exists() or (save_dir.is_dir() and not any(save_dir.iterdir())):
+        check_folder(save_dir.parent)
+    elif not (save_dir / "export.json").is_file():
+        raise InputError(f"{save_dir}: is no earlier export; choose another folder")
+    elif not args.overwrite:
+        raise InputError(f"{save_dir}: an export is here; replace it with --overwrite or choose another folder")
+
+
+def compare(args: argparse.Namespace, merged: str, rows: list[tuple[str, str]]) -> dict[str, Any]:
+    """Differences between the merged model's scores of the rows and those of the adapter on either base."""
+    report: dict[str, Any] = {"adapter": args.model_dir, "fingerprint": model_fingerprint(args.model_dir)}
+    if rows:
+        after = sample_scores(merged, "none", rows, args.batch_size)
+        report["rows"] = len(rows)
+        for name, quantization in (("adapter on bf16 base", "none"), ("adapter on NF4 base", "nf4")):
+            before = sample_scores(args.model_dir, quantization, rows, args.batch_size)
+            report[f"change from {name}"] = difference(before, after)
+    return report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,29 +137,21 @@ def main(argv: list[str] | None = None) -> int:
     check_model_name(args.model_dir)
     if not adapter_config(args.model_dir):
         raise InputError(f"{args.model_dir}: not an adapter folder; there is nothing to merge")
-    save_dir = Path(args.save_dir)
-    if save_dir.resolve() == Path(args.model_dir).resolve():
-        raise InputError(f"--save_dir {save_dir} is the adapter itself; choose another folder")
     if args.rows < 0 or args.batch_size < 1:
         raise InputError("--rows is at least 0, --batch_size at least 1")
-    if save_dir.exists() and any(save_dir.iterdir()) and not args.overwrite:
-        raise InputError(f"{save_dir}: is not empty; replace it with --overwrite or choose another folder")
-    check_folder(save_dir.parent)
+    save_dir = Path(args.save_dir)
+    check_target(save_dir, args)
     rows = read_sample(args)
 
-    part = save_dir.with_name(save_dir.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    merge(args.model_dir, part)
-    report: dict[str, Any] = {"adapter": args.model_dir, "fingerprint": model_fingerprint(args.model_dir)}
-    if rows:
-        after = sample_scores(str(part), "none", rows, args.batch_size)
-        report["rows"] = len(rows)
-        for name, quantization in (("adapter on bf16 base", "none"), ("adapter on NF4 base", "nf4")):
-            before = sample_scores(args.model_dir, quantization, rows, args.batch_size)
-            report[f"change from {name}"] = difference(before, after)
-    write_json(part / "export.json", report)
-    shutil.rmtree(save_dir, ignore_errors=True)
-    part.rename(save_dir)
+    save_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=save_dir.parent, prefix=save_dir.name + ".") as folder:
+        new = Path(folder) / "new"
+        merge(args.model_dir, new)
+        report = compare(args, str(new), rows)
+        write_json(new / "export.json", report)
+        if save_dir.exists():
+            save_dir.rename(Path(folder) / "old")
+        new.rename(save_dir)
     print(json.dumps(report, indent=2))
     print(
         f"{save_dir}: written; calibrate it anew (--quantization none) before its probabilities are used",

@@ -19,7 +19,9 @@ from common import InputError, model_fingerprint, run_script
 from creditmix import CREDIT_FIELDS, CreditModel, add_scoring_flags, canonical_features, known_fields
 from processes import only_one
 
-CHUNK = 128  # rows scored between two writes to the .part file: what an interruption can cost
+# Rows scored between two writes to the .part file, what an interruption can cost: at least a batch; and enough for
+# --batch_size auto to try some.
+CHUNK, AUTO_CHUNK = 128, 512
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     model = CreditModel.load(args.model_dir, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("overwrite", "debug")}
     settings |= {"model": model_fingerprint(args.model_dir), **model.settings()}
-    failed = run_file(source, output, total, settings, CHUNK, lambda lines: score_lines(model, lines))
+    chunk = AUTO_CHUNK if args.batch_size == "auto" else max(CHUNK, args.batch_size)
+    failed = run_file(source, output, total, settings, chunk, lambda lines: score_lines(model, lines))
     return 1 if failed else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import sys
 from types import SimpleNamespace
 
 import psutil
@@ -61,6 +62,14 @@ def test_little_memory_under_wsl2(lines, monkeypatch):
     monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
     status, found = lines()
     assert status == 1 and "4.0 GB" in found["memory"] and ".wslconfig" in found["memory"].split("mend:")[1]
+
+
+def test_a_package_that_does_not_load(lines, monkeypatch):
+    """The other checks go on."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    status, found = lines()
+    assert status == 1 and "PROBLEM" in found["4bit"] and "requirements.txt" in found["4bit"].split("mend:")[1]
+    assert found["labels"].startswith("ok")
 
 
 def test_a_full_disk(lines, monkeypatch):

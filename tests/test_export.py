@@ -36,7 +36,7 @@ def scores(model_dir: str, dtype: str = "float32"):
 def test_the_merged_folder_is_a_plain_model_with_the_adapters_answers(adapter, model_dir, sample, tmp_path, capsys):
     merged = tmp_path / "merged"
     assert export_adapter.main(["--model_dir", adapter, "--save_dir", str(merged), "--sample", sample]) == 0
-    assert not (merged / "adapter_config.json").exists() and not list(tmp_path.glob("*.part"))
+    assert not (merged / "adapter_config.json").exists()
     assert (merged / "config.json").is_file() and (merged / "tokenizer.json").is_file()
     model, _ = load_model(str(merged), "none", "bfloat16")
     assert model.dtype == torch.bfloat16
@@ -67,15 +67,22 @@ def test_the_rows_that_it_was_trained_on_are_the_sample(prompt, answer, adapter,
     assert report["rows"] == 5 and "same_label" in report["change from adapter on bf16 base"]
 
 
-def test_a_folder_with_something_in_it_is_kept(adapter, sample, tmp_path):
+def test_only_an_earlier_export_is_replaced(adapter, model_dir, sample, tmp_path):
+    """Never other files, the base, the adapter or a folder that they are in; and nothing is left beside it."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    argv = ["--model_dir", adapter, "--save_dir", str(tmp_path / "full"), "--sample", sample]
-    with pytest.raises(InputError, match="is not empty"):
-        export_adapter.main(argv)
+    for folder in (tmp_path / "full", tmp_path, model_dir, adapter):
+        with pytest.raises(InputError, match=r"is no earlier export|is the base itself|is the adapter itself"):
+            export_adapter.main(["--model_dir", adapter, "--save_dir", str(folder), "--rows", "0", "--overwrite"])
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
-    assert export_adapter.main([*argv, "--overwrite", "--rows", "0"]) == 0
-    assert "rows" not in json.loads((tmp_path / "full" / "export.json").read_text())
+    argv = ["--model_dir", adapter, "--save_dir", str(tmp_path / "merged"), "--sample", sample]
+    assert export_adapter.main([*argv, "--rows", "0"]) == 0
+    with pytest.raises(InputError, match="an export is here; replace it with --overwrite"):
+        export_adapter.main(argv)
+    assert "rows" not in json.loads((tmp_path / "merged" / "export.json").read_text())
+    assert export_adapter.main([*argv, "--overwrite"]) == 0
+    assert json.loads((tmp_path / "merged" / "export.json").read_text())["rows"] == len(ROWS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "full", "merged", "sample.jsonl"]
 
 
 @pytest.mark.parametrize(

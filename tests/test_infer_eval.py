@@ -114,6 +114,22 @@ def good_lines(count: int) -> list[str]:
     return [json.dumps({"id": i, "features": text + " x" * (i % 5)}) for i, text in enumerate(texts)]
 
 
+@pytest.mark.parametrize(("flag", "tried"), [("auto", 1), ("200", 0)])
+def test_a_file_is_scored_in_the_batches_that_were_asked_for(here, monkeypatch, model_dir, flag, tried):
+    """--batch_size auto has rows enough to try some, and more than a stretch between two writes fits one batch."""
+    from common import LabelScorer
+
+    searches, batches = [], []
+    batch = LabelScorer._score_batch
+    monkeypatch.setattr(LabelScorer, "_fastest_batch_size", lambda *args: searches.append(1) or 64)
+    monkeypatch.setattr(LabelScorer, "_score_batch", lambda *args: batches.append(len(args[1])) or batch(*args))
+    write_lines(Path("rows.jsonl"), [json.dumps({"features": f"Age: {20 + n % 50}"}) for n in range(300)])
+    assert infer_file(model_dir, "rows.jsonl", "out.jsonl", "--calibration", "none", "--batch_size", flag) == 0
+    assert (
+        len(searches) == tried and max(batches) == (64 if tried else 200) and len(read_lines(Path("out.jsonl"))) == 300
+    )
+
+
 def test_a_file_keeps_order_and_objects_and_adds_the_response(here, capsys, model_dir):
     lines = good_lines(9)
     lines[4] = json.dumps({"question": TEXT, "note": "Grüße \u2028", "customer_id": 7}, ensure_ascii=False)
