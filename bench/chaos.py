@@ -3,8 +3,9 @@
 Each script runs once undisturbed. Then it is killed at random moments (printed, from --seed) and started again with
 --resume, or with the same command: the end must be the same to the last byte, and a teacher may be asked again only
 what was under way when the kill came. On a full disk and in a read-only folder a script must end with one line and
-leave what was there whole. Without --base the model is a random two-layer one, and all of it takes a few minutes.
-Processes are forked from one that has the libraries loaded, so that the kills fall into the work, not into imports.
+leave what was there whole, an older run that --overwrite replaces included. Without --base the model is a random
+two-layer one, and all of it takes a few minutes. Processes are forked from one that has the libraries loaded, so that
+the kills fall into the work, not into imports.
 
     python bench/chaos.py
     python bench/chaos.py --base smollm2-135m --only sft dpo --json
@@ -269,21 +270,28 @@ def unmounted(folder: Path) -> Iterator[None]:
 
 
 def full_disk(job: Job, runner: Runner, folder: Path, whole_folder: Path, whole: dict[str, str]) -> dict[str, Any]:
-    """A disk that ends in the middle of the run: one line, and with more room the same end."""
+    """A disk that ends in the middle of the run: one line, the run that it was to replace is as it was, and with more
+    room the same end."""
     sizes = {path.name: path.stat().st_size for path in (whole_folder / "runs").rglob("*") if path.is_file()}
     adapter = sizes.get("adapter_model.safetensors", 0)
-    # A checkpoint is the adapter, two moments and the small files: room for one and a half.
-    room = int(1.5 * (sum(sizes.values()) + 2 * adapter)) if job.trains else sizes["out.jsonl"] // 2
+    # An old run, and of a checkpoint, which is the adapter, two moments and the small files, room for one and a half.
+    room = sum(sizes.values()) + int(1.5 * (sum(sizes.values()) + 2 * adapter))
     with unmounted(folder):
-        real = mounted(folder, f"size={max(room, 2**14)}")
-        limit = None if real else int(1.5 * adapter) if job.trains else room
-        status = runner.run(job.script, job.argv(folder), limit)
+        real = mounted(folder, f"size={max(room if job.trains else sizes['out.jsonl'] // 2, 2**14)}")
+        old: dict[str, str] = {}
+        if job.trains:
+            shutil.copytree(whole_folder, folder, dirs_exist_ok=True)
+            (job.path(folder) / "adapter_model.safetensors").write_bytes(b"old" * (adapter // 3))
+            old = tree(folder)
+        limit = None if real else int(1.5 * adapter) if job.trains else sizes["out.jsonl"] // 2
+        status = runner.run(job.script, job.argv(folder, *(["--overwrite"] if job.trains else [])), limit)
         row = {"disk": "tmpfs" if real else "RLIMIT_FSIZE", "status": status, "said": runner.one_line(job.script)}
         row["done"], row["log"] = job.done(folder), runner.log.read_text()[-1500:]
+        row["old_is_whole"] = old.items() <= tree(folder).items()
         if real:
             mounted(folder, "remount,size=4g")
         row["resumed"] = runner.run(job.script, job.again(folder))
-        row["same"] = status in (1, 2) and bool(row["said"]) and job.result(folder) == whole
+        row["same"] = status in (1, 2) and bool(row["said"]) and row["old_is_whole"] and job.result(folder) == whole
     return row
 
 

@@ -4,7 +4,8 @@ Each run is a process of its own (`sft_train.py` or `trl sft`, `dpo_train.py` or
 have the same base in the same precision, LoRA, rows in the same order, tokens, batch, optimiser, learning rate and
 seed. TRL gets the finished prompt as plain text, which it tokenises to the ids that our prompts have. The clock runs
 from the log line of the first step to that of the last, so that loading, tokenising and the first step are left out;
-memory is the largest resident set of the process, loading included.
+memory is the largest resident set of the process, loading included (not that of a GPU). "loss_difference" is the
+largest between the logged losses, beside "loss_fell", by how much ours fell.
 
     python bench/train.py --quick
     python bench/train.py --steps 60 --repeats 3 --json > train.json
@@ -185,6 +186,10 @@ def main(argv: list[str] | None = None) -> int:
                 result[f"{key}_final_loss"] = runs[name][0]["loss"][-1]
             steps = [1, *range(LOG_EVERY, args.steps + 1, LOG_EVERY)]
             curves[method] = {"steps": steps, **{name: runs[name][0]["loss"] for name in runs}}
+            ours, theirs = curves[method]["ours"], curves[method]["trl"]
+            difference = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+            result[f"{method}_loss_difference"] = round(difference, 4)
+            result[f"{method}_loss_fell"] = round(ours[0] - min(ours), 4)
             result[f"{method}_loss"] = curves[method]
     plot_losses(Path(args.plot), curves)
     result["plot"] = args.plot

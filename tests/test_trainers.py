@@ -366,7 +366,7 @@ importlib.import_module(sys.argv[1]).main(sys.argv[2:])
 
 
 @pytest.mark.parametrize("method", ["sft", "kd", "dpo", "dpo_from_adapter"])
-def test_killed_and_resumed_equals_uninterrupted(method, model_dir, data, sft_adapter, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(method, model_dir, data, sft_adapter, tmp_path, monkeypatch):
     script = method.split("_")[0]
     base = ["--adapter", sft_adapter] if "adapter" in method else ["--student", model_dir]
     flags = [*base, "--data", data[script], "--max_steps", "10", "--batch_size", "4", "--save_steps", "3"]
@@ -386,6 +386,9 @@ def test_killed_and_resumed_equals_uninterrupted(method, model_dir, data, sft_ad
     with pytest.raises(InputError, match=r"unfinished run is here; --resume goes on with it, --overwrite"):
         TRAINERS[script].main(flags)
 
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"processes \(was 1, now 2\)"):
+        patch.setattr(training, "rank_and_world", lambda: (1, 2))
+        training.note_settings(TRAINERS[script].build_parser().parse_args([*flags, "--resume"]))
     with pytest.raises(InputError, match=r"--resume with other settings: learning_rate \(was 0.003, now 0.001\)"):
         TRAINERS[script].main([*flags, "--resume", "--learning_rate", "1e-3"])
 
