@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +110,18 @@ def code_scores(tasks: Sequence[Any], answers: Sequence[Sequence[str]], seconds:
 
 
 def best_and_worst(texts: Sequence[str], scores: Sequence[float]) -> tuple[str, str] | None:
-    """The pair, the shorter answer where scores are equal; None where no answer is better than another."""
+    """The pair, the shorter answer where scores are equal; None where no answer has anything right (a score above 0)
+    or none is better than another."""
     order = sorted(range(len(texts)), key=lambda i: (-scores[i], len(texts[i])))
-    return None if scores[order[0]] <= scores[order[-1]] else (texts[order[0]], texts[order[-1]])
+    best, worst = order[0], order[-1]
+    return (texts[best], texts[worst]) if scores[best] > max(scores[worst], 0) else None
 
 
 # ------------------------------------------------------------------------------------------------------- the student
 
 
 def label_pairs(args: argparse.Namespace, rows: Sequence[dict]) -> list[tuple[str, str] | None]:
-    """(right label, the student's most likely wrong one) of each row, by its raw scores less their mean over the rows:
-    without that shift the one label that it prefers anyway would be rejected everywhere."""
+    """(right label, the student's most likely wrong one) of each row."""
     from common import LabelScorer, PromptEncoder, load_model
 
     labels = sorted({row["output"] for row in rows})
@@ -131,7 +132,7 @@ def label_pairs(args: argparse.Namespace, rows: Sequence[dict]) -> list[tuple[st
     scorer = LabelScorer(model, PromptEncoder(tokenizer), forms, batch_size=args.batch_size)
     raw = scorer.raw_scores([row["input"] for row in rows], args.model_dir)
     pairs: list[tuple[str, str] | None] = []
-    for row, scores in zip(rows, raw - raw.mean(axis=0), strict=True):
+    for row, scores in zip(rows, raw, strict=True):
         scores[labels.index(row["output"])] = -float("inf")
         pairs.append((row["output"], labels[int(scores.argmax())]))
     return pairs
@@ -141,24 +142,17 @@ def sampled(args: argparse.Namespace, prompts: Sequence[str]) -> tuple[AnswerFil
     """The answer file and --n answers to each prompt; an interrupted run goes on."""
     from teachers import ModelTeacher
 
-    deciding = ("task", "n", "temperature", "max_new_tokens", "seed", "quantization")
+    deciding = ("task", "n", "temperature", "max_new_tokens", "seed", "quantization", "compute_dtype", "batch_size")
     settings = {key: getattr(args, key) for key in deciding}
     settings |= {"model": model_fingerprint(args.model_dir), "input": file_sha256(args.input)}
-    file = AnswerFile(args.output, settings, args.overwrite)
+    file = AnswerFile(args.output, settings, args.overwrite, args.batch_size)
     waiting = {i * args.n + k: prompt for i, prompt in enumerate(prompts) for k in range(args.n)}
     waiting = {number: prompt for number, prompt in waiting.items() if number not in file.answers}
     if waiting:
-        file.collect(student_answers(args, waiting, ModelTeacher), len(prompts) * args.n, args.model_dir)
+        student = ModelTeacher(args.model_dir, args, ())  # no labels are scored, so no shift is estimated
+        file.collect(student.answers(waiting, []), len(prompts) * args.n, args.model_dir)
     texts = [file.answers[number]["teacher_output"] for number in range(len(prompts) * args.n)]
     return file, [texts[i * args.n : (i + 1) * args.n] for i in range(len(prompts))]
-
-
-def student_answers(args: argparse.Namespace, waiting: dict[int, str], loaded: Any) -> Iterator[tuple[int, dict]]:
-    import torch
-
-    student = loaded(args.model_dir, args, ())  # no labels are scored, so no shift is estimated
-    torch.manual_seed(args.seed)
-    return student.answers(waiting, [])
 
 
 def judged(args: argparse.Namespace, rows: Sequence[dict]) -> tuple[AnswerFile, list[str], list]:
@@ -198,7 +192,10 @@ def main(argv: list[str] | None = None) -> int:
         if pair and pair[0].strip() and pair[1].strip()
     ]
     dropped = len(rows) - len(lines)
-    print(f"{dropped} of {len(rows)} prompts dropped: no answer of theirs is better than another", file=sys.stderr)
+    print(
+        f"{dropped} of {len(rows)} prompts dropped: no answer of theirs is right, or better than another",
+        file=sys.stderr,
+    )
     if not lines:
         raise InputError("no pair has contrast; raise --n or --temperature, or add --gold")
     write_jsonl(args.output, lines)

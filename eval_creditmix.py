@@ -201,6 +201,7 @@ def point_metrics(
     gaps = [abs((weights * (right - confidence))[bins == b].sum()) for b in range(15)]
     chosen = np.clip(probabilities[np.arange(len(answers)), answers], 1e-12, 1)
     squares = ((probabilities - np.eye(len(LABELS))[answers]) ** 2).sum(axis=1)
+    coverage, accuracy = coverage_curve(right, confidence, weights)
     table = {"labels": range(len(LABELS)), "sample_weight": weights, "zero_division": 0}
     recalls = recall_score(answers, predicted, average=None, **table)
     return {
@@ -210,7 +211,7 @@ def point_metrics(
         "nll": float(np.average(-np.log(chosen), weights=weights)),
         "brier": float(np.average(squares, weights=weights)),
         "ece": float(sum(gaps) / weights.sum()),
-        "aurc": float(np.average(1 - coverage_curve(right, confidence, weights)[1])),
+        "aurc": float(np.average(1 - accuracy, weights=np.diff(coverage, prepend=0))),
     }
 
 

@@ -4,7 +4,7 @@ Departures from saving what the teacher says: its accuracy against gold labels i
 baselines before a single training step, each row keeps which teacher said it, and nothing that was answered is asked
 again after an interruption.
 
-    python kd_prepare.py --teacher tabular --src data/creditmix_dataset.json --output data/creditmix_kd.jsonl
+    python kd_prepare.py --teacher tabular --output data/creditmix_tabular_kd.jsonl
     python kd_prepare.py --teacher smollm2-135m --input data/creditmix_sft.jsonl --output data/creditmix_llm_kd.jsonl
     python kd_prepare.py --teacher_url http://127.0.0.1:8000/v1 --teacher_model NAME --input a.jsonl --output kd.jsonl
 """
@@ -23,8 +23,11 @@ from batch_files import AnswerFile, check_output
 from common import (
     InputError,
     add_loading_flags,
+    check_model_name,
     file_sha256,
+    model_fingerprint,
     note_preparation,
+    parse_json,
     preparation,
     read_jsonl,
     run_script,
@@ -63,12 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rationale", action="store_true", help="label first, then a short reason")
     add("--max_new_tokens", type=int, default=256, help="of an answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    help_seed = "of what is drawn: a local teacher's answers, a tabular teacher's rows (%(default)s)"
+    add("--seed", type=seed_number, default=0, help=help_seed)
     add("--batch_size", type=int, default=16, help="prompts a model answers together (%(default)s)")
     add(
         "--filter",
         choices=("agree", "confident", "none"),
         default="none",
-        help="keep only answers that agree with gold, or whose label has --min_confidence (%(default)s)",
+        help="keep only answers that agree with gold (labels, JSON values or texts), or whose label has "
+        "--min_confidence (%(default)s)",
     )
     add(
         "--min_confidence",
@@ -79,7 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group(f"{TABULAR} teacher").add_argument
     add("--per_class", type=int, default=0, help="rows a class; 0: as many as the rarest has (%(default)s)")
     add("--gold_share", type=gold_share, default=1.0, help="share of customers whose label it may know (%(default)s)")
-    add("--seed", type=seed_number, default=0, help="of sampling (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
     add_loading_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -130,16 +135,11 @@ def ask(args: argparse.Namespace, prompts: Sequence[str], labels: Sequence[str])
     from teachers import PROMPT_VERSION, HttpTeacher, ModelTeacher, user_turn
 
     name = args.teacher or args.teacher_model
-    deciding = (
-        "teacher",
-        "teacher_url",
-        "teacher_model",
-        "rationale",
-        "max_new_tokens",
-        "temperature",
-        "quantization",
-    )
-    settings = {key: getattr(args, key) for key in deciding}
+    deciding = ("teacher", "teacher_url", "teacher_model", "rationale", "max_new_tokens", "temperature", "seed")
+    settings = {key: getattr(args, key) for key in (*deciding, "quantization", "compute_dtype")}
+    if args.teacher:
+        check_model_name(args.teacher)
+        settings |= {"model": model_fingerprint(args.teacher), "batch_size": args.batch_size}
     settings |= {"labels": list(labels), "input": file_sha256(args.input), "prompt": PROMPT_VERSION}
     file = AnswerFile(args.output, settings, args.overwrite, args.batch_size if args.teacher else 1)
     mine, turns = own_share(len(prompts)), [user_turn(prompt, args.rationale) for prompt in prompts]
@@ -170,6 +170,10 @@ def gate(
         return {}
     truth = [gold[i] for i in known]
     given = [said[i] or "(none)" for i in known]
+    if not labels:
+        agree = sum(map(same_answer, given, truth))
+        print(f"the teacher's answer is the gold answer in {agree} of {len(known)} rows")
+        return {"rows": len(known), "teacher": agree / len(known)}
     report = {"rows": len(known), "teacher": accuracy_score(truth, given)}
     report |= simple_baselines([prompts[i] for i in known], truth)
     print(classification_report(truth, given, labels=list(labels), digits=4, zero_division=0))
@@ -186,23 +190,33 @@ def gate(
     return report
 
 
-def kept(answer: dict[str, Any], said: str | None, gold: str | None, args: argparse.Namespace) -> bool:
+def same_answer(one: str, other: str) -> bool:
+    """Whether two texts are equal, or JSON of equal value."""
+    try:
+        return parse_json(one) == parse_json(other)
+    except ValueError:
+        return one.strip() == other.strip()
+
+
+def kept(answer: dict[str, Any], said: str, gold: str | None, args: argparse.Namespace) -> bool:
+    """Whether --filter keeps the answer, of which `said` is the label, or all."""
     if args.filter == "agree":
-        return gold is not None and (said or answer["teacher_output"]).strip() == gold.strip()
+        return gold is not None and same_answer(said, gold)
     if args.filter == "confident":
-        return max(answer.get("label_probs", {"": 0.0}).values()) >= args.min_confidence
+        return answer.get("label_probs", {}).get(said, 0.0) >= args.min_confidence
     return True
 
 
 # ---------------------------------------------------------------------------------------------------------- the rows
 
 
-def kd_row(prompt: str, answer: dict[str, Any], name: str, version: int) -> dict[str, Any]:
-    """A training row with its provenance: which teacher, which version of the prompt, which probability."""
-    said = {"name": name, "prompt": version}
+def kd_row(prompt: str, answer: dict[str, Any], said: str, name: str, version: int) -> dict[str, Any]:
+    """A training row with its provenance: which teacher, which version of the prompt, which probability it gave to
+    the label that it `said`."""
+    teacher = {"name": name, "prompt": version}
     if probabilities := answer.get("label_probs"):
-        said["probability"] = max(probabilities.values())
-    return {"input": prompt, **answer, "teacher": said}
+        teacher["probability"] = probabilities[said]
+    return {"input": prompt, **answer, "teacher": teacher}
 
 
 def tabular_rows(args: argparse.Namespace) -> tuple[list[str], list[str | None], list[dict[str, Any]], list[str]]:
@@ -257,20 +271,22 @@ def main(argv: list[str] | None = None) -> int:
         answers = [file.answers[number] for number in range(len(prompts))]
         note = preparation(args.input)
     said = [label_of(a["teacher_output"], labels) if labels else a["teacher_output"].strip() for a in answers]
-    nothing = sum(label is None for label in said)
+    for reason, count in Counter(a["left_out"] for a in answers if "left_out" in a).most_common(5):
+        print(f"{count} prompts are left out, their answer: {reason}", file=sys.stderr)
+    nothing = sum(label is None and "left_out" not in a for label, a in zip(said, answers, strict=True))
     if nothing:
         print(f"{nothing} answers name none or several of {', '.join(labels)} and are left out", file=sys.stderr)
-    report = gate(said, gold, labels, prompts) if labels else {}
+    report = gate(said, gold, labels, prompts)
     if labels:
         for answer, label in zip(answers, said, strict=True):
             answer["teacher_output"] = label_first(answer["teacher_output"], label or "", args.rationale)
     rows = [
-        kd_row(prompt, answer, name, PROMPT_VERSION)
+        kd_row(prompt, answer, label, name, PROMPT_VERSION)
         for prompt, answer, label, right in zip(prompts, answers, said, gold, strict=True)
-        if label is not None and kept(answer, label, right, args)
+        if label is not None and "left_out" not in answer and kept(answer, label, right, args)
     ]
     if not rows:
-        raise InputError(f"--filter {args.filter} leaves no row")
+        raise InputError(f"no row is left (--filter {args.filter})")
     if any("label_probs" in row for row in rows) and not all("label_probs" in row for row in rows):
         for row in rows:  # the trainer takes them from all rows or from none
             row.pop("label_probs", None)

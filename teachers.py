@@ -1,7 +1,8 @@
 """Teachers that answer prompts for distillation: a model through transformers, or one behind an OpenAI-compatible URL.
 
 Apart from kd_prepare.py, which checks and writes what they say. A teacher yields (number, answer) as answers come, in
-any order; an answer is {"teacher_output"} and, where the teacher's likelihoods can be read, "label_probs".
+any order; an answer is {"teacher_output"} and, where the teacher's likelihoods can be read, "label_probs". With
+"left_out" it says why it is none to learn from: the prompt was refused, or the text stops in the middle.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from common import (
 
 RATIONALE = "Answer with the label first, then give the reason in one short sentence."
 PROMPT_VERSION = 1  # of RATIONALE and SYSTEM_PROMPT; kept with every answer
+CUT = "cut off at --max_new_tokens"
+REFUSED = (400, 413, 422)  # statuses that may be about one prompt
+ALL_REFUSED = 8  # prompts without one answer: the request is wrong, not these
 PRIOR_PROMPTS = 128  # from which a model teacher's shift is estimated
 
 
@@ -73,6 +77,8 @@ class ModelTeacher:
 
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, answer) of each numbered prompt. Raises InputError for a prompt that does not fit the context."""
+        import torch
+
         if labels:
             forms = {label: [label] for label in labels}
             scorer = LabelScorer(self.model, self.encoder, forms, batch_size=self.args.batch_size)
@@ -85,6 +91,7 @@ class ModelTeacher:
         for first in range(0, len(numbers), self.args.batch_size):
             chosen = numbers[first : first + self.args.batch_size]
             turns = [prompts[number] for number in chosen]
+            torch.manual_seed(self.args.seed + (chosen[0] << 32))  # the same samples also where a killed run goes on
             answers: list[dict[str, Any]] = [{} for _ in chosen]
             starts = [self.encoder.prompt(turn) for turn in turns]
             if labels:
@@ -94,12 +101,14 @@ class ModelTeacher:
                     answers[i] = answer_of_probabilities(dict(zip(labels, row.tolist(), strict=True)))
                     starts[i] += self.encoder.text(answers[i]["teacher_output"])
             if writes:
-                for answer, text in zip(answers, self._written(starts), strict=True):
+                for answer, (text, ended) in zip(answers, self._written(starts), strict=True):
                     answer["teacher_output"] = answer.get("teacher_output", "") + text
+                    if not ended:
+                        answer["left_out"] = CUT
             yield from zip(chosen, answers, strict=True)
 
-    def _written(self, starts: list[list[int]]) -> list[str]:
-        """What the model writes after each start (token ids), to the end of its turn."""
+    def _written(self, starts: list[list[int]]) -> list[tuple[str, bool]]:
+        """What the model writes after each start (token ids), and whether it came to the end of its turn."""
         import torch
         from transformers import GenerationConfig
 
@@ -126,18 +135,20 @@ class ModelTeacher:
             made = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
-        return self.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        return list(zip(texts, (made[:, width:] == self.tokenizer.eos_token_id).any(dim=1).tolist(), strict=True))
 
 
 class HttpTeacher:
     """A model behind an OpenAI-compatible endpoint. What fails for a while (429, 5xx, timeouts, closed connections,
-    half answers) is asked again with growing pauses; what is refused for good raises InputError."""
+    half answers) is asked again with growing pauses; a prompt that is refused for good is left out."""
 
     def __init__(self, args: argparse.Namespace):
         from openai import OpenAI
 
         self.args = args
         self._said: set[str] = set()
+        self._likelihoods = True  # until the endpoint refuses to send them
         # Retries are ours: the client's own do not cover an answer that came as half a JSON text.
         self.client = OpenAI(
             base_url=args.teacher_url,
@@ -148,15 +159,34 @@ class HttpTeacher:
 
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, answer) of each numbered prompt, as they come; a prompt that got none in all tries is left out.
-        Raises InputError where the endpoint refuses key, model or request."""
+        Raises InputError where the endpoint refuses key, model or every request, after what is under way has come."""
+        problem, answered = None, False
+        refused: list[tuple[int, dict[str, Any]]] = []  # told once another got an answer
         with ThreadPoolExecutor(self.args.concurrency) as pool:
             asked = {pool.submit(self._ask, prompt, labels): number for number, prompt in prompts.items()}
             try:
                 for done in as_completed(asked):
-                    if (answer := done.result()) is not None:
+                    try:
+                        answer = None if done.cancelled() else done.result()
+                    except InputError as error:
+                        answer, problem = None, problem or error
+                    if answer and answer["teacher_output"]:
+                        answered = True
                         yield asked[done], answer
+                    elif answer:
+                        refused.append((asked[done], answer))
+                    if answered:
+                        yield from refused
+                        refused.clear()
+                    elif len(refused) == min(ALL_REFUSED, len(prompts)):
+                        problem = InputError(f"{self.args.teacher_url} {refused[0][1]['left_out']}")
+                    if problem:
+                        for other in asked:
+                            other.cancel()
             finally:
                 pool.shutdown(cancel_futures=True)
+        if problem:
+            raise problem
 
     def _ask(self, prompt: str, labels: Sequence[str]) -> dict[str, Any] | None:
         import openai
@@ -165,16 +195,21 @@ class HttpTeacher:
         for attempt in range(self.args.retries + 1):
             pause = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.5)
             try:
-                return self._answer(self._request(prompt, bool(labels)), labels)
+                return self._answer(self._request(prompt, bool(labels) and self._likelihoods), labels)
             except openai.APIStatusError as error:
+                text = f"answers {error.status_code}: {' '.join(str(error).split())[:200]}"
+                if error.status_code in REFUSED and self._likelihoods and "logprob" in text:
+                    self._likelihoods = False
+                    continue
+                if error.status_code in REFUSED:
+                    return {"teacher_output": "", "left_out": text}
                 if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
-                    raise InputError(
-                        f"{self.args.teacher_url} answers {error.status_code}: {' '.join(str(error).split())[:200]}"
-                    ) from None
+                    raise InputError(f"{self.args.teacher_url} {text}") from None
                 after = error.response.headers.get("retry-after", "")
                 pause = max(pause, min(60.0, float(after))) if after.isdigit() else pause
                 why = error
-            except (openai.APIConnectionError, openai.APIError, ValueError) as error:  # ValueError: half an answer
+            # Half an answer, or one in another form, raises what reading it raises.
+            except (openai.APIError, ValueError, TypeError, AttributeError) as error:
                 why = error.__cause__ or error
             if attempt < self.args.retries:
                 sleep(pause)
@@ -195,24 +230,24 @@ class HttpTeacher:
             **wanted,
         )
 
-    @staticmethod
-    def _answer(reply: Any, labels: Sequence[str]) -> dict[str, Any]:
+    def _answer(self, reply: Any, labels: Sequence[str]) -> dict[str, Any]:
         """Raises ValueError for a reply without text. Label probabilities only where the endpoint sent likelihoods:
         some take the wish for them and send none."""
-        text = reply.choices[0].message.content if getattr(reply, "choices", None) else None
+        choice = reply.choices[0] if getattr(reply, "choices", None) else None
+        text = choice.message.content if choice else None
         if not isinstance(text, str) or not text.strip():
             raise ValueError("no text")
-        logprobs = reply.choices[0].logprobs
-        first = (getattr(logprobs, "content", None) or [None])[0]
+        answer: dict[str, Any] = {"teacher_output": text.strip()}
+        if choice.finish_reason == "length" and (not labels or self.args.rationale):
+            return answer | {"left_out": CUT}
+        first = (getattr(choice.logprobs, "content", None) or [None])[0]
         mass = dict.fromkeys(labels, 0.0)
-        for token in first.top_logprobs if labels and first else []:
+        for token in (first.top_logprobs or []) if labels and first else []:
             starts = [label for label in labels if token.token.strip() and label.startswith(token.token.strip())]
             if len(starts) == 1:  # a token that begins two labels says nothing
                 mass[starts[0]] += math.exp(token.logprob)
         total = sum(mass.values())
-        if total < 0.5:
-            return {"teacher_output": text.strip()}
-        return {"teacher_output": text.strip(), "label_probs": {label: p / total for label, p in mass.items()}}
+        return answer | ({"label_probs": {label: p / total for label, p in mass.items()}} if total >= 0.5 else {})
 
 
 def answer_of_probabilities(probabilities: dict[str, float]) -> dict[str, Any]:

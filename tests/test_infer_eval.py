@@ -632,8 +632,10 @@ def test_weights_count_rows_as_often():
     repeated = eval_creditmix.point_metrics(
         answers.repeat(times), predicted.repeat(times), probabilities.repeat(times, axis=0)
     )
-    for name in set(weighted) - {"aurc"}:  # which takes rows one by one
+    for name in set(weighted) - {"aurc"}:
         assert weighted[name] == pytest.approx(repeated[name]), name
+    # Three rows of one confidence are three steps of the curve, a row of weight 3 is a long one.
+    assert weighted["aurc"] == pytest.approx(repeated["aurc"], abs=0.02)
 
 
 def test_aurc_by_hand():
@@ -641,6 +643,9 @@ def test_aurc_by_hand():
     probabilities = np.array([[0.9, 0.05, 0.05], [0.8, 0.1, 0.1], [0.1, 0.7, 0.2], [0.2, 0.2, 0.6]])
     found = eval_creditmix.point_metrics(np.array([0, 0, 0, 2]), np.array([0, 0, 1, 2]), probabilities)
     assert found["aurc"] == pytest.approx((1 / 3 + 1 / 4) / 4)
+    weights = np.array([1.0, 1.0, 2.0, 1.0])  # error rates 0, 0, 2/4, 2/5 at coverages 1/5, 2/5, 4/5, 1
+    found = eval_creditmix.point_metrics(np.array([0, 0, 0, 2]), np.array([0, 0, 1, 2]), probabilities, weights)
+    assert found["aurc"] == pytest.approx(2 / 5 * 2 / 4 + 1 / 5 * 2 / 5)
 
 
 def test_the_likeliest_calibrator_is_stored_and_used(here, capsys, adapter, credit_file):

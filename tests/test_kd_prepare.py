@@ -56,6 +56,8 @@ class Endpoint:
         self.faults, self.logprobs, self.seconds = list(faults), logprobs, seconds
         self.answered: Counter[str] = Counter()
         self.asked: list[dict] = []
+        self.keys: set[str] = set()
+        self.refusal = b'{"error": {"message": "not now"}}'
         endpoint, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,13 +67,14 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with lock:
                     endpoint.asked.append(body)
+                    endpoint.keys.add(self.headers["authorization"])
                     fault = endpoint.faults.pop(0) if endpoint.faults else None
                 time.sleep(endpoint.seconds)
                 if fault == "drop":
                     self.close_connection = True
                     return
                 if fault and fault.isdigit():
-                    self.reply(int(fault), b'{"error": {"message": "not now"}}', {"retry-after": "1"})
+                    self.reply(int(fault), endpoint.refusal, {"retry-after": "1"})
                     return
                 prompt = body["messages"][-1]["content"]
                 content = json.dumps(endpoint.reply_to(prompt)).encode()
@@ -228,13 +231,105 @@ def test_a_model_that_goes_on_says_what_it_would_have_said(here, model_dir, monk
         assert resumed["label_probs"] == pytest.approx(whole["label_probs"], abs=1e-4)
 
 
-@pytest.mark.parametrize("status", ["400", "401", "404"])
+@pytest.mark.parametrize("status", ["401", "403", "404"])
 def test_what_is_refused_for_good_ends_at_once(here, endpoint, status):
     write_lines("in.jsonl", gold_rows(6))
     server = endpoint((status,) * 50)
     with pytest.raises(InputError, match=f"/v1 answers {status}: .*not now"):
         ask(server.url, "--concurrency", 1)
     assert len(server.asked) <= 2
+
+
+def test_a_request_that_is_refused_for_every_prompt_ends_soon(here, endpoint):
+    """And no prompt counts as refused for it: with the endpoint put right all are asked."""
+    write_lines("in.jsonl", gold_rows(30))
+    with pytest.raises(InputError, match=r"/v1 answers 400: .*not now"):
+        ask(endpoint(("400",) * 50).url, "--concurrency", 1)
+    assert Path("kd.jsonl.part").read_text() == ""
+
+
+def test_a_prompt_that_is_refused_is_left_out(here, endpoint, capsys):
+    rows = gold_rows(12)
+    write_lines("in.jsonl", rows)
+    server = endpoint(("400", "413"))
+    assert ask(server.url, "--concurrency", 1) == 0
+    said = capsys.readouterr().err
+    assert "1 prompts are left out, their answer: answers 400" in said and "their answer: answers 413" in said
+    assert [row["input"] for row in read_lines("kd.jsonl")] == [row["input"] for row in rows[2:]]
+    assert len(server.asked) == 12
+
+
+def test_what_is_under_way_is_kept_when_the_endpoint_refuses(here, endpoint):
+    write_lines("in.jsonl", gold_rows(12))
+    server = endpoint(("",) * 3 + ("401",) * 50, seconds=0.05)
+    with pytest.raises(InputError, match="answers 401"):
+        ask(server.url, "--concurrency", 4)
+    assert len(Path("kd.jsonl.part").read_text().splitlines()) == sum(server.answered.values()) == 3
+
+
+def test_an_endpoint_that_refuses_likelihoods_is_asked_without(here, endpoint, monkeypatch):
+    write_lines("in.jsonl", gold_rows(6))
+    server = endpoint(("400",))
+    monkeypatch.setattr(server, "refusal", b'{"error": {"message": "logprobs are not supported"}}')
+    assert ask(server.url, "--concurrency", 1) == 0
+    assert ["logprobs" in body for body in server.asked] == [True] + [False] * 6
+    assert len(read_lines("kd.jsonl")) == 6
+
+
+@pytest.mark.parametrize("part", ["message", "top_logprobs", "logprobs"])
+def test_replies_of_another_form(part, here, endpoint, capsys):
+    """An answer without likelihoods is one; without a text it is asked for again, and given up in the end."""
+    write_lines("in.jsonl", gold_rows(6))
+    server = endpoint(logprobs=True)
+    whole = server.reply_to
+
+    def reply(prompt):
+        made = whole(prompt)
+        choice = made["choices"][0]
+        (choice["logprobs"]["content"][0] if part == "top_logprobs" else choice)[part] = None
+        return made
+
+    server.reply_to = reply
+    assert ask(server.url, "--retries", 1) == (part == "message")
+    if part == "message":
+        assert "6 of 6 prompts got no answer" in capsys.readouterr().err and len(server.asked) == 12
+    else:
+        assert all("label_probs" not in row for row in read_lines("kd.jsonl"))
+
+
+def test_half_texts_are_left_out(here, endpoint, capsys):
+    """What stops at --max_new_tokens would teach to stop there; a label that goes on is a label."""
+    write_lines("free.jsonl", [{"prompt": "write " + "x" * i} for i in range(6)])
+    write_lines("in.jsonl", gold_rows(6))
+    server = endpoint()
+    whole = server.reply_to
+
+    def reply(prompt):
+        made = whole(prompt)
+        made["choices"][0]["finish_reason"] = "length" if prompt.endswith("xx") or "\n" in prompt else "stop"
+        return made
+
+    server.reply_to = reply
+    assert ask(server.url, source="free.jsonl") == 0
+    assert [row["input"] for row in read_lines("kd.jsonl")] == ["write ", "write x"]
+    assert "4 prompts are left out, their answer: cut off at --max_new_tokens" in capsys.readouterr().err
+    assert ask(server.url, "--overwrite") == 0 and len(read_lines("kd.jsonl")) == 6
+
+
+def test_pauses_grow_and_are_as_long_as_the_endpoint_asks(here, endpoint, monkeypatch):
+    write_lines("in.jsonl", gold_rows(2))
+    pauses = []
+    monkeypatch.setattr(teachers, "sleep", pauses.append)
+    assert ask(endpoint(("429", *["drop"] * 5)).url, "--concurrency", 1, "--retries", 6) == 0
+    assert pauses[0] >= 1  # retry-after
+    for number, pause in enumerate(pauses[1:], 1):
+        assert 0.25 * 2**number <= pause <= 0.75 * 2**number
+
+
+def test_an_endpoint_that_does_not_answer_in_time(here, endpoint, capsys):
+    write_lines("in.jsonl", gold_rows(2))
+    assert ask(endpoint(seconds=1).url, "--timeout", 0.2, "--retries", 0) == 1
+    assert "a prompt is given up: " in capsys.readouterr().err
 
 
 def test_an_endpoint_that_is_not_there(here, capsys):
@@ -250,7 +345,7 @@ def test_likelihoods_of_an_endpoint_become_label_probs(here, endpoint):
     assert ask(endpoint(logprobs=True).url) == 0
     for row in read_lines("kd.jsonl"):
         assert row["label_probs"] == pytest.approx({"Good": 0.6 / 0.9, "Standard": 0.2 / 0.9, "Bad": 0.1 / 0.9})
-        assert row["teacher"]["probability"] == pytest.approx(0.6 / 0.9)
+        assert row["teacher"]["probability"] == row["label_probs"][row["teacher_output"]]  # not the highest
 
 
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(here, endpoint, monkeypatch):
@@ -258,6 +353,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(here, endpoint
     monkeypatch.setenv("MY_KEY", "s3cret")
     server = endpoint(("500",))
     assert ask(server.url, "--api_key_env", "MY_KEY", "--retries", 0) == 1
+    assert server.keys == {"Bearer s3cret"}
     assert "s3cret" not in Path("kd.jsonl.part.json").read_text() + Path("kd.jsonl.part").read_text()
 
 
@@ -287,23 +383,44 @@ def test_a_weak_teacher_gets_a_warning_and_a_good_one_none(here, endpoint, capsy
         assert "Standard" in said.out and "recall" in said.out  # for each class
 
 
-@pytest.mark.parametrize(("flags", "count"), [([], 9), (["--filter", "agree"], 3), (["--filter", "confident"], 9)])
-def test_filters(here, endpoint, flags, count):
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ([], lambda said, gold: True),
+        (["--filter", "agree"], lambda said, gold: said == gold),
+        (["--filter", "confident"], lambda said, gold: said == "Good"),  # 0.67; of the others 0.22 and 0.11
+        (["--filter", "confident", "--min_confidence", "0.2"], lambda said, gold: said != "Bad"),
+    ],
+)
+def test_filters(here, endpoint, flags, wanted):
     rows = [{"input": "x" * i, "output": LABELS[0] if i > 3 else LABELS[i % 3]} for i in range(1, 10)]
     write_lines("in.jsonl", rows)
     assert ask(endpoint(logprobs=True).url, *flags) == 0
-    written = read_lines("kd.jsonl")
-    if "agree" in flags:
-        assert [row["input"] for row in written] == [
-            row["input"] for row in rows if LABELS[len(row["input"]) % 3] == row["output"]
-        ]
-    else:
-        assert len(written) == count
+    said = [LABELS[len(row["input"]) % 3] for row in rows]
+    expected = [row["input"] for row, label in zip(rows, said, strict=True) if wanted(label, row["output"])]
+    assert [row["input"] for row in read_lines("kd.jsonl")] == expected and expected
+
+
+def test_free_answers_are_compared_with_gold_by_value(here, endpoint, capsys):
+    answers = ['{"a": 1, "b": 2}', "text", '{"a": 2}', "{"]
+    write_lines("in.jsonl", [{"input": f"read {i}", "output": text} for i, text in enumerate(answers)])
+    server = endpoint()
+    whole, says = server.reply_to, ['{"b": 2, "a": 1.0}', " text", '{"a": 3}', "{"]
+
+    def reply(prompt):
+        made = whole(prompt)
+        made["choices"][0]["message"]["content"] = says[int(prompt[-1])]
+        return made
+
+    server.reply_to = reply
+    assert ask(server.url, "--filter", "agree") == 0
+    assert "the teacher's answer is the gold answer in 3 of 4 rows" in capsys.readouterr().out
+    assert [row["input"] for row in read_lines("kd.jsonl")] == ["read 0", "read 1", "read 3"]
 
 
 def test_a_filter_that_leaves_nothing_is_said(here, endpoint):
     write_lines("in.jsonl", gold_rows(6))
-    with pytest.raises(InputError, match="--filter confident leaves no row"):
+    with pytest.raises(InputError, match=r"no row is left \(--filter confident\)"):
         ask(endpoint(logprobs=True).url, "--filter", "confident", "--min_confidence", 0.99)
     assert not Path("kd.jsonl").exists() and Path("kd.jsonl.part").exists()  # the answers are not lost
 
@@ -345,15 +462,65 @@ def test_a_model_answers_label_tasks_by_calibrated_likelihood(here, model_dir):
         assert row["teacher"]["name"] == model_dir
 
 
-def test_a_model_writes_reasons_and_free_text(here, model_dir):
+def test_a_model_writes_reasons_and_free_text(here, model_dir, monkeypatch, capsys):
     write_lines("in.jsonl", gold_rows(6))
     argv = ["--teacher", model_dir, "--output", "kd.jsonl", "--max_new_tokens", "8", "--overwrite", *PLAIN]
+    assert kd_prepare.main([*argv, "--input", "in.jsonl", "--rationale"]) == 0
+    left_out = 6 - len(read_lines("kd.jsonl"))  # a random model comes to an end by chance
+    assert f"{left_out} prompts are left out, their answer: cut off at --max_new_tokens" in capsys.readouterr().err
+    written = teachers.ModelTeacher._written
+    monkeypatch.setattr(teachers.ModelTeacher, "_written", lambda *args: [(t, True) for t, _ in written(*args)])
     assert kd_prepare.main([*argv, "--input", "in.jsonl", "--rationale"]) == 0
     for row in read_lines("kd.jsonl"):
         assert row["teacher_output"].startswith(max(row["label_probs"], key=row["label_probs"].get))
     write_lines("free.jsonl", [{"prompt": f"Write {i}"} for i in range(5)])
     assert kd_prepare.main([*argv, "--input", "free.jsonl"]) == 0
     assert all(set(row) == {"input", "teacher_output", "teacher"} for row in read_lines("kd.jsonl"))
+
+
+def test_samples_are_drawn_again_where_a_killed_run_goes_on(here, model_dir):
+    """One seed, one answer to each prompt, whatever was answered before; another seed, others."""
+    flags = [
+        "--teacher",
+        model_dir,
+        "--input",
+        "i",
+        "--output",
+        "o",
+        "--temperature",
+        "1",
+        "--batch_size",
+        "4",
+        *PLAIN,
+    ]
+    prompts = {number: f"Write {number}" for number in range(12)}
+
+    def answers(seed: str, waiting: dict[int, str]) -> dict[int, dict]:
+        args = kd_prepare.build_parser().parse_args([*flags, "--max_new_tokens", "6", "--seed", seed])
+        return dict(teachers.ModelTeacher(model_dir, args, ()).answers(waiting, []))
+
+    whole = answers("5", prompts)
+    first = list(whole)[:4]  # a batch
+    rest = {number: prompt for number, prompt in prompts.items() if number not in first}
+    assert answers("5", rest) == {number: whole[number] for number in rest}
+    assert answers("6", prompts) != whole
+    assert len({answer["teacher_output"] for answer in whole.values()}) > 9
+
+
+def test_another_teacher_does_not_go_on(here, model_dir, monkeypatch):
+    write_lines("in.jsonl", gold_rows(6))
+    argv = ["--teacher", model_dir, "--input", "in.jsonl", "--output", "kd.jsonl", *PLAIN]
+
+    def interrupted(self, *rest):
+        yield 0, {"teacher_output": "Good"}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(teachers.ModelTeacher, "answers", interrupted)
+        kd_prepare.main(argv)
+    monkeypatch.setattr(kd_prepare, "model_fingerprint", lambda folder: "trained again since")
+    with pytest.raises(InputError, match="left by a run with another teacher"):
+        kd_prepare.main(argv)
 
 
 def test_a_prompt_beyond_the_teachers_context_is_refused(here, model_dir):
