@@ -62,6 +62,7 @@ from creditmix import (
 )
 from processes import rank_and_world
 
+BASELINES = ["majority", "logistic regression", "tabular teacher", "gradient boosting"]
 TABLE = ("accuracy", "macro_f1", "recall_Standard")  # what stands in the table with intervals
 FIT_BIAS = {"likelihood": fit_calibration, "halfway": partial(fit_shares, way=0.5), "shares": fit_shares}
 
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="add majority, logistic regression, the tabular teacher and gradient boosting",
     )
+    add("--reference", help="whom the others are compared with, row by row (default: gradient boosting or the first)")
     add("--report_dir", help="write metrics.json, predictions.jsonl and plots there")
     add("--bootstrap", type=int, default=1000, help="resamples for the 95 %% intervals (%(default)s)")
     add("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
@@ -218,23 +220,29 @@ def point_metrics(
 def bootstrap(
     answers: np.ndarray,
     predicted: np.ndarray,
+    losses: np.ndarray,
     customers: Sequence[str],
     resamples: int,
     seed: int,
     weights: np.ndarray | float = 1.0,
 ) -> dict[str, np.ndarray]:
-    """Accuracy, macro-F1 and recalls [resamples], resampling customers with all their rows. One seed draws the same
-    customers for every model of the same rows, so that differences of two models are paired."""
+    """Accuracy, macro-F1, recalls and mean of the losses (negative log-likelihoods [N]), each [resamples], resampling
+    customers with all their rows. One seed draws the same customers for every model of the same rows, so that
+    differences of two models are paired."""
     index = {customer: i for i, customer in enumerate(dict.fromkeys(customers))}
     size = len(LABELS)
     tables = np.zeros((len(index), size * size))
-    np.add.at(tables, ([index[c] for c in customers], answers * size + predicted), weights)
+    lost = np.zeros(len(index))
+    whose = [index[c] for c in customers]
+    np.add.at(tables, (whose, answers * size + predicted), weights)
+    np.add.at(lost, whose, losses * weights)
     rng = np.random.default_rng(seed)
     times = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=resamples)
     confusion = (times @ tables).reshape(resamples, size, size)
     hits, actual, claimed = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1)
     f1 = 2 * hits / np.maximum(actual + claimed, 1e-9)
-    samples = {"accuracy": hits.sum(axis=1) / confusion.sum(axis=(1, 2)), "macro_f1": f1.mean(axis=1)}
+    rows = confusion.sum(axis=(1, 2))
+    samples = {"accuracy": hits.sum(axis=1) / rows, "macro_f1": f1.mean(axis=1), "nll": times @ lost / rows}
     return samples | {f"recall_{label}": hits[:, i] / np.maximum(actual[:, i], 1e-9) for i, label in enumerate(LABELS)}
 
 
@@ -263,7 +271,8 @@ def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, args: argparse
     weights = np.ones(len(rows)) if shares is None else len(LABELS) * shares[answers]
     customers = [row.customer for row in rows]
     result: dict[str, Any] = point_metrics(answers, predicted, probabilities, weights)
-    result["samples"] = bootstrap(answers, predicted, customers, args.bootstrap, args.seed, weights)
+    losses = -np.log(np.clip(probabilities[np.arange(len(rows)), answers], 1e-12, 1))
+    result["samples"] = bootstrap(answers, predicted, losses, customers, args.bootstrap, args.seed, weights)
     result["interval_95"] = {name: interval(samples) for name, samples in result["samples"].items()}
     result["predicted"] = [LABELS[i] for i in predicted]
     if args.abstain_below is not None:
@@ -377,14 +386,9 @@ def baselines(train: list[CreditRow], rows: list[CreditRow], args: argparse.Name
     answers = np.array([LABELS.index(row.label) for row in train])
     customers = [row.customer for row in train]
     teacher, _ = chosen_boosting(frame[: len(train)], answers, customers, np.ones(len(train)), args.seed)
-    models = {
-        "majority": DummyClassifier(strategy="prior"),
-        "logistic regression": logistic_regression(),
-        "tabular teacher": teacher,
-        "gradient boosting": gradient_boosting(args.seed),
-    }
+    models = [DummyClassifier(strategy="prior"), logistic_regression(), teacher, gradient_boosting(args.seed)]
     results = []
-    for name, model in models.items():
+    for name, model in zip(BASELINES, models, strict=True):
         with threadpool_limits(1):  # as in `chosen_boosting`
             model.fit(frame[: len(train)], answers)
         probabilities = model.predict_proba(frame[len(train) :])
@@ -406,9 +410,7 @@ def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any)
         print(f"confusion matrix (rows: truth, columns: prediction; {', '.join(LABELS)})", file=out)
         print(confusion_matrix(answers, result["predicted"], labels=LABELS), file=out)
         for name, metrics in result.get("calibrations", {}).items():
-            shown = ", ".join(
-                f"{key} {metrics[key]:.4f}" for key in ("accuracy", "macro_f1", "nll", "brier", "ece", "aurc")
-            )
+            shown = ", ".join(f"{key} {metrics[key]:.4f}" for key in (*TABLE, "nll", "brier", "ece", "aurc"))
             print(f"  calibration {name:<11}{shown}", file=out)
     width = max(len(result["model"]) for result in results)
     print(
@@ -432,8 +434,9 @@ def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any)
     compared = [result for result in results if "difference" in result]
     if compared:
         print(f"\nabove {compared[0]['difference']['to']} on the same rows, paired intervals", file=out)
+        print(f"{'model':<{width}}  {'accuracy':<27}{'macro-F1':<27}{'Standard recall':<27}NLL", file=out)
     for result in compared:
-        cells = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*result["difference"][name]) for name in TABLE]
+        cells = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*result["difference"][name]) for name in (*TABLE, "nll")]
         print(f"{result['model']:<{width}}  {'  '.join(cells)}", file=out)
 
 
@@ -502,6 +505,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.report_dir:
         check_folder(args.report_dir)
     args.calibration = args.calibration or ("fitted" if args.fit else "auto")
+    names = args.model_dir + (BASELINES if args.baselines else [])
+    reference = args.reference or (BASELINES[-1] if args.baselines else names[0])
+    if reference not in names:
+        raise InputError(f"--reference {reference} is none of {', '.join(names)}")
     for model_dir in args.model_dir:
         check_model_name(model_dir)
     rows, _ = read_creditmix(args.data)
@@ -525,7 +532,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     results += simple
     if len(results) > 1:
-        add_differences(results, results[-1 if args.baselines else 0])  # gradient boosting, or the first model
+        add_differences(results, next(result for result in results if result["model"] == reference))
     hidden = ("predicted", "responses", "probabilities", "samples")
     summary = {
         "data": {"file": args.data, "sha256": data_hash, "validation_rows": len(validation)},

@@ -19,10 +19,6 @@ from common import InputError, model_fingerprint, run_script
 from creditmix import CREDIT_FIELDS, CreditModel, add_scoring_flags, canonical_features, known_fields
 from processes import only_one
 
-# Rows scored between two writes to the .part file, what an interruption can cost: at least a batch; and enough for
-# --batch_size auto to try some.
-CHUNK, AUTO_CHUNK = 128, 512
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,6 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_scoring_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def chunk_of(batch_size: int | str) -> int:
+    """Rows scored between two writes to the .part file, which is what an interruption can cost: at least a batch, and
+    for `auto` enough to try some."""
+    return 512 if batch_size == "auto" else max(128, int(batch_size))
 
 
 def score_lines(model: CreditModel, lines: list[str]) -> list[dict]:
@@ -85,8 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     model = CreditModel.load(args.model_dir, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("overwrite", "debug")}
     settings |= {"model": model_fingerprint(args.model_dir), **model.settings()}
-    chunk = AUTO_CHUNK if args.batch_size == "auto" else max(CHUNK, args.batch_size)
-    failed = run_file(source, output, total, settings, chunk, lambda lines: score_lines(model, lines))
+    failed = run_file(
+        source, output, total, settings, chunk_of(args.batch_size), lambda lines: score_lines(model, lines)
+    )
     return 1 if failed else 0
 
 

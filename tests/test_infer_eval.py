@@ -203,7 +203,7 @@ def interrupt(monkeypatch, source: str, output: str, model: str, chunks: int, *f
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(infer_creditmix, "CHUNK", 4)
+        patch.setattr(infer_creditmix, "chunk_of", lambda batch_size: 4)
         patch.setattr(infer_creditmix, "score_lines", stop_later)
         with pytest.raises(KeyboardInterrupt):
             infer_file(model, source, output, *flags)
@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(here, monkey
     lines = good_lines(14)
     lines[2] = BAD_LINES["not_json"]
     write_lines(here / "in.jsonl", lines)
-    monkeypatch.setattr(infer_creditmix, "CHUNK", 4)
+    monkeypatch.setattr(infer_creditmix, "chunk_of", lambda batch_size: 4)
     assert infer_file(model_dir, "in.jsonl", "whole.jsonl") == 1
     interrupt(monkeypatch, "in.jsonl", "out.jsonl", model_dir, 2)
     part = here / "out.jsonl.part"
@@ -237,7 +237,7 @@ def test_an_interrupted_run_that_may_replace_its_output_goes_on(here, monkeypatc
     """With --overwrite once more it would start again, so the same command without it goes on."""
     write_lines(here / "in.jsonl", good_lines(9))
     (here / "out.jsonl").write_text("old\n")
-    monkeypatch.setattr(infer_creditmix, "CHUNK", 4)
+    monkeypatch.setattr(infer_creditmix, "chunk_of", lambda batch_size: 4)
     interrupt(monkeypatch, "in.jsonl", "out.jsonl", model_dir, 1, "--overwrite")
     assert (here / "out.jsonl").read_text() == "old\n"
     assert infer_file(model_dir, "in.jsonl", "out.jsonl") == 0
@@ -337,8 +337,8 @@ def test_eval_json_holds_the_metrics_with_intervals_around_them(here, capsys, mo
     assert result["model"] == model_dir and result["calibration"] == "contextual"
     assert {"accuracy", "macro_f1", "nll", "brier", "ece", "interval_95", "recall_Good"} <= set(result)
     for name, (low, high) in result["interval_95"].items():
-        assert 0 <= low <= result[name] <= high <= 1, name
-    assert set(result["interval_95"]) == {"accuracy", "macro_f1", *(f"recall_{label}" for label in LABELS)}
+        assert 0 <= low <= result[name] <= high and (high <= 1 or name == "nll"), name
+    assert set(result["interval_95"]) == {"accuracy", "macro_f1", "nll", *(f"recall_{label}" for label in LABELS)}
     assert set(result["calibrations"]) == {"none", "contextual"}
     assert result["calibrations"]["contextual"]["nll"] == result["nll"]
     assert result["calibrations"]["none"]["nll"] != result["nll"]
@@ -371,6 +371,19 @@ def test_eval_agrees_with_infer_on_rows_of_validation_customers(here, capsys, ad
     majority, linear, teacher, boosted = summary["models"][1:]
     assert majority["accuracy"] == pytest.approx(1 / 3) and majority["nll"] == pytest.approx(np.log(3))
     assert linear["accuracy"] > 0.5 and min(teacher["accuracy"], boosted["accuracy"]) > 0.8  # debt decides
+
+
+def test_any_model_is_the_reference(here, capsys, adapter, model_dir, credit_file):
+    flags = ("--model_dir", model_dir, adapter, "--baselines", "--calibration", "none")
+    for name in ("tabular teacher", adapter):
+        found = evaluate_json(capsys, model_dir, credit_file, *flags, "--reference", name)["models"]
+        assert {m["difference"]["to"] for m in found if "difference" in m} == {name}
+        assert [m["model"] for m in found if "difference" not in m] == [name]
+        of = {m["model"]: m for m in found}
+        point, low, high = of[model_dir]["difference"]["nll"]
+        assert point == pytest.approx(of[model_dir]["nll"] - of[name]["nll"]) and low <= point <= high
+    with pytest.raises(InputError, match="--reference majority is none of "):
+        eval_creditmix.main(["--model_dir", model_dir, "--data", credit_file, "--reference", "majority"])
 
 
 def test_models_side_by_side_keep_their_reports_apart(here, capsys, adapter, credit_file):
@@ -737,7 +750,10 @@ def test_intervals_resample_customers():
     truth, guess = answers.repeat(10), predicted.repeat(10)
 
     def accuracy(*arguments):
-        return eval_creditmix.interval(eval_creditmix.bootstrap(*arguments, 2000, 0)["accuracy"])
+        truth, guess, names = arguments
+        samples = eval_creditmix.bootstrap(truth, guess, 1.0 - (truth == guess), names, 2000, 0)
+        np.testing.assert_allclose(samples["nll"], 1 - samples["accuracy"])  # these losses are the errors
+        return eval_creditmix.interval(samples["accuracy"])
 
     low, high = accuracy(answers, predicted, names)
     assert accuracy(truth, guess, [n for n in names for _ in range(10)]) == (low, high)
@@ -768,9 +784,9 @@ def test_differences_are_paired():
     better[np.flatnonzero(worse != answers)[:6]] = answers[np.flatnonzero(worse != answers)[:6]]
     names = [f"C{i}" for i in range(120)]
     models = [
-        {"model": name, "accuracy": (predicted == answers).mean(), "macro_f1": 0.0}
+        {"model": name, "accuracy": (predicted == answers).mean(), "macro_f1": 0.0, "nll": 0.0}
         | {f"recall_{label}": 0.0 for label in LABELS}
-        | {"samples": eval_creditmix.bootstrap(answers, predicted, names, 2000, 0)}
+        | {"samples": eval_creditmix.bootstrap(answers, predicted, np.ones(120), names, 2000, 0)}
         for name, predicted in (("better", better), ("worse", worse))
     ]
     eval_creditmix.add_differences(models, models[1])
