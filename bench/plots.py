@@ -37,7 +37,7 @@ def draw_memory(found: dict, path: Path) -> None:
     axis.plot(estimates, names, "k|", markersize=14, label="estimate")
     axis.axvline(8, color="tab:red", linestyle="--", label="8 GB card")
     axis.set(xlabel="GB at the peak", xlim=(0, 8.3))
-    axis.legend(loc="center right", fontsize="small")
+    axis.legend(loc="center right", bbox_to_anchor=(0.94, 0.4), fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -428,6 +428,15 @@ def test_fit_writes_a_calibration_that_eval_and_infer_then_use(here, capsys, ada
     assert again["calibration"] == "fitted" and again["nll"] == pytest.approx(fitted["nll"], abs=1e-6)
 
 
+def test_fit_bias_moves_the_biases_all_the_way_or_half(here, capsys, adapter, credit_file):
+    own, found = str(shutil.copytree(adapter, here / "own")), {}
+    for way in ("likelihood", "halfway", "shares"):
+        evaluate_json(capsys, own, credit_file, "--fit", "--fit_bias", way)
+        found[way] = np.array(list(json.loads((here / "own/calibration.json").read_text())["bias"].values()))
+    assert np.abs(found["shares"] - found["likelihood"]).max() > 1e-3
+    np.testing.assert_allclose(found["halfway"], (found["likelihood"] + found["shares"]) / 2, atol=1e-6)
+
+
 def test_a_fit_on_few_customers_is_said_to_be_a_risk(here, capsys, adapter, credit_file):
     own = str(shutil.copytree(adapter, here / "own"))
     evaluate(own, credit_file, "--fit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -368,6 +369,22 @@ def test_a_reason_is_asked_for_and_the_student_is_asked_as_ever(here, endpoint):
         assert label_of(row["teacher_output"], LABELS) and "because of the debt" in row["teacher_output"]
 
 
+def test_labels_may_be_named_where_no_gold_is(here, endpoint, capsys):
+    rows = [{"prompt": row["input"]} for row in gold_rows(6)]
+    write_lines("in.jsonl", rows)
+    assert ask(endpoint(logprobs=True).url, "--labels", "Good, Standard,Bad") == 0
+    assert "no gold answers: the teacher cannot be checked" in capsys.readouterr().err
+    for row in read_lines("kd.jsonl"):
+        assert row["teacher_output"] == LABELS[len(row["input"]) % 3] and set(row["label_probs"]) == set(LABELS)
+
+
+def test_another_prompt_needs_another_version():
+    """Rows keep the version alone: this digest and the version change together."""
+    text = json.dumps([teachers.SYSTEM_PROMPT, RATIONALE, teachers.user_turn("x", True)])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert (teachers.PROMPT_VERSION, digest) == (1, "09b18133ef1386de")
+
+
 # ----------------------------------------------------------------------------------------------------------- the gate
 
 
@@ -543,6 +560,19 @@ def test_tabular_labels_training_customers_that_it_never_saw(here, credit_file, 
     note = json.loads(Path("kd_prepared.json").read_text())
     assert note["split_seed"] == 0 and note["teacher"]["teacher"] > 0.8
     assert "logistic regression  accuracy" in capsys.readouterr().out
+
+
+def test_rows_of_the_tabular_teacher_are_drawn_by_its_flags(here, credit_file):
+    def drawn(*flags: str) -> list[str]:
+        argv = ["--teacher", "tabular", "--src", credit_file, "--output", "kd.jsonl", "--overwrite", *flags]
+        assert kd_prepare.main(argv) == 0
+        return [row["input"] for row in read_lines("kd.jsonl")]
+
+    rows = drawn("--per_class", "4")
+    assert len(rows) == 12 and rows == drawn("--per_class", "4")
+    assert set(rows) != set(drawn("--per_class", "4", "--seed", "1"))
+    owners = {creditmix_prompt(row.features): row.customer for row in read_creditmix(credit_file)[0]}
+    assert {split_of(owners[row], 3) for row in drawn("--per_class", "4", "--split_seed", "3")} == {"train"}
 
 
 def test_labels_that_may_not_be_known_are_not_used():

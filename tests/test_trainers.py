@@ -287,6 +287,14 @@ def test_all_batches_take_one_head(run, monkeypatch, data, tmp_path):
     assert not own
 
 
+def test_the_sft_term_of_dpo_is_the_loss_of_sft(run):
+    """At the start the preference loss is ln 2, and the term is what SFT loses on the chosen answers."""
+    flags = ("--compute_dtype", "float32", "--quantization", "none", "--batch_size", 10, "--max_steps", 1)
+    losses = [first_step(run("dpo", f"w{w}", *flags, "--sft_weight", w))["loss"] for w in (0, 1, 2)]
+    lost = first_step(run("sft", "sft", *flags))["loss"]
+    assert losses == pytest.approx([math.log(2) + weight * lost for weight in (0, 1, 2)], rel=1e-4)
+
+
 def test_distillation_keeps_its_loss_however_long_the_answers(run, monkeypatch):
     """TRL's fused head knows no teacher: what would send SFT through it must not take KD's term away."""
     short = run("kd", "short", *EXACT, "--batch_size", 2, "--grad_accum", 2)
