@@ -47,8 +47,9 @@ demo: .venv/.installed
 	@echo "plots: $(DEMO)/sft/training_curve.png and $(DEMO)/report/*/{confusion_matrix,reliability}.png"
 	@echo; cat docs/results/creditmix/embedded.txt
 
+# Two processes of one thread each: threads of PyTorch that share tiny matrices mostly wait for each other.
 test: .venv/.installed-dev
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 lint: .venv/.installed-dev
 	$(PY) -m ruff check .
@@ -59,6 +60,7 @@ bench: .venv/.installed
 	$(PY) bench/scoring.py
 	$(PY) bench/train.py
 	$(PY) bench/memory_8gb.py --quick
+	$(PY) bench/linear.py
 	$(PY) bench/serve.py
 	$(PY) bench/serve_faults.py
 	$(PY) bench/chaos.py
