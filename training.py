@@ -524,7 +524,7 @@ def memory_to_be_had(max_memory_gb: float | None) -> float:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    PartialState()  # joins the processes as accelerate will do it for training
+    PartialState(cpu=not torch.cuda.is_available())  # joins the processes as the trainer will
     return min(gather_object([free]))
 
 

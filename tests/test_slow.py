@@ -186,6 +186,7 @@ def teacher_url(embedded):
         process.wait(30)
 
 
+@pytest.mark.timeout(360)  # a CPU without bf16 products takes 5 s an answer
 def test_a_teacher_over_http_and_the_gate_that_calls_it_weak(prepared, embedded, teacher_url, tmp_path, capsys):
     rows = read_jsonl(prepared / "creditmix_sft.jsonl", ("input", "output"))[:24]
     source, output = tmp_path / "prompts.jsonl", tmp_path / "kd.jsonl"
