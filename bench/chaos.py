@@ -183,7 +183,8 @@ def make_jobs(base: str, folder: Path, url: str) -> dict[str, Job]:
     write_jsonl(folder / "dpo.jsonl", pairs)
     write_jsonl(folder / "asked.jsonl", ({"input": prompt, "output": right} for prompt, right in rows[:150]))
     # Dropout and Adam, so that a random state or a moment that a checkpoint loses shows.
-    train = ["--student", base, "--max_steps", "12", "--save_steps", "3", "--batch_size", "2", "--grad_accum", "1"]
+    # Steps enough that most kills fall between them: loading takes seconds.
+    train = ["--student", base, "--max_steps", "60", "--save_steps", "7", "--batch_size", "2", "--grad_accum", "1"]
     train += ["--warmup_steps", "4", "--learning_rate", "1e-3", "--lora_dropout", "0.1", "--split_seed", "0"]
     jobs = [Job(m, f"{m}_train", [*train, "--data", str(folder / f"{m}.jsonl")], "--save_dir") for m in JOBS[:3]]
     asked = ["--input", str(folder / "asked.jsonl")]
