@@ -276,15 +276,16 @@ def full_disk(job: Job, runner: Runner, folder: Path, whole_folder: Path, whole:
     sizes = {path.name: path.stat().st_size for path in (whole_folder / "runs").rglob("*") if path.is_file()}
     adapter = sizes.get("adapter_model.safetensors", 0)
     # An old run, and of a checkpoint, which is the adapter, two moments and the small files, room for one and a half.
-    room = sum(sizes.values()) + int(1.5 * (sum(sizes.values()) + 2 * adapter))
+    checkpoints = int(1.5 * (sum(sizes.values()) + 2 * adapter))
+    room = sum(sizes.values()) + checkpoints if job.trains else sizes["out.jsonl"] // 2
     with unmounted(folder):
-        real = mounted(folder, f"size={max(room if job.trains else sizes['out.jsonl'] // 2, 2**14)}")
+        real = mounted(folder, f"size={max(room, 2**14)}")
         old: dict[str, str] = {}
         if job.trains:
             shutil.copytree(whole_folder, folder, dirs_exist_ok=True)
             (job.path(folder) / "adapter_model.safetensors").write_bytes(b"old" * (adapter // 3))
             old = tree(folder)
-        limit = None if real else int(1.5 * adapter) if job.trains else sizes["out.jsonl"] // 2
+        limit = None if real else int(1.5 * adapter) if job.trains else room
         status = runner.run(job.script, job.argv(folder, *(["--overwrite"] if job.trains else [])), limit)
         row = {"disk": "tmpfs" if real else "RLIMIT_FSIZE", "status": status, "said": runner.one_line(job.script)}
         row["done"], row["log"] = job.done(folder), runner.log.read_text()[-1500:]

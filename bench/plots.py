@@ -1,8 +1,10 @@
 """Draw the figures of docs/results/performance.md from what the benches printed with --json.
 
-python bench/memory_8gb.py --unfilled --json > docs/results/performance/memory.json
-python bench/scoring.py --json > docs/results/performance/scoring.json
-python bench/plots.py
+Memory and scoring; bench/train.py draws its loss curves itself.
+
+    python bench/memory_8gb.py --unfilled --json > docs/results/performance/memory.json
+    python bench/scoring.py --json > docs/results/performance/scoring.json
+    python bench/plots.py
 """
 
 from __future__ import annotations
