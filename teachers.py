@@ -194,13 +194,14 @@ class HttpTeacher:
         why: BaseException | None = None
         for attempt in range(self.args.retries + 1):
             pause = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.5)
+            likelihoods = bool(labels) and self._likelihoods
             try:
-                return self._answer(self._request(prompt, bool(labels) and self._likelihoods), labels)
+                return self._answer(self._request(prompt, likelihoods), labels)
             except openai.APIStatusError as error:
                 text = f"answers {error.status_code}: {' '.join(str(error).split())[:200]}"
-                if error.status_code in REFUSED and self._likelihoods and "logprob" in text:
+                if error.status_code in REFUSED and likelihoods and "logprob" in text:
                     self._likelihoods = False
-                    continue
+                    return self._ask(prompt, labels)
                 if error.status_code in REFUSED:
                     return {"teacher_output": "", "left_out": text}
                 if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:

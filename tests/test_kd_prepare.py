@@ -268,12 +268,14 @@ def test_what_is_under_way_is_kept_when_the_endpoint_refuses(here, endpoint):
     assert len(Path("kd.jsonl.part").read_text().splitlines()) == sum(server.answered.values()) == 3
 
 
-def test_an_endpoint_that_refuses_likelihoods_is_asked_without(here, endpoint, monkeypatch):
+@pytest.mark.parametrize("together", [1, 4])
+def test_an_endpoint_that_refuses_likelihoods_is_asked_without(together, here, endpoint, monkeypatch):
+    """Also for the prompts that were under way when the first was refused, and without a further try."""
     write_lines("in.jsonl", gold_rows(6))
-    server = endpoint(("400",))
+    server = endpoint(("400",) * together, seconds=0.2)
     monkeypatch.setattr(server, "refusal", b'{"error": {"message": "logprobs are not supported"}}')
-    assert ask(server.url, "--concurrency", 1) == 0
-    assert ["logprobs" in body for body in server.asked] == [True] + [False] * 6
+    assert ask(server.url, "--concurrency", together, "--retries", 0) == 0
+    assert ["logprobs" in body for body in server.asked] == [True] * together + [False] * 6
     assert len(read_lines("kd.jsonl")) == 6
 
 
