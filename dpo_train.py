@@ -176,8 +176,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.sft_weight:
         losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, args.sft_weight]}
     model, tokenizer = load_model(args.adapter or student, args.quantization, args.compute_dtype, trainable=True)
-    if training.eager_attention(max(lengths)):
-        model.set_attn_implementation("eager")
     weights = training.adapter_weights(model)
     trainer = PairTrainer(
         model,
@@ -187,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         peft_config=None if args.adapter else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout),
     )
     training.adapters_to_float32(trainer.model, weights)
+    training.share_prompts(trainer.model.get_base_model())
     training.train_and_save(trainer, args, "dpo", student, len(rows), estimate)
     return 0
 

@@ -22,7 +22,6 @@ from common import (
     claim_run_dir,
     load_model,
     local_or_hub,
-    lora_config,
     number_or_auto,
     parameter_count,
     quiet_libraries,
@@ -186,8 +185,6 @@ def main(argv: list[str] | None = None) -> int:
     path = local_or_hub(student)
     quiet_libraries()
 
-    from trl import SFTConfig
-
     import training
 
     training.fill_defaults(args, SMALL, LARGE, parameter_count(path))
@@ -197,13 +194,12 @@ def main(argv: list[str] | None = None) -> int:
     if labels:
         dataset = dataset.add_column("label_probs", [row["label_probs"] for row in rows])
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    sizes = training.row_sizes(dataset)
-    estimate = training.fit_to_memory(path, args, **sizes, label_probs=bool(labels))
+    estimate = training.fit_to_memory(path, args, **training.row_sizes(dataset), label_probs=bool(labels))
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0
     training.check_memory(estimate, args.max_memory_gb)
-    loss = training.cross_entropy_sum
+    loss = None
     if not labels:
         print(f"{args.data}: no label_probs, so --kd_alpha has no effect: teacher_output is imitated", file=sys.stderr)
     else:
@@ -212,21 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             distillation_loss_sum, label_ids=ids, alpha=args.kd_alpha, temperature=args.kd_temperature
         )
     model, tokenizer = load_model(args.adapter or student, args.quantization, args.compute_dtype, trainable=True)
-    few = training.logits_fit(model.config.get_text_config().vocab_size, args.batch_size * sizes["answer"])
-    if training.eager_attention(max(lengths)):
-        model.set_attn_implementation("eager")
-    weights = training.adapter_weights(model)
-    trainer = training.CompletionTrainer(
-        model,
-        SFTConfig(**training.trainer_arguments(args), train_sampling_strategy=training.batch_order(lengths)),
-        training.completion_collator(tokenizer.pad_token_id),
-        dataset,
-        processing_class=tokenizer,
-        peft_config=None if args.adapter else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout),
-        loss_sum=loss,
-        own_loss=few or bool(labels),  # TRL's knows no label_probs
-    )
-    training.adapters_to_float32(trainer.model, weights)
+    trainer = training.completion_trainer(args, model, tokenizer, dataset, loss)
     training.train_and_save(trainer, args, "kd", student, len(rows), estimate)
     return 0
 

@@ -17,7 +17,6 @@ from common import (
     claim_run_dir,
     load_model,
     local_or_hub,
-    lora_config,
     number_or_auto,
     parameter_count,
     quiet_libraries,
@@ -108,8 +107,6 @@ def main(argv: list[str] | None = None) -> int:
     path = local_or_hub(args.student)
     quiet_libraries()
 
-    from trl import SFTConfig
-
     import training
 
     training.fill_defaults(args, SMALL, LARGE, parameter_count(path))
@@ -117,25 +114,13 @@ def main(argv: list[str] | None = None) -> int:
     encoder = PromptEncoder(training.load_tokenizer(path))
     dataset = training.completion_dataset(rows, "output", encoder, args.max_length, args.data)
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    sizes = training.row_sizes(dataset)
-    estimate = training.fit_to_memory(path, args, **sizes)
+    estimate = training.fit_to_memory(path, args, **training.row_sizes(dataset))
     if args.dry_run:
         training.print_plan(args, lengths, estimate)
         return 0
     training.check_memory(estimate, args.max_memory_gb)
     model, tokenizer = load_model(args.student, args.quantization, args.compute_dtype, trainable=True)
-    if training.eager_attention(max(lengths)):
-        model.set_attn_implementation("eager")
-    trainer = training.CompletionTrainer(
-        model,
-        SFTConfig(**training.trainer_arguments(args), train_sampling_strategy=training.batch_order(lengths)),
-        training.completion_collator(tokenizer.pad_token_id),
-        dataset,
-        processing_class=tokenizer,
-        peft_config=lora_config(args.lora_r, args.lora_alpha, args.lora_dropout),
-        own_loss=training.logits_fit(model.config.get_text_config().vocab_size, args.batch_size * sizes["answer"]),
-    )
-    training.adapters_to_float32(trainer.model, {})
+    trainer = training.completion_trainer(args, model, tokenizer, dataset)
     training.train_and_save(trainer, args, "sft", args.student, len(rows), estimate)
     return 0
 

@@ -25,7 +25,7 @@ import trl.trainer.utils
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.integrations import get_available_reporting_integrations
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from common import (
     LORA_TARGETS,
@@ -268,6 +268,84 @@ class CompletionTrainer(SFTTrainer):
         return loss
 
 
+def completion_trainer(
+    args: argparse.Namespace, model: Any, tokenizer: Any, dataset: Dataset, loss_sum: Callable | None = None
+) -> CompletionTrainer:
+    """The trainer of a `completion_dataset` for a base model, which gets an adapter, or one that has its adapter."""
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    if eager_attention(max(lengths)):
+        model.set_attn_implementation("eager")
+    weights = adapter_weights(model)
+    supervised = args.batch_size * row_sizes(dataset)["answer"]
+    trainer = CompletionTrainer(
+        model,
+        SFTConfig(**trainer_arguments(args), train_sampling_strategy=batch_order(lengths)),
+        completion_collator(tokenizer.pad_token_id),
+        dataset,
+        processing_class=tokenizer,
+        peft_config=None if weights else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout),
+        loss_sum=loss_sum or cross_entropy_sum,
+        own_loss=bool(loss_sum) or logits_fit(model.config.get_text_config().vocab_size, supervised),
+    )
+    adapters_to_float32(trainer.model, weights)
+    return trainer
+
+
+def share_prompts(model: Any) -> None:
+    """Let TRL's fused forward run each pair as one row, so that the prompt, most of its tokens, is run once.
+
+    model: has been given `trl.trainer.utils.add_fused_lm_head`. It is called with rows [2 * pairs, tokens], padded on
+    the right, the chosen ones first; a row of `pair_layout` goes through the layers, and what comes out per token is
+    put back where TRL looks for it. The sums are those of two rows to the last bit but for the order of additions.
+    """
+    forward = model.forward
+
+    def paired(input_ids=None, attention_mask=None, labels=None, fused_lm_head=False, **more):
+        if not fused_lm_head:
+            return forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **more)
+        pairs, width = len(input_ids) // 2, input_ids.shape[1]
+        supervised = labels != -100
+        source, second, real, mask, offset = pair_layout(attention_mask.sum(dim=1), supervised.int().argmax(dim=1))
+        source = source.clamp(max=width - 1)
+        ids, targets = (
+            torch.where(second, rows[pairs:].gather(1, source), rows[:pairs].gather(1, source))
+            for rows in (input_ids, labels)
+        )
+        targets = targets.masked_fill(~real, -100)
+        if model.config._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": source, "labels": targets}
+        output = forward(**inputs, fused_lm_head=True, **more)
+        # Fields [pairs, columns - 1] hold what the next token has; back to [2 * pairs, width - 1].
+        column = torch.arange(width - 1, device=input_ids.device) + torch.cat([torch.zeros_like(offset), offset])
+        column = column.clamp(max=ids.shape[1] - 2)
+        for name, value in output.items():
+            if isinstance(value, torch.Tensor) and value.shape == (pairs, ids.shape[1] - 1):
+                output[name] = torch.cat([value, value]).gather(1, column) * supervised[:, 1:]
+        return output
+
+    model.forward = paired
+
+
+def pair_layout(lengths: torch.Tensor, prompts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """How a pair is laid out in one row: prompt, chosen answer, the prompt's last token again, rejected answer.
+
+    The repeated token predicts the rejected answer's first one; it and that answer have the positions that they have
+    behind the prompt, and do not see the chosen answer. lengths, prompts: tokens of the rows and of their prompts,
+    [2 * pairs], the chosen rows first. Returns, for the [pairs, columns] of the layout, the column in TRL's row,
+    whether that is the rejected one, whether the column holds a token; the mask [pairs, 1, columns, columns], True
+    where attention is allowed; and how many columns right of TRL's the rejected answer stands, [pairs, 1].
+    """
+    chosen, rejected = lengths[:, None].chunk(2)
+    shared = prompts[: len(chosen), None] - 1
+    total = chosen + rejected - shared
+    column = torch.arange(int(total.max()), device=lengths.device)[None]
+    second, offset = column >= chosen, chosen - shared
+    hidden = second[:, :, None] & (~second & (column >= shared))[:, None]
+    mask = (column[:, :, None] >= column[:, None]) & ~hidden
+    return column - second * offset, second, column < total, mask[:, None], offset
+
+
 def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
     """Copies of a loaded adapter's trainable weights by name; empty for a base model."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
@@ -406,12 +484,14 @@ def estimate_memory(
 ) -> dict[str, float]:
     """Expected peak in GB by kind, by arithmetic over what PyTorch has to keep (bench/memory_8gb.py measures it).
 
-    A batch is batch_size rows (`pairs`: twice as many) of `longest` tokens, of which `answer` are supervised and the
-    first `shared` common to all rows; label_probs: the loss has a KL term. Each kind is what it has at the peak: at
-    the output head or in the MLP of the last layer, where all activations are there still."""
+    A batch is batch_size rows of `longest` tokens, of which `answer` are supervised and the first `shared` common to
+    all rows; `pairs`: each row has two such answers; label_probs: the loss has a KL term. Each kind is what it has at
+    the peak: at the output head or in the MLP of the last layer, where all activations are there still."""
     size = Sizes.of(path, args.lora_r)
     width = 2 if compute_dtype(args.compute_dtype) == torch.bfloat16 else 4
-    rows = args.batch_size * (2 if pairs else 1)
+    rows, supervised = args.batch_size, args.batch_size * answer
+    if pairs:  # as `pair_layout` has them
+        longest, supervised = longest + answer + 1, 2 * supervised
     checkpointing, dropout = args.gradient_checkpointing == "on", bool(args.lora_dropout) and not pairs
     if checkpointing or pairs or rows == 1 or shared < MIN_SHARED_TOKENS:
         shared = 0
@@ -423,7 +503,8 @@ def estimate_memory(
     inputs = 5 * size.hidden + size.queries + size.mlp
     branches = inputs * (width + 1) if dropout else (2 * size.hidden + size.mlp) * width
     kept = tokens * (8 * size.hidden + branches + (3 * size.mlp + 2 * size.queries + 7 * args.lora_r) * width)
-    weights = size.heads * (longest * (longest - shared) * rows + shared**2) if eager_attention(longest) else 0
+    eager = eager_attention(longest) and not pairs
+    weights = size.heads * (longest * (longest - shared) * rows + shared**2) if eager else 0
     if weights:  # in float32 and in the type of computation
         kept += weights * (6 if width == 2 else 4) + 2 * attended * size.queries * width
     else:
@@ -440,7 +521,6 @@ def estimate_memory(
     backward = (kept if checkpointing else 0) + width * tokens * (size.mlp + 2 * size.hidden) + unpacked
 
     # Copies of the supervised logits in float32: log-probabilities, the loss's gradient by them and by the logits.
-    supervised = rows * answer
     logits = 4 * supervised * size.vocabulary * (4 if label_probs else 3)
     if pairs or not (label_probs or logits_fit(size.vocabulary, supervised)):
         # TRL's fused head: tiles of the vocabulary, on CUDA in place, in PyTorch with seven copies in float32 and one

@@ -764,6 +764,52 @@ def test_dpo_starts_at_its_reference(start, run, sft_adapter):
     assert_same(adapter(folders[0]), adapter(folders[-1]), atol=0)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("folder", ["model_dir", "llama_dir"])
+def test_the_prompt_of_a_pair_is_run_once_with_the_same_gradients(
+    folder, attention, built, tmp_path, monkeypatch, request
+):
+    answers = [("Good", "Bad Bad Standard"), ("Bad Good", "Good"), ("Standard", "Bad"), ("Bad", "Good Bad")]
+    pairs = [
+        {"prompt": "Age: " + "4 " * length, "chosen": chosen, "rejected": rejected}
+        for length, (chosen, rejected) in zip((0, 9, 4, 1), answers, strict=True)
+    ]
+    data = write_rows(tmp_path / "pairs.jsonl", pairs)
+    flags = ("--quantization", "none", "--compute_dtype", "float32", "--sft_weight", 0.5)
+    start = ("--student", request.getfixturevalue(folder), "--data", data, "--save_dir", "never")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "share_prompts", lambda model: None)
+        trainer = built("dpo", *start, *flags)
+    trainer.model.set_attn_implementation(attention)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # zero at the start: policy and reference would be one
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    base, shapes, seen = trainer.model.get_base_model(), [], []
+    base.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+
+    def step() -> torch.Tensor:
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        seen.append({name: values.pop() for name, values in trainer._metrics["train"].items() if values})
+        gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]
+        return torch.cat([loss.detach()[None], *gradients])
+
+    twice = step()
+    training.share_prompts(base)
+    once = step()
+    (rows, width), reference, (paired, columns), _ = shapes
+    assert reference == (rows, width) == (8, width) and paired == 4 and columns < 1.2 * width
+    assert twice[1:].abs().max() > 1e-2
+    torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-5)
+    assert {"rewards/chosen", "logits/rejected", "mean_token_accuracy", "entropy"} <= seen[0].keys()
+    assert seen[1].pop("num_tokens") == 2 * seen[0].pop("num_tokens")  # it counts on
+    assert seen[1] == pytest.approx(seen[0], rel=1e-4, abs=1e-5)
+
+
 def test_beta_reaches_the_loss(built, run, model_dir, data):
     flags = ("--student", model_dir, "--data", data["dpo"], "--save_dir", "never")
     trainer = built("dpo", *flags, "--beta", 0.37)
