@@ -1,9 +1,9 @@
 """Direct preference optimisation (DPO): QLoRA on {"prompt", "chosen", "rejected"} through TRL's DPOTrainer.
 
 Departures from TRL's own script: prompts are tokenised exactly as label scoring does it (TRL has no pre-tokenised
-path), adapters train in float32, and training can go on from an SFT adapter (--adapter), whose frozen copy is then the
-reference; without one the base model itself is. Dropout is off whatever --lora_dropout says, as TRL has it: policy and
-reference must be the same network at the start.
+path), the prompt of a pair is run once for both answers, adapters train in float32, and training can go on from an SFT
+adapter (--adapter), whose frozen copy is then the reference; without one the base model itself is. Dropout is off
+whatever --lora_dropout says, as TRL has it: policy and reference must be the same network at the start.
 
     python dpo_train.py --adapter runs/creditmix_sft --data data/creditmix_dpo.jsonl --save_dir runs/creditmix_dpo
 """

@@ -189,6 +189,17 @@ def coverage_curve(right: np.ndarray, confidence: np.ndarray, weights: np.ndarra
     return answered / answered[-1], (right * weights)[order].cumsum() / answered
 
 
+def row_losses(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood (natural log) of each row, [N]."""
+    return -np.log(probabilities[np.arange(len(answers)), answers].clip(1e-12))
+
+
+def row_weights(answers: np.ndarray, args: argparse.Namespace) -> np.ndarray | None:
+    """What each of the balanced rows [N] counts, so that labels have their --class_shares; None where all count 1."""
+    shares = class_shares(args)
+    return None if shares is None else len(LABELS) * shares[answers]
+
+
 def point_metrics(
     answers: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None
 ) -> dict[str, float]:
@@ -201,7 +212,6 @@ def point_metrics(
     confidence = probabilities[np.arange(len(answers)), predicted]
     bins = np.minimum((confidence * 15).astype(int), 14)
     gaps = [abs((weights * (right - confidence))[bins == b].sum()) for b in range(15)]
-    chosen = np.clip(probabilities[np.arange(len(answers)), answers], 1e-12, 1)
     squares = ((probabilities - np.eye(len(LABELS))[answers]) ** 2).sum(axis=1)
     coverage, accuracy = coverage_curve(right, confidence, weights)
     table = {"labels": range(len(LABELS)), "sample_weight": weights, "zero_division": 0}
@@ -210,7 +220,7 @@ def point_metrics(
         "accuracy": float(accuracy_score(answers, predicted, sample_weight=weights)),
         "macro_f1": float(f1_score(answers, predicted, average="macro", **table)),
         **{f"recall_{label}": float(recall) for label, recall in zip(LABELS, recalls, strict=True)},
-        "nll": float(np.average(-np.log(chosen), weights=weights)),
+        "nll": float(np.average(row_losses(probabilities, answers), weights=weights)),
         "brier": float(np.average(squares, weights=weights)),
         "ece": float(sum(gaps) / weights.sum()),
         "aurc": float(np.average(1 - accuracy, weights=np.diff(coverage, prepend=0))),
@@ -267,11 +277,12 @@ def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, args: argparse
     weighted so that each label has its share; the probabilities must be for these shares."""
     answers = np.array([LABELS.index(row.label) for row in rows])
     predicted = probabilities.argmax(axis=1)
-    shares = class_shares(args)
-    weights = np.ones(len(rows)) if shares is None else len(LABELS) * shares[answers]
+    weights = row_weights(answers, args)
+    if weights is None:
+        weights = np.ones(len(rows))
     customers = [row.customer for row in rows]
     result: dict[str, Any] = point_metrics(answers, predicted, probabilities, weights)
-    losses = -np.log(np.clip(probabilities[np.arange(len(rows)), answers], 1e-12, 1))
+    losses = row_losses(probabilities, answers)
     result["samples"] = bootstrap(answers, predicted, losses, customers, args.bootstrap, args.seed, weights)
     result["interval_95"] = {name: interval(samples) for name, samples in result["samples"].items()}
     result["predicted"] = [LABELS[i] for i in predicted]
@@ -297,8 +308,7 @@ def calibrators(
         "contextual": Calibration("contextual", contextual, zero),
         "batch": Calibration("batch", raw.mean(axis=0), zero),
     }
-    index = np.arange(len(answers))
-    nll = {name: float(-np.log(c.probabilities(raw)[index, answers].clip(1e-12)).mean()) for name, c in found.items()}
+    nll = {name: float(row_losses(c.probabilities(raw), answers).mean()) for name, c in found.items()}
     method = FIT_BIAS[fit_bias]
     found["fitted"] = method(raw, contextual, answers)
     nll["fitted"] = cross_fitted_nll(raw, contextual, answers, customers, method)
@@ -399,14 +409,16 @@ def baselines(train: list[CreditRow], rows: list[CreditRow], args: argparse.Name
     return results
 
 
-def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any) -> None:
-    """Side-by-side table with intervals, calibrators, and scikit-learn's report and confusion matrix per model."""
+def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], weights: np.ndarray | None, out: Any) -> None:
+    """Side-by-side table with intervals, calibrators, and scikit-learn's report and confusion matrix per model; the
+    matrix counts rows whatever they weigh."""
     from sklearn.metrics import classification_report, confusion_matrix
 
     answers = [row.label for row in rows]
     for result in results:
         print(f"\n{result['model']} ({result.get('calibration', 'baseline')})", file=out)
-        print(classification_report(answers, result["predicted"], labels=LABELS, digits=4, zero_division=0), file=out)
+        table = {"labels": LABELS, "sample_weight": weights, "digits": 4, "zero_division": 0}
+        print(classification_report(answers, result["predicted"], **table), file=out)
         print(f"confusion matrix (rows: truth, columns: prediction; {', '.join(LABELS)})", file=out)
         print(confusion_matrix(answers, result["predicted"], labels=LABELS), file=out)
         for name, metrics in result.get("calibrations", {}).items():
@@ -540,7 +552,8 @@ def main(argv: list[str] | None = None) -> int:
         "seed": args.seed,
         "models": [{key: value for key, value in result.items() if key not in hidden} for result in results],
     }
-    print_tables(results, validation, sys.stderr if args.json else sys.stdout)
+    answers = np.array([LABELS.index(row.label) for row in validation])
+    print_tables(results, validation, row_weights(answers, args), sys.stderr if args.json else sys.stdout)
     if args.report_dir:
         write_report(results, validation, summary, Path(args.report_dir))
         print(f"report written to {args.report_dir}", file=sys.stderr)

@@ -160,10 +160,6 @@ def gate(
 ) -> dict:
     """Print and return how often the teacher is right, for each label, beside the majority and a logistic regression
     on the same rows (CreditMix), and warn of a teacher that is worse than one of them. said: the teacher's labels."""
-    from sklearn.metrics import accuracy_score, classification_report
-
-    from creditmix import simple_baselines
-
     known = [i for i, answer in enumerate(gold) if answer is not None]
     if not known:
         print("no gold answers: the teacher cannot be checked before training", file=sys.stderr)
@@ -174,6 +170,10 @@ def gate(
         agree = sum(map(same_answer, given, truth))
         print(f"the teacher's answer is the gold answer in {agree} of {len(known)} rows")
         return {"rows": len(known), "teacher": agree / len(known)}
+    from sklearn.metrics import accuracy_score, classification_report
+
+    from creditmix import simple_baselines
+
     report = {"rows": len(known), "teacher": accuracy_score(truth, given)}
     report |= simple_baselines([prompts[i] for i in known], truth)
     print(classification_report(truth, given, labels=list(labels), digits=4, zero_division=0))

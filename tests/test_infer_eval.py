@@ -719,6 +719,10 @@ def test_class_shares_weigh_the_evaluation(here, capsys, adapter, credit_file):
     assert model["accuracy"] == pytest.approx(wanted)
     majority = next(other for other in others if other["model"] == "majority")
     assert majority["accuracy"] == pytest.approx(0.7)  # in this field the majority is Standard
+    assert evaluate(adapter, credit_file, *flags) == 0
+    report = capsys.readouterr().out
+    shown = [float(line.split()[1]) for line in report.splitlines() if line.split()[:1] == ["accuracy"]]
+    assert shown[0] == pytest.approx(wanted, abs=1e-4)  # scikit-learn's report is of the field as well
 
 
 def test_unsure_rows_are_referred(here, capsys, model_dir, credit_file):
