@@ -66,8 +66,9 @@ bench: .venv/.installed
 	$(PY) bench/chaos.py
 
 # STUDENT=Qwen/Qwen2.5-3B-Instruct looks for that model instead.
-doctor: .venv/.installed
-	$(PY) doctor.py --student $(STUDENT)
+# It installs nothing, and without .venv says what is missing.
+doctor:
+	$(if $(wildcard $(PY)),$(PY),python3) doctor.py --student $(STUDENT)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache $(DEMO)

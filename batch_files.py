@@ -141,8 +141,12 @@ def _resume_point(part: Path, settings: dict, answering: str = "model", together
     if not part.exists():
         write_json(note, settings)
         return 0
-    if not note.exists() or read_json(note) != settings:
-        raise InputError(f"{part}: left by a run with another {answering}, input or flags; --overwrite starts again")
+    before = read_json(note) if note.exists() else {}
+    if before != settings:
+        other = ", ".join(sorted(name for name in before | settings if before.get(name) != settings.get(name)))
+        raise InputError(
+            f"{part}: left by a run with another {answering}, input or flags ({other}); --overwrite starts again"
+        )
     done = size = end = 0
     with open(part, "r+b") as lines:
         for number, line in enumerate(lines, 1):

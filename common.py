@@ -12,8 +12,10 @@ Departures from the textbook:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import difflib
 import functools
 import hashlib
 import json
@@ -53,7 +55,10 @@ class InputError(Exception):
 
 def number_or_auto(text: str) -> int | str:
     """Type of a flag that is a whole number or `auto`."""
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
 
 
 def run_script(main: Callable[[list[str] | None], int | None]) -> None:
@@ -420,12 +425,14 @@ def local_or_hub(name: str) -> str:
     """What from_pretrained takes for a base model's name. Raises InputError where the hub cannot be reached."""
     if name == EMBEDDED_MODEL:
         return str(embedded_model_dir())
+    if not Path(name).is_dir() and difflib.get_close_matches(name, [EMBEDDED_MODEL], cutoff=0.8):
+        raise InputError(f"{name}: no such model; {EMBEDDED_MODEL} is the one that comes with this project")
     from transformers import AutoConfig
 
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if Path(name).is_dir():
             raise InputError(f"{name}: config.json is of no known model ({reason})") from None
         raise InputError(
@@ -875,6 +882,7 @@ class LabelScorer:
         with torch.inference_mode(), bar:
             if self.batch_size == "auto" and len(rows) >= 256:
                 self.batch_size = self._fastest_batch_size(rows, names)
+                print(f"--batch_size auto: {self.batch_size} rows a forward", file=sys.stderr)
             for chosen in self._batches(rows, names):
                 scores[chosen] = self._score_batch([rows[i] for i in chosen], [names[i] for i in chosen])
                 bar.update(len(chosen))

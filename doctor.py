@@ -104,7 +104,8 @@ def check_model(student: str) -> str:
         check_model_name(student)
         local_or_hub(student)
     except InputError as error:
-        raise Finding(str(error), "hf auth login for a gated model, a local folder, or smollm2-135m") from None
+        fix = "look at the network; hf auth login for a gated model; or use a local folder, or smollm2-135m"
+        raise Finding(str(error), fix) from None
     return student
 
 

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--epochs",
         type=float,
-        help=f"passes over the data; {SMALL['epochs']:g} below 1 B parameters, else {LARGE['epochs']:g}",
+        help=f"passes over the data ({SMALL['epochs']:g})",
     )
     add("--max_steps", type=int, default=0, help="stop after so many optimiser steps; 0: after --epochs (%(default)s)")
     add(
@@ -169,9 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     answer = max(len(example[ids]) for example in examples for ids in ("chosen_ids", "rejected_ids"))
     estimate = training.fit_to_memory(path, args, max(lengths), answer, pairs=True)
     if args.dry_run:
-        training.print_plan(args, lengths, estimate)
-        return 0
-    training.check_memory(estimate, args.max_memory_gb)
+        return training.print_plan(args, lengths, estimate)
+    training.check_memory(estimate, args)
     losses = {"loss_type": ["sigmoid"]}
     if args.sft_weight:
         losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, args.sft_weight]}

@@ -40,14 +40,26 @@ def chunk_of(batch_size: int | str) -> int:
     return 512 if batch_size == "auto" else max(128, int(batch_size))
 
 
-def score_lines(model: CreditModel, lines: list[str]) -> list[dict]:
-    """The output object of each input line, in order."""
+def doubts(features: str) -> list[str]:
+    """What of a feature string could not be read."""
+    notes: Counter[str] = Counter()
+    canonical_features(features, notes)
+    unread = [note for note in notes if "not a number" in note or "outside" in note]
+    found = [f"{'; '.join(unread)} (write plain numbers: Age: 23, Annual Income: 19114)"] if unread else []
+    if not known_fields(features):
+        found.append(f"the text names none of {', '.join(CREDIT_FIELDS)}; the answer says little")
+    return found
+
+
+def score_lines(model: CreditModel, lines: list[str], doubtful: Counter[str]) -> list[dict]:
+    """The output object of each input line, in order; counts those with `doubts`."""
     rows, prompts = [], {}
     for number, line in enumerate(lines):
         row, features = parse_line(line, ("features", "question"))
         rows.append(row)
         if features is None:
             continue
+        doubtful["rows"] += bool(doubts(features))
         prompt = model.prompt(features)
         if model.scorer.fits(prompt):
             prompts[number] = prompt
@@ -71,13 +83,8 @@ def main(argv: list[str] | None = None) -> int:
             args.features.encode()
         except UnicodeEncodeError:
             raise InputError("--features is not UTF-8 text") from None
-        notes: Counter[str] = Counter()
-        canonical_features(args.features, notes)
-        if unread := [note for note in notes if "not a number" in note or "outside" in note]:
-            print(f"note: {'; '.join(unread)} (write plain numbers: Age: 23, Annual Income: 19114)", file=sys.stderr)
-        if not known_fields(args.features):
-            names = ", ".join(CREDIT_FIELDS)
-            print(f"note: the text names none of {names}; the answer says little", file=sys.stderr)
+        for note in doubts(args.features):
+            print(f"note: {note}", file=sys.stderr)
         model = CreditModel.load(args.model_dir, args)
         print(json.dumps(model.responses(model.raw_scores([args.features]))[0], indent=2))
         return 0
@@ -87,9 +94,16 @@ def main(argv: list[str] | None = None) -> int:
     model = CreditModel.load(args.model_dir, args)
     settings = {name: value for name, value in vars(args).items() if name not in ("overwrite", "debug")}
     settings |= {"model": model_fingerprint(args.model_dir), **model.settings()}
+    doubtful: Counter[str] = Counter()
     failed = run_file(
-        source, output, total, settings, chunk_of(args.batch_size), lambda lines: score_lines(model, lines)
+        source, output, total, settings, chunk_of(args.batch_size), lambda lines: score_lines(model, lines, doubtful)
     )
+    if doubtful["rows"]:
+        print(
+            f"note: {doubtful['rows']} of the rows scored now name no feature or have a value that could not be read; "
+            "--features with such a row says which",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 

@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--epochs",
         type=float,
-        help=f"passes over the data; {SMALL['epochs']:g} below 1 B parameters, else {LARGE['epochs']:g}",
+        help=f"passes over the data ({SMALL['epochs']:g})",
     )
     add("--max_steps", type=int, default=0, help="stop after so many optimiser steps; 0: after --epochs (%(default)s)")
     add(
@@ -196,9 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     lengths = [len(ids) for ids in dataset["input_ids"]]
     estimate = training.fit_to_memory(path, args, **training.row_sizes(dataset), label_probs=bool(labels))
     if args.dry_run:
-        training.print_plan(args, lengths, estimate)
-        return 0
-    training.check_memory(estimate, args.max_memory_gb)
+        return training.print_plan(args, lengths, estimate)
+    training.check_memory(estimate, args)
     loss = None
     if not labels:
         print(f"{args.data}: no label_probs, so --kd_alpha has no effect: teacher_output is imitated", file=sys.stderr)

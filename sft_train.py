@@ -116,9 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     lengths = [len(ids) for ids in dataset["input_ids"]]
     estimate = training.fit_to_memory(path, args, **training.row_sizes(dataset))
     if args.dry_run:
-        training.print_plan(args, lengths, estimate)
-        return 0
-    training.check_memory(estimate, args.max_memory_gb)
+        return training.print_plan(args, lengths, estimate)
+    training.check_memory(estimate, args)
     model, tokenizer = load_model(args.student, args.quantization, args.compute_dtype, trainable=True)
     trainer = training.completion_trainer(args, model, tokenizer, dataset)
     training.train_and_save(trainer, args, "sft", args.student, len(rows), estimate)

@@ -126,6 +126,8 @@ def check_flags(args: argparse.Namespace) -> None:
         problems.append("--epochs 0 without --max_steps")
     if args.lora_dropout >= 1:
         problems.append(f"--lora_dropout {args.lora_dropout} (below 1)")
+    if args.max_memory_gb is not None and not args.max_memory_gb > 0:
+        problems.append(f"--max_memory_gb {args.max_memory_gb} (above 0)")
     if problems:
         raise InputError(f"out of range: {', '.join(problems)}")
     there = ("none", *get_available_reporting_integrations())
@@ -399,6 +401,7 @@ def trainer_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "save_total_limit": 2,
         "report_to": args.report_to,
         "use_cpu": not cuda,
+        "ddp_find_unused_parameters": False,  # every adapter takes part in every forward
         "bf16": compute_dtype(args.compute_dtype) == torch.bfloat16,
         "dataloader_pin_memory": False,  # pinned memory is scarce under WSL2
         "remove_unused_columns": False,
@@ -563,6 +566,8 @@ def fit_to_memory(path: str, args: argparse.Namespace, *sizes: int, **more: Any)
         estimate = estimate_memory(path, args, *sizes, **more)
         if estimate["total"] <= limit:
             break
+    if len(batches) > 1 and rank_and_world()[0] == 0:
+        print(f"--batch_size auto: {args.batch_size} x {args.grad_accum} rows a step", file=sys.stderr)
     return estimate
 
 
@@ -608,14 +613,23 @@ def memory_to_be_had(max_memory_gb: float | None) -> float:
     return min(gather_object([free]))
 
 
-def check_memory(estimate: dict[str, float], max_memory_gb: float | None) -> None:
-    """Refuse a run that cannot fit. Raises InputError with what to change."""
-    max_memory_gb = memory_to_be_had(max_memory_gb)
-    if estimate["total"] > max_memory_gb:
-        raise InputError(
-            f"about {estimate['total']:.1f} GB needed, {max_memory_gb:.1f} GB to be had: lower --batch_size (raise "
-            "--grad_accum) or --max_length, use --gradient_checkpointing on, or say otherwise with --max_memory_gb"
-        )
+def check_memory(estimate: dict[str, float], args: argparse.Namespace) -> None:
+    """Refuse a run that cannot fit. Raises InputError with what can still be changed."""
+    there = memory_to_be_had(args.max_memory_gb)
+    if estimate["total"] <= there:
+        return
+    ways = {
+        "lower --batch_size and raise --grad_accum": args.batch_size > 1,
+        "use --gradient_checkpointing on": args.gradient_checkpointing != "on",
+        "use --quantization nf4": args.quantization != "nf4",
+        "use --optimizer adamw_8bit": args.optimizer == "adamw_torch",
+        "leave the longest rows out": True,
+        "take a smaller --student": True,
+    }
+    raise InputError(
+        f"about {estimate['total']:.1f} GB needed, {there:.1f} GB to be had: "
+        f"{', '.join(way for way, helps in ways.items() if helps)}, or say otherwise with --max_memory_gb"
+    )
 
 
 def load_tokenizer(path: str) -> Any:
@@ -699,6 +713,12 @@ def train_and_save(
         shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
     # The one sign that a 4-bit CPU kernel without gradients is in use (see common.keep_autograd_kernels).
     warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")
+    if main and args.warmup_steps >= (steps := step_count(args, rows)):
+        print(
+            f"note: all {steps} steps are warm-up (--warmup_steps {args.warmup_steps}): the learning rate never gets "
+            f"to {args.learning_rate:g}",
+            file=sys.stderr,
+        )
     started = time.monotonic()
     wait()  # of several processes the first removes what is old or half written; the others look when it has
     data_hash = note_settings(args)
@@ -739,6 +759,7 @@ def train_and_save(
         "seed": args.seed,
         "packages": package_versions(),
         "metrics": {**result.metrics, "steps": trainer.state.global_step, "last_loss": history[-1]["loss"]},
+        "processes": rank_and_world()[1],
         "wall_seconds": round(time.monotonic() - started, 1),
         "resumed_from": checkpoint and Path(checkpoint).name,
         "memory": {**peak_memory(), "estimated_gb": round(estimate["total"], 2)},
@@ -757,8 +778,9 @@ def train_and_save(
     )
 
 
-def print_plan(args: argparse.Namespace, tokens: Sequence[int], estimate: dict[str, float]) -> None:
-    """What --dry_run prints. tokens: length of each row's training sequence."""
+def print_plan(args: argparse.Namespace, tokens: Sequence[int], estimate: dict[str, float]) -> int:
+    """Print what --dry_run says and return its exit status: 2 where the run would be refused. tokens: length of each
+    row's training sequence."""
     rows = len(tokens)
     print(f"rows                 {rows} from {args.data}")
     mean = sum(tokens) / len(tokens)
@@ -771,11 +793,14 @@ def print_plan(args: argparse.Namespace, tokens: Sequence[int], estimate: dict[s
     parts = ", ".join(f"{name} {estimate[name]:.2f}" for name in kinds)
     print(f"estimated memory     {estimate['total']:.2f} GB ({parts})")
     print(f"would write          {args.save_dir}")
+    status = 0
     for check in (
         lambda: claim_run_dir(args.save_dir, args.overwrite, args.resume),
-        lambda: check_memory(estimate, args.max_memory_gb),
+        lambda: check_memory(estimate, args),
     ):
         try:
             check()
         except InputError as error:
             print(f"would be refused     {error}")
+            status = 2
+    return status

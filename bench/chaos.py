@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", help="base model (default: a random two-layer model)")
-    add("--only", nargs="+", choices=JOBS, default=JOBS, help="jobs to disturb (%(default)s)")
+    add("--only", nargs="+", choices=JOBS, default=JOBS, help="jobs to disturb (all)")
     add("--kills", type=int, default=8, help="moments of each job (%(default)s)")
     add("--seed", type=int, default=0, help="of the moments (%(default)s)")
     add("--json", action="store_true", help="print one JSON object on standard output, the table on standard error")

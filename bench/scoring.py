@@ -44,6 +44,7 @@ from common import (
     PromptEncoder,
     adapter_config,
     cache_dir,
+    compute_dtype,
     load_model,
     local_or_hub,
     run_script,
@@ -71,9 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
         default=["none", "nf4"],
         help='those after the first come beside it, as "nf4_vs_limit" (none nf4)',
     )
-    parser.add_argument("--compute_dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(%(default)s)")
+    parser.add_argument(
+        "--compute_dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of all ways; auto: bfloat16, but float32 on a CPU that only emulates it (%(default)s)",
+    )
     parser.add_argument("--no_lm_eval", action="store_true", help="leave the harness and its environment out")
-    parser.add_argument("--quick", action="store_true", help="fewer rows: below 3 minutes on two cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="32 rows, two rounds, not NF4 as well: below 3 minutes on two cores"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -227,7 +235,8 @@ def measure(args: argparse.Namespace, prompts: list[str], in_file: list[str], qu
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.quick:
-        args.rows, args.repeats = min(args.rows, 64), min(args.repeats, 2)
+        args.rows, args.repeats, args.quantization = min(args.rows, 32), min(args.repeats, 2), args.quantization[:1]
+    args.compute_dtype = str(compute_dtype(args.compute_dtype)).removeprefix("torch.")
     if adapter_config(args.model_dir) and not args.no_lm_eval:
         raise InputError(f"--model_dir {args.model_dir} is an adapter: the harness takes a base here, or --no_lm_eval")
     import torch

@@ -265,7 +265,10 @@ def test_an_interrupted_run_is_not_mixed_with_another(here, monkeypatch, model_d
         write_lines(here / "in.jsonl", good_lines(10))
     if change == "no note":
         (here / "out.jsonl.part.json").unlink()
-    with pytest.raises(InputError, match=r"out\.jsonl\.part: left by a run with another model, input or flags"):
+    why = {"flag": "(.*bias.*)", "input": "(input_size, input_time)", "no note": "(.*)"}[change]
+    with pytest.raises(
+        InputError, match=rf"\.part: left by a run with another model, input or flags \({why}\)"
+    ):
         infer_file(model_dir, "in.jsonl", "out.jsonl", *flags)
     assert (here / "out.jsonl.part").read_text() == before
     assert infer_file(model_dir, "in.jsonl", "out.jsonl", *flags, "--overwrite") == 0
@@ -568,6 +571,10 @@ def test_a_text_without_a_known_feature_gets_a_note(here, capsys, model_dir):
     for text, noted in (("Age: 30", False), ("outstanding_debt: 30", False), ("hello", True), ("Height: 3", True)):
         assert infer_creditmix.main(["--model_dir", model_dir, *PLAIN, "--features", text]) == 0
         assert ("names none of Age, Occupation" in capsys.readouterr().err) == noted
+    lines = [json.dumps({"features": text}) for text in ("Age: 30", "hello", "Age: many", "Outstanding Debt: 3")]
+    write_lines(here / "in.jsonl", lines)
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl") == 0
+    assert "note: 2 of the rows scored now name no feature" in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_split_is_refused(here, adapter, credit_file, model_dir):

@@ -1119,14 +1119,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(method, run, capsys, data):
     assert "estimated memory" in plan and f"would write          {save_dir}" in plan
 
 
-def test_a_dry_run_says_that_the_run_would_be_refused(run, capsys):
+def test_a_dry_run_says_that_the_run_would_be_refused(run, capsys, model_dir, data, tmp_path):
     run("sft", "run")
     for flags, line in (
         ([], "would be refused     .*run: a finished run is here"),
         (["--overwrite", "--max_memory_gb", 0.01], "would be refused     about .* GB needed, 0.0 GB to be had"),
     ):
         capsys.readouterr()
-        run("sft", "run", "--dry_run", *flags)
+        argv = ["--student", model_dir, "--data", data["sft"], "--save_dir", tmp_path / "run", "--dry_run", *flags]
+        assert sft_train.main(list(map(str, argv))) == 2  # as without --dry_run
         assert re.search(line, capsys.readouterr().out)
 
 
@@ -1181,13 +1182,13 @@ def test_auto_takes_what_fits_and_keeps_the_rows_of_a_step(model_dir, tmp_path):
     auto = ("--batch_size", "auto")
     assert found(1000, *auto)[0] == (16, 1, "off")  # a step as without the flag
     assert found(1000, *auto, "--grad_accum", "6")[0] == (6, 1, "off")
-    most, least = (found(gigabytes, *auto)[1] for gigabytes in (1000, 0))
+    most, least = (found(gigabytes, *auto)[1] for gigabytes in (1000, 1e-9))
     for share in (0.3, 0.6, 0.9):
         limit = (least + share * (most - least)) / 0.8
         (batch, accumulation, checkpointing), total = found(limit, *auto)
         assert batch * accumulation == 16 and 1 <= batch < 16 and total <= 0.8 * limit and checkpointing == "off"
-    assert found(0, *auto)[0] == (1, 16, "on")  # check_memory refuses it then
-    assert found(0)[0] == (16, 1, "on") and found(1000)[0] == (16, 1, "off")
+    assert found(1e-9, *auto)[0] == (1, 16, "on")  # check_memory refuses it then
+    assert found(1e-9)[0] == (16, 1, "on") and found(1000)[0] == (16, 1, "off")
     # A run that was killed goes on as it began, whatever memory is free now.
     settings = {"batch_size": 4, "grad_accum": 4, "gradient_checkpointing": "on"}
     (tmp_path / "checkpoints").mkdir()
@@ -1200,13 +1201,18 @@ def test_auto_takes_what_fits_and_keeps_the_rows_of_a_step(model_dir, tmp_path):
 def test_too_little_memory_is_refused_with_advice(method, data, model_dir, tmp_path, monkeypatch, capsys):
     argv = ["--student", model_dir, "--data", data[method], "--save_dir", str(tmp_path / "never")]
     monkeypatch.setattr(sys, "argv", [f"{method}_train.py"])
-    with pytest.raises(SystemExit) as status:
-        run_script(lambda _: TRAINERS[method].main([*argv, "--max_memory_gb", "0.0001"]))
-    assert status.value.code == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith(f"{method}_train.py: error: about")
-    for advice in ("--batch_size", "--grad_accum", "--max_length", "--gradient_checkpointing on", "--max_memory_gb"):
-        assert advice in message
+    always = {"--optimizer adamw_8bit", "--student", "--max_memory_gb"}
+    for flags, advice in (  # only what still helps
+        (["--batch_size", "2"], {"--batch_size", "--grad_accum"}),
+        (["--batch_size", "1", "--gradient_checkpointing", "off"], {"--gradient_checkpointing on"}),
+        (["--batch_size", "1", "--quantization", "none"], {"--quantization nf4"}),
+    ):
+        with pytest.raises(SystemExit) as status:
+            run_script(lambda _, flags=flags: TRAINERS[method].main([*argv, *flags, "--max_memory_gb", "0.0001"]))
+        assert status.value.code == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith(f"{method}_train.py: error: about")
+        assert set(re.findall("--[a-z_]+(?: on| nf4| adamw_8bit)?", message)) == always | advice
     assert not (tmp_path / "never").exists()
 
 
