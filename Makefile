@@ -68,7 +68,7 @@ bench: .venv/.installed
 # STUDENT=Qwen/Qwen2.5-3B-Instruct looks for that model instead.
 # It installs nothing, and without .venv says what is missing.
 doctor:
-	$(if $(wildcard $(PY)),$(PY),python3) doctor.py --student $(STUDENT)
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) doctor.py --student $(STUDENT)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache $(DEMO)

@@ -141,9 +141,11 @@ def _resume_point(part: Path, settings: dict, answering: str = "model", together
     if not part.exists():
         write_json(note, settings)
         return 0
-    before = read_json(note) if note.exists() else {}
+    before = read_json(note) if note.exists() else None
     if before != settings:
-        other = ", ".join(sorted(name for name in before | settings if before.get(name) != settings.get(name)))
+        other = f"{note.name} is missing"
+        if before is not None:
+            other = ", ".join(sorted(k for k in before | settings if before.get(k, ...) != settings.get(k, ...)))
         raise InputError(
             f"{part}: left by a run with another {answering}, input or flags ({other}); --overwrite starts again"
         )

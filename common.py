@@ -425,7 +425,7 @@ def local_or_hub(name: str) -> str:
     """What from_pretrained takes for a base model's name. Raises InputError where the hub cannot be reached."""
     if name == EMBEDDED_MODEL:
         return str(embedded_model_dir())
-    if not Path(name).is_dir() and difflib.get_close_matches(name, [EMBEDDED_MODEL], cutoff=0.8):
+    if not Path(name).exists() and "/" not in name and difflib.get_close_matches(name, [EMBEDDED_MODEL], cutoff=0.8):
         raise InputError(f"{name}: no such model; {EMBEDDED_MODEL} is the one that comes with this project")
     from transformers import AutoConfig
 

@@ -35,7 +35,7 @@ def check_packages(student: str) -> str:
         if found != wanted:
             wrong.append(f"{name} {found} (tested: {wanted})")
     if wrong:
-        raise Finding(", ".join(wrong), "activate .venv (source .venv/bin/activate), or install requirements.txt anew")
+        raise Finding(", ".join(wrong), "make demo sets up .venv; activate it: source .venv/bin/activate")
     return f"as in requirements.txt, Python {platform.python_version()}"
 
 
@@ -104,8 +104,7 @@ def check_model(student: str) -> str:
         check_model_name(student)
         local_or_hub(student)
     except InputError as error:
-        fix = "look at the network; hf auth login for a gated model; or use a local folder, or smollm2-135m"
-        raise Finding(str(error), fix) from None
+        raise Finding(str(error), "the network; hf auth login (gated); a local folder, or smollm2-135m") from None
     return student
 
 

@@ -1,9 +1,9 @@
 """Direct preference optimisation (DPO): QLoRA on {"prompt", "chosen", "rejected"} through TRL's DPOTrainer.
 
 Departures from TRL's own script: prompts are tokenised exactly as label scoring does it (TRL has no pre-tokenised
-path), the prompt of a pair is run once for both answers, adapters train in float32, and training can go on from an SFT
-adapter (--adapter), whose frozen copy is then the reference; without one the base model itself is. Dropout is off
-whatever --lora_dropout says, as TRL has it: policy and reference must be the same network at the start.
+path), a long prompt is run once for both answers of its pair, adapters train in float32, and training can go on from
+an SFT adapter (--adapter), whose frozen copy is then the reference; without one the base model itself is. Dropout is
+off whatever --lora_dropout says, as TRL has it: policy and reference must be the same network at the start.
 
     python dpo_train.py --adapter runs/creditmix_sft --data data/creditmix_dpo.jsonl --save_dir runs/creditmix_dpo
 """
@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     examples = preference_examples(rows, PromptEncoder(training.load_tokenizer(path)), args.max_length, args.data)
     lengths = [sequence_length(example) for example in examples]
     answer = max(len(example[ids]) for example in examples for ids in ("chosen_ids", "rejected_ids"))
-    estimate = training.fit_to_memory(path, args, max(lengths), answer, pairs=True)
+    prompt_once = training.prompts_pay(path, examples)
+    estimate = training.fit_to_memory(path, args, max(lengths), answer, pairs=True, prompt_once=prompt_once)
     if args.dry_run:
         return training.print_plan(args, lengths, estimate)
     training.check_memory(estimate, args)
@@ -184,7 +185,8 @@ def main(argv: list[str] | None = None) -> int:
         peft_config=None if args.adapter else lora_config(args.lora_r, args.lora_alpha, args.lora_dropout),
     )
     training.adapters_to_float32(trainer.model, weights)
-    training.share_prompts(trainer.model.get_base_model())
+    if prompt_once:
+        training.share_prompts(trainer.model.get_base_model())
     training.train_and_save(trainer, args, "dpo", student, len(rows), estimate)
     return 0
 

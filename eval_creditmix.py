@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -194,12 +195,6 @@ def row_losses(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return -np.log(probabilities[np.arange(len(answers)), answers].clip(1e-12))
 
 
-def row_weights(answers: np.ndarray, args: argparse.Namespace) -> np.ndarray | None:
-    """What each of the balanced rows [N] counts, so that labels have their --class_shares; None where all count 1."""
-    shares = class_shares(args)
-    return None if shares is None else len(LABELS) * shares[answers]
-
-
 def point_metrics(
     answers: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None
 ) -> dict[str, float]:
@@ -277,15 +272,14 @@ def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, args: argparse
     weighted so that each label has its share; the probabilities must be for these shares."""
     answers = np.array([LABELS.index(row.label) for row in rows])
     predicted = probabilities.argmax(axis=1)
-    weights = row_weights(answers, args)
-    if weights is None:
-        weights = np.ones(len(rows))
+    shares = class_shares(args)
+    weights = np.ones(len(rows)) if shares is None else len(LABELS) * shares[answers]
     customers = [row.customer for row in rows]
     result: dict[str, Any] = point_metrics(answers, predicted, probabilities, weights)
     losses = row_losses(probabilities, answers)
     result["samples"] = bootstrap(answers, predicted, losses, customers, args.bootstrap, args.seed, weights)
     result["interval_95"] = {name: interval(samples) for name, samples in result["samples"].items()}
-    result["predicted"] = [LABELS[i] for i in predicted]
+    result |= {"predicted": [LABELS[i] for i in predicted], "weights": weights}
     if args.abstain_below is not None:
         sure = probabilities.max(axis=1) >= args.abstain_below
         result["abstain"] = {
@@ -409,7 +403,7 @@ def baselines(train: list[CreditRow], rows: list[CreditRow], args: argparse.Name
     return results
 
 
-def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], weights: np.ndarray | None, out: Any) -> None:
+def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any) -> None:
     """Side-by-side table with intervals, calibrators, and scikit-learn's report and confusion matrix per model; the
     matrix counts rows whatever they weigh."""
     from sklearn.metrics import classification_report, confusion_matrix
@@ -417,8 +411,10 @@ def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], weights: 
     answers = [row.label for row in rows]
     for result in results:
         print(f"\n{result['model']} ({result.get('calibration', 'baseline')})", file=out)
-        table = {"labels": LABELS, "sample_weight": weights, "digits": 4, "zero_division": 0}
-        print(classification_report(answers, result["predicted"], **table), file=out)
+        table = {"labels": LABELS, "sample_weight": result["weights"], "digits": 4, "zero_division": 0}
+        report = classification_report(answers, result["predicted"], **table)
+        # The support is a sum of weights, which scikit-learn prints with all its digits.
+        print(re.sub(r"(?m) +(\d+\.\d+)$", lambda found: f"{float(found[1]):>10.0f}", report), file=out)
         print(f"confusion matrix (rows: truth, columns: prediction; {', '.join(LABELS)})", file=out)
         print(confusion_matrix(answers, result["predicted"], labels=LABELS), file=out)
         for name, metrics in result.get("calibrations", {}).items():
@@ -453,7 +449,7 @@ def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], weights: 
 
 
 def plots(result: dict[str, Any], rows: list[CreditRow], folder: Path) -> None:
-    """confusion_matrix.png, reliability.png and coverage.png of one model."""
+    """confusion_matrix.png (counts of rows), reliability.png and coverage.png (rows by weight) of one model."""
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -473,14 +469,18 @@ def plots(result: dict[str, Any], rows: list[CreditRow], folder: Path) -> None:
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="tab:gray", linestyle=":")
-    axis.plot([confidence[bins == b].mean() for b in used], [right[bins == b].mean() for b in used], marker="o")
+    weights = result["weights"]
+    means = [
+        [np.average(values[bins == b], weights=weights[bins == b]) for b in used] for values in (confidence, right)
+    ]
+    axis.plot(*means, marker="o")
     axis.set(
         xlabel="probability of the predicted label",
         ylabel="share right",
         title=f"{result['model']}, ECE {result['ece']:.3f}",
     )
     figure.savefig(folder / "reliability.png", dpi=120)
-    coverage, accuracy = coverage_curve(right, confidence, np.ones(len(right)))
+    coverage, accuracy = coverage_curve(right, confidence, weights)
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     axis = figure.subplots()
     axis.plot(coverage, accuracy)
@@ -545,15 +545,14 @@ def main(argv: list[str] | None = None) -> int:
     results += simple
     if len(results) > 1:
         add_differences(results, next(result for result in results if result["model"] == reference))
-    hidden = ("predicted", "responses", "probabilities", "samples")
+    hidden = ("predicted", "responses", "probabilities", "samples", "weights")
     summary = {
         "data": {"file": args.data, "sha256": data_hash, "validation_rows": len(validation)},
         "split_seed": args.split_seed,
         "seed": args.seed,
         "models": [{key: value for key, value in result.items() if key not in hidden} for result in results],
     }
-    answers = np.array([LABELS.index(row.label) for row in validation])
-    print_tables(results, validation, row_weights(answers, args), sys.stderr if args.json else sys.stdout)
+    print_tables(results, validation, sys.stderr if args.json else sys.stdout)
     if args.report_dir:
         write_report(results, validation, summary, Path(args.report_dir))
         print(f"report written to {args.report_dir}", file=sys.stderr)

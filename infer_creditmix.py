@@ -17,7 +17,7 @@ from pathlib import Path
 from batch_files import check_files, failed_line, parse_line, run_file
 from common import InputError, model_fingerprint, run_script
 from creditmix import CREDIT_FIELDS, CreditModel, add_scoring_flags, canonical_features, known_fields
-from processes import only_one
+from processes import gather, only_one, rank_and_world
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,10 +59,10 @@ def score_lines(model: CreditModel, lines: list[str], doubtful: Counter[str]) ->
         rows.append(row)
         if features is None:
             continue
-        doubtful["rows"] += bool(doubts(features))
         prompt = model.prompt(features)
         if model.scorer.fits(prompt):
             prompts[number] = prompt
+            doubtful["rows"] += bool(doubts(features))
         else:
             row |= failed_line({}, "too_long", "the features do not fit the model's context")
     responses = model.responses(model.scorer.score(list(prompts.values())))
@@ -98,9 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     failed = run_file(
         source, output, total, settings, chunk_of(args.batch_size), lambda lines: score_lines(model, lines, doubtful)
     )
-    if doubtful["rows"]:
+    count = sum(gather(doubtful["rows"]))
+    if count and rank_and_world()[0] == 0:
         print(
-            f"note: {doubtful['rows']} of the rows scored now name no feature or have a value that could not be read; "
+            f"note: {count} of the rows scored now name no feature or have a value that could not be read; "
             "--features with such a row says which",
             file=sys.stderr,
         )

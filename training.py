@@ -53,6 +53,8 @@ MAX_LOGITS_BYTES = 2**29
 # PyTorch's fused attention is slow backwards on a CPU: up to this length attention that keeps its weights saves a
 # fifth of the training time and costs little memory.
 MAX_EAGER_TOKENS = 256
+# Architectures (config.model_type) whose layers a 4-D mask serves as it is.
+FULL_ATTENTION = ("llama", "qwen2", "qwen3", "mistral")
 # The tiles, tokens by columns of the vocabulary, that TRL's fused head goes through.
 FUSED_TOKENS, FUSED_TILE = 4096, 32768
 # What libraries take beside tensors, measured on a CPU; a CUDA context is as large.
@@ -293,8 +295,19 @@ def completion_trainer(
     return trainer
 
 
+def prompts_pay(path: str, examples: Sequence[dict[str, list[int]]]) -> bool:
+    """Whether `share_prompts` is right for a student and saves anything: plain causal attention in every layer, as a
+    4-D mask would undo windows and is not seen by recurrent layers, and prompts longer than both answers together."""
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    if config.model_type not in FULL_ATTENTION or not full or getattr(config, "sliding_window", None):
+        return False
+    prompts = sum(len(example["prompt_ids"]) for example in examples)
+    return prompts > sum(len(example["chosen_ids"]) + len(example["rejected_ids"]) for example in examples)
+
+
 def share_prompts(model: Any) -> None:
-    """Let TRL's fused forward run each pair as one row, so that the prompt, most of its tokens, is run once.
+    """Let TRL's fused forward run each pair as one row, so that the prompt is run once: where `prompts_pay`.
 
     model: has been given `trl.trainer.utils.add_fused_lm_head`. It is called with rows [2 * pairs, tokens], padded on
     the right, the chosen ones first; a row of `pair_layout` goes through the layers, and what comes out per token is
@@ -483,18 +496,21 @@ def estimate_memory(
     answer: int,
     shared: int = 0,
     pairs: bool = False,
+    prompt_once: bool = False,
     label_probs: bool = False,
 ) -> dict[str, float]:
     """Expected peak in GB by kind, by arithmetic over what PyTorch has to keep (bench/memory_8gb.py measures it).
 
     A batch is batch_size rows of `longest` tokens, of which `answer` are supervised and the first `shared` common to
-    all rows; `pairs`: each row has two such answers; label_probs: the loss has a KL term. Each kind is what it has at
-    the peak: at the output head or in the MLP of the last layer, where all activations are there still."""
+    all rows; `pairs`: twice as many rows, or, with prompt_once, two such answers in each; label_probs: the loss has a
+    KL term. Each kind is what it has at the peak: at the output head or in the MLP of the last layer, where all
+    activations are there still."""
     size = Sizes.of(path, args.lora_r)
     width = 2 if compute_dtype(args.compute_dtype) == torch.bfloat16 else 4
-    rows, supervised = args.batch_size, args.batch_size * answer
-    if pairs:  # as `pair_layout` has them
-        longest, supervised = longest + answer + 1, 2 * supervised
+    rows = args.batch_size * (2 if pairs else 1)
+    supervised = rows * answer
+    if prompt_once:  # as `pair_layout` has them
+        rows, longest = args.batch_size, longest + answer + 1
     checkpointing, dropout = args.gradient_checkpointing == "on", bool(args.lora_dropout) and not pairs
     if checkpointing or pairs or rows == 1 or shared < MIN_SHARED_TOKENS:
         shared = 0
@@ -624,8 +640,10 @@ def check_memory(estimate: dict[str, float], args: argparse.Namespace) -> None:
         "use --quantization nf4": args.quantization != "nf4",
         "use --optimizer adamw_8bit": args.optimizer == "adamw_torch",
         "leave the longest rows out": True,
-        "take a smaller --student": True,
+        "take a smaller --student": not getattr(args, "adapter", None),
     }
+    if args.resume:  # with the settings that it has
+        ways = {"end other programs": True}
     raise InputError(
         f"about {estimate['total']:.1f} GB needed, {there:.1f} GB to be had: "
         f"{', '.join(way for way, helps in ways.items() if helps)}, or say otherwise with --max_memory_gb"
@@ -679,7 +697,7 @@ def plot_curve(path: Path, history: list[dict], title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def note_settings(args: argparse.Namespace) -> str:
+def note_settings(args: argparse.Namespace, write: bool = True) -> str:
     """Leave data hash and flags beside the checkpoints; returns the hash (SHA-256).
 
     Raises InputError where --resume would go on with other data or flags than the killed run's."""
@@ -697,7 +715,7 @@ def note_settings(args: argparse.Namespace) -> str:
         ]
         if changed:
             raise InputError(f"--resume with other settings: {', '.join(changed)}; go on with the old ones")
-    if rank_and_world()[0] == 0:
+    if write and rank_and_world()[0] == 0:
         write_json(note, settings)
     return settings["data_sha256"]
 
@@ -797,6 +815,7 @@ def print_plan(args: argparse.Namespace, tokens: Sequence[int], estimate: dict[s
     for check in (
         lambda: claim_run_dir(args.save_dir, args.overwrite, args.resume),
         lambda: check_memory(estimate, args),
+        lambda: note_settings(args, write=False),
     ):
         try:
             check()

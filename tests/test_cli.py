@@ -310,6 +310,10 @@ def test_a_model_hub_that_cannot_be_reached(here):
     assert no_model.message.startswith("nobody/no-such-model: neither in the local cache nor to be had from the model")
     assert "smollm2-135m, the model that comes with this project" in no_model.message  # what to do next
     no_model(infer_creditmix.main, "--model_dir", "no-such-model", "--features", "Age: 30")
+    no_model(infer_creditmix.main, "--model_dir", "smollm-135m", "--features", "Age: 30")
+    assert no_model.message.startswith("smollm-135m: no such model; smollm2-135m is the one that comes with")
+    no_model(infer_creditmix.main, "--model_dir", "nobody/smollm2-135m", "--features", "Age: 30")
+    assert no_model.message.startswith("nobody/smollm2-135m: neither in the local cache")  # may be somebody's model
     assert everything(here) == []
 
 

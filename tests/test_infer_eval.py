@@ -266,9 +266,7 @@ def test_an_interrupted_run_is_not_mixed_with_another(here, monkeypatch, model_d
     if change == "no note":
         (here / "out.jsonl.part.json").unlink()
     why = {"flag": "(.*bias.*)", "input": "(input_size, input_time)", "no note": "(.*)"}[change]
-    with pytest.raises(
-        InputError, match=rf"\.part: left by a run with another model, input or flags \({why}\)"
-    ):
+    with pytest.raises(InputError, match=rf"\.part: left by a run with another model, input or flags \({why}\)"):
         infer_file(model_dir, "in.jsonl", "out.jsonl", *flags)
     assert (here / "out.jsonl.part").read_text() == before
     assert infer_file(model_dir, "in.jsonl", "out.jsonl", *flags, "--overwrite") == 0

@@ -810,6 +810,27 @@ def test_the_prompt_of_a_pair_is_run_once_with_the_same_gradients(
     assert seen[1] == pytest.approx(seen[0], rel=1e-4, abs=1e-5)
 
 
+def test_prompts_are_run_once_only_where_that_is_right_and_pays(model_dir, llama_dir, data, tmp_path, built):
+    def pays(folder, prompt=40, answer=3, **changes) -> bool:
+        config = json.loads((Path(folder) / "config.json").read_text()) | changes
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return training.prompts_pay(
+            str(tmp_path), [{"prompt_ids": [1] * prompt, "chosen_ids": [1] * answer, "rejected_ids": [1] * answer}]
+        )
+
+    assert pays(model_dir) and pays(llama_dir)
+    assert not pays(model_dir, prompt=40, answer=20)  # attention over the longer row would cost more than it saves
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    assert not pays(model_dir, **window, layer_types=["sliding_attention"] * 2)
+    assert not pays(llama_dir, model_type="mistral", sliding_window=8)
+    assert not pays(llama_dir, model_type="gemma3_text")
+    pairs = [{"prompt": "Age: 3", "chosen": "Good " * 30, "rejected": "Bad " * 30}] * 2
+    flags = ("--student", model_dir, "--save_dir", "never")
+    for file, own in ((data["dpo"], True), (write_rows(tmp_path / "long.jsonl", pairs), False)):
+        forward = built("dpo", *flags, "--data", file).model.get_base_model().forward
+        assert (forward.__name__ == "paired") == own
+
+
 def test_beta_reaches_the_loss(built, run, model_dir, data):
     flags = ("--student", model_dir, "--data", data["dpo"], "--save_dir", "never")
     trainer = built("dpo", *flags, "--beta", 0.37)
@@ -913,9 +934,18 @@ def test_a_pair_without_contrast_is_refused(tmp_path, model_dir):
 @pytest.mark.parametrize("method", TRAINERS)
 def test_flags_out_of_range_are_refused_all_at_once(method, tmp_path, model_dir):
     flags = ("--batch_size", 0, "--grad_accum", -1, "--lora_r", 0, "--lora_dropout", 1, "--learning_rate", "nan")
-    message = refused(method, [rows_of(method)], tmp_path, model_dir, *flags, "--save_steps", 0, "--epochs", 0)
-    for name in ("batch_size 0", "grad_accum -1", "lora_r 0", "lora_dropout 1", "learning_rate nan", "epochs 0"):
+    flags += ("--save_steps", 0, "--epochs", 0, "--max_memory_gb", 0)
+    message = refused(method, [rows_of(method)], tmp_path, model_dir, *flags)
+    names = ("batch_size 0", "grad_accum -1", "lora_r 0", "lora_dropout 1", "learning_rate nan", "epochs 0")
+    for name in (*names, "max_memory_gb 0.0"):
         assert f"--{name}" in message
+
+
+def test_a_run_that_is_all_warm_up_says_so(run, capsys):
+    run("sft", "short", "--warmup_steps", 4)
+    assert "note: all 4 steps are warm-up (--warmup_steps 4)" in capsys.readouterr().err
+    run("sft", "long", "--warmup_steps", 3)
+    assert "warm-up" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["kd", "dpo"])
@@ -1129,6 +1159,11 @@ def test_a_dry_run_says_that_the_run_would_be_refused(run, capsys, model_dir, da
         argv = ["--student", model_dir, "--data", data["sft"], "--save_dir", tmp_path / "run", "--dry_run", *flags]
         assert sft_train.main(list(map(str, argv))) == 2  # as without --dry_run
         assert re.search(line, capsys.readouterr().out)
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "settings.json").write_text(json.dumps({"learning_rate": 1.0}))
+    assert sft_train.main([*map(str, argv[:-3]), "--resume", "--gradient_checkpointing", "off"]) == 2
+    assert "would be refused     --resume with other settings: " in capsys.readouterr().out
 
 
 def test_resume_without_a_checkpoint_says_that_it_starts_again(run, capsys):
@@ -1170,7 +1205,7 @@ def test_defaults_follow_the_size_and_yield_to_flags():
         assert found == recipe | {"batch_size": 5}
 
 
-def test_auto_takes_what_fits_and_keeps_the_rows_of_a_step(model_dir, tmp_path):
+def test_auto_takes_what_fits_and_keeps_the_rows_of_a_step(model_dir, tmp_path, capsys):
     def found(gigabytes, *flags):
         argv = ["--save_dir", str(tmp_path), "--max_memory_gb", str(gigabytes), "--compute_dtype", "float32"]
         args = sft_train.build_parser().parse_args([*argv, *flags])
@@ -1194,14 +1229,18 @@ def test_auto_takes_what_fits_and_keeps_the_rows_of_a_step(model_dir, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "settings.json").write_text(json.dumps(settings))
     assert found(1000, *auto, "--resume")[0] == (4, 4, "on")
+    assert "--batch_size auto: 4 x 4 rows a step" in capsys.readouterr().err
     assert found(1000, "--batch_size", "8", "--resume")[0] == (8, 1, "on")
 
 
 @pytest.mark.parametrize("method", TRAINERS)
-def test_too_little_memory_is_refused_with_advice(method, data, model_dir, tmp_path, monkeypatch, capsys):
+def test_too_little_memory_is_refused_with_advice(method, data, model_dir, sft_adapter, tmp_path, monkeypatch, capsys):
     argv = ["--student", model_dir, "--data", data[method], "--save_dir", str(tmp_path / "never")]
     monkeypatch.setattr(sys, "argv", [f"{method}_train.py"])
     always = {"--optimizer adamw_8bit", "--student", "--max_memory_gb"}
+    if method == "dpo":  # whose student is that of its adapter
+        argv = [*argv[2:], "--adapter", sft_adapter]
+        always -= {"--student"}
     for flags, advice in (  # only what still helps
         (["--batch_size", "2"], {"--batch_size", "--grad_accum"}),
         (["--batch_size", "1", "--gradient_checkpointing", "off"], {"--gradient_checkpointing on"}),
