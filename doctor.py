@@ -35,7 +35,7 @@ def check_packages(student: str) -> str:
         if found != wanted:
             wrong.append(f"{name} {found} (tested: {wanted})")
     if wrong:
-        raise Finding(", ".join(wrong), "make demo sets up .venv; activate it: source .venv/bin/activate")
+        raise Finding(", ".join(wrong), "source .venv/bin/activate (make demo makes it), or install requirements.txt")
     return f"as in requirements.txt, Python {platform.python_version()}"
 
 
