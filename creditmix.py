@@ -145,9 +145,9 @@ def known_fields(text: str) -> list[str]:
     return [field for field in parse_features(text) or {} if field in CREDIT_FIELDS]
 
 
-def creditmix_prompt(features: str) -> str:
+def creditmix_prompt(features: str, notes: Counter | None = None) -> str:
     """The user turn for a feature string (made canonical here, so no caller can forget it)."""
-    return f"Rate the credit mix of this customer as Good, Standard or Bad.\n{canonical_features(features)}"
+    return f"Rate the credit mix of this customer as Good, Standard or Bad.\n{canonical_features(features, notes)}"
 
 
 # Content-free inputs after Zhao et al. 2021 (Calibrate Before Use): what the template alone makes the model say.
@@ -596,9 +596,9 @@ class CreditModel:
             "calibration_used": [used.method, used.bias.tolist(), used.temperature],
         }
 
-    def prompt(self, features: str) -> list[int]:
-        """Token ids of a feature string's prompt."""
-        return self.scorer.encoder.prompt(creditmix_prompt(features))
+    def prompt(self, features: str, notes: Counter | None = None) -> list[int]:
+        """Token ids of a feature string's prompt; `notes` counts what `canonical_features` repaired in it."""
+        return self.scorer.encoder.prompt(creditmix_prompt(features, notes))
 
     def raw_scores(self, features: Sequence[str], progress: str | None = None) -> np.ndarray:
         """Raw scores [N, labels] of feature strings; of several processes each scores its share."""

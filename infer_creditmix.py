@@ -40,10 +40,8 @@ def chunk_of(batch_size: int | str) -> int:
     return 512 if batch_size == "auto" else max(128, int(batch_size))
 
 
-def doubts(features: str) -> list[str]:
-    """What of a feature string could not be read."""
-    notes: Counter[str] = Counter()
-    canonical_features(features, notes)
+def doubts(features: str, notes: Counter[str]) -> list[str]:
+    """What of a feature string could not be read. notes: those of `canonical_features` on it."""
     unread = [note for note in notes if "not a number" in note or "outside" in note]
     found = [f"{'; '.join(unread)} (write plain numbers: Age: 23, Annual Income: 19114)"] if unread else []
     if not known_fields(features):
@@ -59,10 +57,11 @@ def score_lines(model: CreditModel, lines: list[str], doubtful: Counter[str]) ->
         rows.append(row)
         if features is None:
             continue
-        prompt = model.prompt(features)
+        notes: Counter[str] = Counter()
+        prompt = model.prompt(features, notes)
         if model.scorer.fits(prompt):
             prompts[number] = prompt
-            doubtful["rows"] += bool(doubts(features))
+            doubtful["rows"] += bool(doubts(features, notes))
         else:
             row |= failed_line({}, "too_long", "the features do not fit the model's context")
     responses = model.responses(model.scorer.score(list(prompts.values())))
@@ -83,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
             args.features.encode()
         except UnicodeEncodeError:
             raise InputError("--features is not UTF-8 text") from None
-        for note in doubts(args.features):
+        notes: Counter[str] = Counter()
+        canonical_features(args.features, notes)
+        for note in doubts(args.features, notes):
             print(f"note: {note}", file=sys.stderr)
         model = CreditModel.load(args.model_dir, args)
         print(json.dumps(model.responses(model.raw_scores([args.features]))[0], indent=2))

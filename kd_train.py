@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     if labels:
         dataset = dataset.add_column("label_probs", [row["label_probs"] for row in rows])
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    estimate = training.fit_to_memory(path, args, **training.row_sizes(dataset), label_probs=bool(labels))
+    sizes = training.row_sizes(dataset)
+    estimate = training.fit_to_memory(path, args, **sizes, label_probs=bool(labels))
     if args.dry_run:
         return training.print_plan(args, lengths, estimate)
     training.check_memory(estimate, args)
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             distillation_loss_sum, label_ids=ids, alpha=args.kd_alpha, temperature=args.kd_temperature
         )
     model, tokenizer = load_model(args.adapter or student, args.quantization, args.compute_dtype, trainable=True)
-    trainer = training.completion_trainer(args, model, tokenizer, dataset, loss)
+    trainer = training.completion_trainer(args, model, tokenizer, dataset, lengths, sizes["answer"], loss)
     training.train_and_save(trainer, args, "kd", student, len(rows), estimate)
     return 0
 

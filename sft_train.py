@@ -114,12 +114,13 @@ def main(argv: list[str] | None = None) -> int:
     encoder = PromptEncoder(training.load_tokenizer(path))
     dataset = training.completion_dataset(rows, "output", encoder, args.max_length, args.data)
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    estimate = training.fit_to_memory(path, args, **training.row_sizes(dataset))
+    sizes = training.row_sizes(dataset)
+    estimate = training.fit_to_memory(path, args, **sizes)
     if args.dry_run:
         return training.print_plan(args, lengths, estimate)
     training.check_memory(estimate, args)
     model, tokenizer = load_model(args.student, args.quantization, args.compute_dtype, trainable=True)
-    trainer = training.completion_trainer(args, model, tokenizer, dataset)
+    trainer = training.completion_trainer(args, model, tokenizer, dataset, lengths, sizes["answer"])
     training.train_and_save(trainer, args, "sft", args.student, len(rows), estimate)
     return 0
 

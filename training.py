@@ -273,14 +273,20 @@ class CompletionTrainer(SFTTrainer):
 
 
 def completion_trainer(
-    args: argparse.Namespace, model: Any, tokenizer: Any, dataset: Dataset, loss_sum: Callable | None = None
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    lengths: Sequence[int],
+    answer: int,
+    loss_sum: Callable | None = None,
 ) -> CompletionTrainer:
-    """The trainer of a `completion_dataset` for a base model, which gets an adapter, or one that has its adapter."""
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+    """The trainer of a `completion_dataset` for a base model, which gets an adapter, or one that has its adapter.
+    lengths: tokens of each row; answer: of the longest answer."""
     if eager_attention(max(lengths)):
         model.set_attn_implementation("eager")
     weights = adapter_weights(model)
-    supervised = args.batch_size * row_sizes(dataset)["answer"]
+    supervised = args.batch_size * answer
     trainer = CompletionTrainer(
         model,
         SFTConfig(**trainer_arguments(args), train_sampling_strategy=batch_order(lengths)),
@@ -571,7 +577,7 @@ def fit_to_memory(path: str, args: argparse.Namespace, *sizes: int, **more: Any)
     if args.batch_size == "auto":
         step = args.grad_accum
         batches = [(size, step // size) for size in range(step, 0, -1) if step % size == 0]
-    note = Path(args.save_dir) / "checkpoints" / "settings.json"
+    note = settings_path(args)
     if args.resume and note.is_file():
         before = read_json(note)
         ways = [before["gradient_checkpointing"]] if len(ways) > 1 else ways
@@ -697,11 +703,16 @@ def plot_curve(path: Path, history: list[dict], title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def note_settings(args: argparse.Namespace, write: bool = True) -> str:
-    """Leave data hash and flags beside the checkpoints; returns the hash (SHA-256).
+def settings_path(args: argparse.Namespace) -> Path:
+    """Where a run leaves its settings while it trains."""
+    return Path(args.save_dir) / "checkpoints" / "settings.json"
 
-    Raises InputError where --resume would go on with other data or flags than the killed run's."""
-    note = Path(args.save_dir) / "checkpoints" / "settings.json"
+
+def checked_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags and data hash (SHA-256), which decide a run's result.
+
+    Raises InputError where --resume would go on with others than the killed run's."""
+    note = settings_path(args)
     ignored = ("resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps")
     settings = {name: value for name, value in vars(args).items() if name not in ignored}
     settings["data_sha256"] = file_sha256(args.data)
@@ -715,8 +726,14 @@ def note_settings(args: argparse.Namespace, write: bool = True) -> str:
         ]
         if changed:
             raise InputError(f"--resume with other settings: {', '.join(changed)}; go on with the old ones")
-    if write and rank_and_world()[0] == 0:
-        write_json(note, settings)
+    return settings
+
+
+def note_settings(args: argparse.Namespace) -> str:
+    """Leave the `checked_settings` beside the checkpoints; returns the hash of the data."""
+    settings = checked_settings(args)
+    if rank_and_world()[0] == 0:
+        write_json(settings_path(args), settings)
     return settings["data_sha256"]
 
 
@@ -815,7 +832,7 @@ def print_plan(args: argparse.Namespace, tokens: Sequence[int], estimate: dict[s
     for check in (
         lambda: claim_run_dir(args.save_dir, args.overwrite, args.resume),
         lambda: check_memory(estimate, args),
-        lambda: note_settings(args, write=False),
+        lambda: checked_settings(args),
     ):
         try:
             check()
