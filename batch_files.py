@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common import InputError, check_folder, parse_json, read_json, write_json
+from files import InputError, check_folder, parse_json, read_json, write_json
 from processes import gather, own_share, rank_and_world
 
 

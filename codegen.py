@@ -15,16 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import (
-    InputError,
-    PromptEncoder,
-    add_loading_flags,
-    check_model_name,
-    load_model,
-    pack_for_decoding,
-    read_jsonl,
-    seed_number,
-)
+from common import PromptEncoder
+from files import InputError, read_jsonl, seed_number
+from models import add_loading_flags, check_model_name, load_model, pack_for_decoding
 
 if TYPE_CHECKING:
     import argparse

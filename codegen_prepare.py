@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from codegen import codegen_prompt, parses, read_tasks
-from common import InputError, hash_share, run_script, write_parts
+from files import InputError, hash_share, run_script, write_parts
 from sandbox import run_programs
 
 

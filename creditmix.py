@@ -21,28 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from common import (
-    BASE,
-    Calibration,
-    InputError,
-    LabelScorer,
-    PromptEncoder,
+from common import BASE, Calibration, LabelScorer, PromptEncoder, label_prior, read_verbalizers, with_shares
+from files import InputError, hash_share, number_or_auto, parse_json, read_jsonl, read_text
+from models import (
     add_adapters,
     add_loading_flags,
     calibration_path,
     check_model_name,
-    compute_dtype,
-    hash_share,
-    label_prior,
+    dtype_name,
     load_model,
     model_fingerprint,
-    number_or_auto,
-    parse_json,
     read_fitted,
-    read_jsonl,
-    read_text,
-    read_verbalizers,
-    with_shares,
 )
 from processes import gather, own_share
 
@@ -487,7 +476,7 @@ def scoring_settings(args: Any) -> dict[str, Any]:
         "aggregate": args.aggregate,
         "null_prompts": args.null_prompts,
         "quantization": args.quantization,
-        "compute_dtype": str(compute_dtype(args.compute_dtype)).removeprefix("torch."),
+        "compute_dtype": dtype_name(args.compute_dtype),
     }
 
 
@@ -583,7 +572,7 @@ class CreditModel:
         elif args.calibration == "none":
             used = Calibration("none", zero, zero)
         else:
-            key = f"{fingerprint} {args.quantization} {compute_dtype(args.compute_dtype)}"
+            key = f"{fingerprint} {args.quantization} {dtype_name(args.compute_dtype)}"
             turns = check_scoring_flags(args)[2]
             used = Calibration("contextual", label_prior(scorer, key, turns, adapter), zero)
         return cls(name, scorer, adjusted(used, args), adapter, args.abstain_below)

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common import InputError, check_folder, run_script, seed_number, split_of, write_parts
 from creditmix import (
     LABELS,
     CreditRow,
@@ -28,6 +27,7 @@ from creditmix import (
     read_creditmix,
     tabular_teacher,
 )
+from files import InputError, check_folder, run_script, seed_number, split_of, write_parts
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,8 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import count, product
 from typing import TYPE_CHECKING, Any
 
-from common import InputError, pack_for_decoding
+from files import InputError
+from models import pack_for_decoding
 
 if TYPE_CHECKING:
     import torch
@@ -379,7 +380,7 @@ class Draft:
 class JsonDecoder:
     """Decodes batches of prompts into JSON texts, each row under a schema of its own.
 
-    model, tokenizer: as `common.load_model` gives them. Greedy at temperature 0.
+    model, tokenizer: as `models.load_model` gives them. Greedy at temperature 0.
     """
 
     def __init__(self, model: Any, tokenizer: Any):

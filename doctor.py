@@ -15,7 +15,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from common import DEFAULT_STUDENT, InputError, PromptEncoder, cache_dir, check_model_name, local_or_hub, run_script
+from common import PromptEncoder
+from files import InputError, cache_dir, run_script
+from models import DEFAULT_STUDENT, check_model_name, local_or_hub
 
 LABELS = ("Good", "Standard", "Bad")
 NEEDED_DISK_GB, NEEDED_MEMORY_GB, NEEDED_GPU_GB = 10, 8, 7.5
@@ -63,7 +65,7 @@ def check_4bit(student: str) -> str:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from common import compute_dtype
+    from models import compute_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.randn(64, 64, device=device)

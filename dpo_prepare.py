@@ -19,12 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from batch_files import AnswerFile, check_output
-from common import (
+from files import (
     InputError,
-    add_loading_flags,
-    check_model_name,
     file_sha256,
-    model_fingerprint,
     note_preparation,
     parse_json,
     preparation,
@@ -34,6 +31,7 @@ from common import (
     seed_number,
     write_jsonl,
 )
+from models import add_loading_flags, check_model_name, model_fingerprint
 from processes import only_one
 
 
@@ -122,7 +120,8 @@ def best_and_worst(texts: Sequence[str], scores: Sequence[float]) -> tuple[str, 
 
 def label_pairs(args: argparse.Namespace, rows: Sequence[dict]) -> list[tuple[str, str] | None]:
     """(right label, the student's most likely wrong one) of each row."""
-    from common import LabelScorer, PromptEncoder, load_model
+    from common import LabelScorer, PromptEncoder
+    from models import load_model
 
     labels = sorted({row["output"] for row in rows})
     if not 2 <= len(labels) <= 10:

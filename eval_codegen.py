@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from codegen import Coder, Task, add_codegen_flags, check_codegen_flags, read_tasks
-from common import InputError, check_folder, file_sha256, run_script, write_json, write_jsonl
+from files import InputError, check_folder, file_sha256, run_script, write_json, write_jsonl
 from processes import only_one
 from sandbox import SECONDS, isolation, run_programs
 

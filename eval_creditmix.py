@@ -22,28 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from common import (
-    Calibration,
-    InputError,
-    adapter_config,
-    base_of,
-    calibration_path,
-    check_folder,
-    check_model_name,
-    cross_fitted_nll,
-    file_sha256,
-    fit_calibration,
-    fit_shares,
-    local_or_hub,
-    model_fingerprint,
-    read_json,
-    run_record,
-    run_script,
-    seed_number,
-    split_of,
-    write_json,
-    write_jsonl,
-)
+from common import Calibration, cross_fitted_nll, fit_calibration, fit_shares
 from creditmix import (
     LABELS,
     CreditModel,
@@ -60,6 +39,26 @@ from creditmix import (
     read_creditmix,
     scoring_settings,
     tabular_features,
+)
+from files import (
+    InputError,
+    check_folder,
+    file_sha256,
+    read_json,
+    run_script,
+    seed_number,
+    split_of,
+    write_json,
+    write_jsonl,
+)
+from models import (
+    adapter_config,
+    base_of,
+    calibration_path,
+    check_model_name,
+    local_or_hub,
+    model_fingerprint,
+    run_record,
 )
 from processes import rank_and_world
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from common import InputError, check_folder, file_sha256, read_jsonl, run_script, write_json, write_jsonl
+from files import InputError, check_folder, file_sha256, read_jsonl, run_script, write_json, write_jsonl
 from idp import (
     Extractor,
     add_extraction_flags,

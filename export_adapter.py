@@ -17,21 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import (
-    InputError,
-    LabelScorer,
-    PromptEncoder,
-    adapter_config,
-    base_of,
-    check_folder,
-    check_model_name,
-    load_model,
-    model_fingerprint,
-    read_jsonl,
-    run_record,
-    run_script,
-    write_json,
-)
+from common import LabelScorer, PromptEncoder
+from files import InputError, check_folder, read_jsonl, run_script, write_json
+from models import adapter_config, base_of, check_model_name, load_model, model_fingerprint, run_record
 
 if TYPE_CHECKING:
     import numpy as np

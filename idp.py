@@ -15,18 +15,9 @@ from datetime import date
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from common import (
-    InputError,
-    PromptEncoder,
-    add_loading_flags,
-    base_of,
-    check_model_name,
-    load_model,
-    local_or_hub,
-    parse_json,
-    read_json,
-    seed_number,
-)
+from common import PromptEncoder
+from files import InputError, parse_json, read_json, seed_number
+from models import add_loading_flags, base_of, check_model_name, load_model, local_or_hub
 
 if TYPE_CHECKING:
     import argparse

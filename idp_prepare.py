@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-from common import InputError, hash_share, read_json, read_jsonl, run_script, write_parts
 from decoding import checked_validator, pointer_of
+from files import InputError, hash_share, read_json, read_jsonl, run_script, write_parts
 from idp import compact_json, expected_of, idp_prompt
 
 CURRENCY = (

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from batch_files import check_files, failed_line, parse_line, run_file
 from codegen import Coder, Task, add_codegen_flags, check_codegen_flags, flaw_of_tests
-from common import InputError, file_sha256, model_fingerprint, read_text, run_script
+from files import InputError, file_sha256, read_text, run_script
+from models import model_fingerprint
 from processes import only_one
 from sandbox import SECONDS, run_programs
 

@@ -15,8 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 from batch_files import check_files, failed_line, parse_line, run_file
-from common import InputError, model_fingerprint, run_script
 from creditmix import CREDIT_FIELDS, CreditModel, add_scoring_flags, canonical_features, known_fields
+from files import InputError, run_script
+from models import model_fingerprint
 from processes import gather, only_one, rank_and_world
 
 

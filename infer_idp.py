@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 
 from batch_files import check_files, parse_line, run_file
-from common import InputError, file_sha256, model_fingerprint, read_text, run_script
+from files import InputError, file_sha256, read_text, run_script
 from idp import Extractor, add_extraction_flags, check_extraction_flags, document_of
+from models import model_fingerprint
 from processes import only_one
 
 SUFFIXES = "txt|text|md|log|json|jsonl|csv|tsv|pdf|html?|xml|eml|rtf|docx?|odt|xlsx?|png|jpe?g|tiff?"

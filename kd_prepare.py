@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from batch_files import AnswerFile, check_output
-from common import (
+from creditmix import gold_share
+from files import (
     InputError,
-    add_loading_flags,
-    check_model_name,
     file_sha256,
-    model_fingerprint,
     note_preparation,
     parse_json,
     preparation,
@@ -35,7 +33,7 @@ from common import (
     split_of,
     write_jsonl,
 )
-from creditmix import gold_share
+from models import add_loading_flags, check_model_name, model_fingerprint
 from processes import gather, only_one, own_share, rank_and_world
 
 GOLD_FIELDS = ("output", "chosen", "answer")

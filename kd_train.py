@@ -15,19 +15,15 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
-from common import (
-    InputError,
-    PromptEncoder,
+from common import PromptEncoder
+from files import InputError, number_or_auto, read_jsonl, run_script, seed_number
+from models import (
     check_model_name,
     claim_run_dir,
     load_model,
     local_or_hub,
-    number_or_auto,
     parameter_count,
     quiet_libraries,
-    read_jsonl,
-    run_script,
-    seed_number,
     student_of,
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from common import InputError
+from files import InputError
 
 
 def rank_and_world() -> tuple[int, int]:

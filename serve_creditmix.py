@@ -26,7 +26,8 @@ import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
-from common import DEFAULT_STUDENT, InputError, run_script
+from files import InputError, run_script
+from models import DEFAULT_STUDENT
 from processes import only_one
 
 API_KEY = "CREDITMIX_API_KEY"

@@ -19,15 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import (
-    InputError,
-    adapter_config,
-    base_of,
-    check_model_name,
-    model_fingerprint,
-    same_base,
-)
 from creditmix import LABELS, CreditModel, check_scoring_flags, creditmix_prompt, fitted_calibration
+from files import InputError
+from models import adapter_config, base_of, check_model_name, model_fingerprint, same_base
 
 VARIANTS = ("base", "sft", "kd", "dpo")
 LOG = logging.getLogger("serve_creditmix")

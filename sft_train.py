@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import argparse
 
-from common import (
+from common import PromptEncoder
+from files import number_or_auto, read_jsonl, run_script, seed_number
+from models import (
     DEFAULT_STUDENT,
-    PromptEncoder,
     check_model_name,
     claim_run_dir,
     load_model,
     local_or_hub,
-    number_or_auto,
     parameter_count,
     quiet_libraries,
-    read_jsonl,
-    run_script,
-    seed_number,
 )
 
 LORA = {"lora_r": 16, "lora_alpha": 32}

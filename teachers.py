@@ -18,18 +18,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from time import sleep
 from typing import Any
 
-from common import (
-    SYSTEM_PROMPT,
-    InputError,
-    LabelScorer,
-    PromptEncoder,
-    check_model_name,
-    compute_dtype,
-    label_prior,
-    load_model,
-    model_fingerprint,
-    pack_for_decoding,
-)
+from common import SYSTEM_PROMPT, LabelScorer, PromptEncoder, label_prior
+from files import InputError
+from models import check_model_name, compute_dtype, load_model, model_fingerprint, pack_for_decoding
 
 RATIONALE = "Answer with the label first, then give the reason in one short sentence."
 PROMPT_VERSION = 1  # of RATIONALE and SYSTEM_PROMPT; kept with every answer

@@ -1,7 +1,7 @@
 """What the three trainers share beyond their flags: datasets, the completion loss, memory, checkpoints, run folder.
 
-Apart from common.py because inference never needs it, and because it imports torch and TRL at once: trainers import
-it inside `main`, after their flags and files are checked.
+Apart from models.py and common.py because inference never needs it, and because it imports torch and TRL at once:
+trainers import it inside `main`, after their flags and files are checked.
 """
 
 from __future__ import annotations
@@ -27,22 +27,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
-from common import (
+from common import SCORING_TILE, PromptEncoder
+from files import InputError, file_sha256, preparation, read_json, write_json
+from models import (
     LORA_TARGETS,
-    SCORING_TILE,
-    InputError,
-    PromptEncoder,
     adapter_config,
     claim_run_dir,
     compute_dtype,
-    file_sha256,
     lora_config,
     model_fingerprint,
     parameter_count,
-    preparation,
-    read_json,
     run_record,
-    write_json,
 )
 from processes import rank_and_world
 
@@ -746,7 +741,7 @@ def train_and_save(
     main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
     if args.overwrite and main:
         shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
-    # The one sign that a 4-bit CPU kernel without gradients is in use (see common.keep_autograd_kernels).
+    # The one sign that a 4-bit CPU kernel without gradients is in use (see models.keep_autograd_kernels).
     warnings.filterwarnings("error", message=".*autograd kernel was not registered.*")
     if main and args.warmup_steps >= (steps := step_count(args, rows)):
         print(

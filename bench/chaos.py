@@ -36,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import InputError, run_script, write_jsonl
+from files import InputError, run_script, write_jsonl
 
 LIBRARIES = (
     "training",

@@ -28,7 +28,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import InputError, run_script, split_of
 from creditmix import (
     LABELS,
     UNKNOWN,
@@ -38,6 +37,7 @@ from creditmix import (
     read_creditmix,
     tabular_features,
 )
+from files import InputError, run_script, split_of
 
 METRICS = ("accuracy", "macro_f1", "standard_recall", "nll")
 TRIALS = (("embedded", "real"), ("real", "real"), ("embedded", "embedded"))  # trained on, tested on

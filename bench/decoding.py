@@ -17,9 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import PromptEncoder, load_model, read_json, read_jsonl, run_script
+from common import PromptEncoder
 from decoding import JsonDecoder, SchemaGrammar, compile_schema
+from files import read_json, read_jsonl, run_script
 from idp import idp_prompt
+from models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,10 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import InputError, PromptEncoder, load_model, read_jsonl, run_script
+from common import PromptEncoder
 from decoding import JsonDecoder, compile_schema
+from files import InputError, read_jsonl, run_script
 from idp import Extractor, idp_prompt
 from infer_idp import build_parser as infer_parser
+from models import load_model
 
 PROMPT = "Order 1042 of 3 May 2024, Jane Doe, 12 Elm Street, jane@example.com: 2 lamps at 19.90, paid by card."
 
@@ -44,8 +46,8 @@ def random_model(folder: str) -> str:
     """A tiny random model with the embedded model's tokenizer."""
     from transformers import AutoTokenizer
 
-    from common import embedded_model_dir
     from conftest import save_random_model
+    from models import embedded_model_dir
 
     save_random_model(Path(folder), AutoTokenizer.from_pretrained(embedded_model_dir()), "llama")
     config = Path(folder) / "config.json"

@@ -22,8 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import InputError, load_model, run_script, write_jsonl
 from creditmix import read_creditmix
+from files import InputError, run_script, write_jsonl
+from models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

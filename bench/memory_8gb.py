@@ -42,17 +42,9 @@ import dpo_train
 import kd_train
 import sft_train
 import training
-from common import (
-    EMBEDDED_MODEL,
-    SCORING_TILE,
-    InputError,
-    LabelScorer,
-    PromptEncoder,
-    keep_autograd_kernels,
-    local_or_hub,
-    run_script,
-    write_jsonl,
-)
+from common import SCORING_TILE, LabelScorer, PromptEncoder
+from files import InputError, run_script, write_jsonl
+from models import EMBEDDED_MODEL, keep_autograd_kernels, local_or_hub
 
 # Values of the models' config.json files.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -189,7 +181,7 @@ def weights_of(model: Any) -> Iterator[torch.Tensor]:
 
 
 def random_model(config: Any, tokenizer: Any) -> Any:
-    """A model of this configuration as `common.load_model` returns one to train in NF4, on the process's device. Each
+    """A model of this configuration as `models.load_model` returns one to train in NF4, on the process's device. Each
     layer is a copy of one random layer, so no more than one is ever unquantised."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib.figure import Figure
 
-from common import read_json, run_script
+from files import read_json, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 ALTERNATIVES = {"six_forwards": "six forwards\na row", "lm_eval": "lm-evaluation-\nharness", "limit": "bare forward"}

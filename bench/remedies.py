@@ -19,18 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import eval_creditmix
-from common import (
-    Calibration,
-    InputError,
-    LabelScorer,
-    PromptEncoder,
-    fit_calibration,
-    fit_shares,
-    load_model,
-    run_script,
-    write_json,
-)
+from common import Calibration, LabelScorer, PromptEncoder, fit_calibration, fit_shares
 from creditmix import LABELS, creditmix_prompt, null_prompts, read_creditmix
+from files import InputError, run_script, write_json
+from models import load_model
 
 # Words that a model may mean Standard by, each of which starts with a token of its own.
 FORMS = {"Good": ["Good"], "Standard": ["Standard", "Average", "Typical"], "Bad": ["Bad"]}

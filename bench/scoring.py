@@ -38,19 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common import (
-    InputError,
-    LabelScorer,
-    PromptEncoder,
-    adapter_config,
-    cache_dir,
-    compute_dtype,
-    load_model,
-    local_or_hub,
-    run_script,
-    write_jsonl,
-)
+from common import LabelScorer, PromptEncoder
 from creditmix import LABELS, creditmix_prompt, read_creditmix
+from files import InputError, cache_dir, run_script, write_jsonl
+from models import adapter_config, dtype_name, load_model, local_or_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 LM_EVAL = "0.4.13"
@@ -236,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.quick:
         args.rows, args.repeats, args.quantization = min(args.rows, 32), min(args.repeats, 2), args.quantization[:1]
-    args.compute_dtype = str(compute_dtype(args.compute_dtype)).removeprefix("torch.")
+    args.compute_dtype = dtype_name(args.compute_dtype)
     if adapter_config(args.model_dir) and not args.no_lm_eval:
         raise InputError(f"--model_dir {args.model_dir} is an adapter: the harness takes a base here, or --no_lm_eval")
     import torch

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common import load_model, lora_config, run_script
 from creditmix import LABELS, CreditModel, creditmix_prompt, read_creditmix
+from files import run_script
+from models import load_model, lora_config
 from serve_creditmix import build_parser as server_parser
 from serving import VARIANTS
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from serve import Client, Server, load, random_adapters
 
-from common import run_script
+from files import run_script
 from serving import VARIANTS
 
 TEXT = "Age: 23, Occupation: Scientist, Annual Income: 19100, Outstanding Debt: 810"

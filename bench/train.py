@@ -26,8 +26,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import InputError, PromptEncoder, compute_dtype, local_or_hub, lora_config, run_script, write_jsonl
+from common import PromptEncoder
 from creditmix import LABELS, creditmix_prompt, read_creditmix
+from files import InputError, run_script, write_jsonl
+from models import dtype_name, local_or_hub, lora_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE = {"sft": 1e-3, "dpo": 1e-4}  # the recipe for small students
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from transformers import AutoTokenizer
 
-    args.compute_dtype = str(compute_dtype(args.compute_dtype)).removeprefix("torch.")
+    args.compute_dtype = dtype_name(args.compute_dtype)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(local_or_hub(args.student)))
     rows = read_creditmix(args.data)[0][: args.steps * args.batch_size * args.grad_accum]
     result = {name: getattr(args, name) for name in ("student", "quantization", "compute_dtype", "steps", "repeats")}

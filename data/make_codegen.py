@@ -46,7 +46,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from codegen import codegen_plan_prompt, codegen_prompt, plan_answer
-from common import InputError, hash_share, read_text, run_script, write_jsonl
+from files import InputError, hash_share, read_text, run_script, write_jsonl
 
 KINDS = ("fails", "slow", "syntax")
 MIN_TESTS = 4

@@ -9,7 +9,7 @@ from the document by one set of rules (data/README.md, "Invoices"). What makes i
 are none of the training vendors and sell some goods that no training vendor sells, and the layouts in HELD_OUT occur
 in validation alone. Both go into idp_validation.jsonl and are told apart by "layouts".
 
-Vendors are split by common.split_of(name): train and validation are used, calibration is left out. The same seed
+Vendors are split by files.split_of(name): train and validation are used, calibration is left out. The same seed
 gives the same bytes on every machine: only random.Random.random() is used, whose sequence Python keeps.
 
 Example:
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import idp_catalogue as words  # beside this script
 
-from common import InputError, run_script, split_of, write_json, write_jsonl
+from files import InputError, run_script, split_of, write_json, write_jsonl
 from idp import compact_json, idp_prompt
 
 HELD_OUT = ("stacked_header", "slash_slip")  # layouts of validation alone

@@ -129,7 +129,8 @@ def save_adapter(folder: Path, model_dir: str, seed: int = 0, split_seed: int = 
     import torch
     from peft import get_peft_model
 
-    from common import load_model, lora_config, write_json
+    from files import write_json
+    from models import load_model, lora_config
 
     model, tokenizer = load_model(model_dir, "none", "float32")
     model = get_peft_model(model, lora_config(r=4, alpha=8, dropout=0.0))

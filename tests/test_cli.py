@@ -17,8 +17,9 @@ import eval_creditmix
 import infer_creditmix
 import kd_prepare
 import sft_train
-from common import InputError, run_script, warn_if_slow, write_jsonl
 from conftest import ROOT, credit_rows, run_cli, save_adapter
+from files import InputError, run_script, write_jsonl
+from models import warn_if_slow
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text())
 ENTRY_POINTS = sorted(path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__"' in path.read_text())

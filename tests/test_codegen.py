@@ -23,9 +23,10 @@ from codegen import (
     parses,
     task_of,
 )
-from common import InputError, PromptEncoder, preparation
+from common import PromptEncoder
 from conftest import run_cli
 from eval_codegen import pass_at_k
+from files import InputError, preparation
 from sandbox import run_program
 
 HUMANEVAL = {

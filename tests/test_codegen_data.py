@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 
 from codegen import codegen_plan_prompt, codegen_prompt
-from common import InputError, read_jsonl
 from conftest import ROOT
+from files import InputError, read_jsonl
 
 sys.path.insert(0, str(ROOT / "data"))
 

@@ -18,7 +18,6 @@ import pytest
 
 import creditmix
 import creditmix_prepare
-from common import InputError, read_jsonl, split_of, write_jsonl
 from conftest import ROOT, credit_rows
 from creditmix import (
     CREDIT_FIELDS,
@@ -37,6 +36,7 @@ from creditmix import (
     tabular_teacher,
 )
 from eval_creditmix import draw, draw_samples
+from files import InputError, read_jsonl, split_of, write_jsonl
 
 # ---------------------------------------------------------------------------------------------------- canonical text
 

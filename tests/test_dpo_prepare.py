@@ -9,10 +9,12 @@ import pytest
 
 import dpo_prepare
 import teachers
-from common import InputError, LabelScorer, PromptEncoder, load_model
+from common import LabelScorer, PromptEncoder
 from conftest import ROOT, credit_rows
 from creditmix import LABELS, creditmix_prompt
 from dpo_prepare import best_and_worst, code_scores, json_judge
+from files import InputError
+from models import load_model
 
 PLAIN = ["--quantization", "none", "--compute_dtype", "float32"]
 INVOICE = json.loads(json.loads((ROOT / "data/idp_validation.jsonl").read_text().split("\n")[0])["expected"])

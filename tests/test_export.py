@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import export_adapter
-from common import InputError, LabelScorer, PromptEncoder, load_model
+from common import LabelScorer, PromptEncoder
 from conftest import run_cli, save_adapter
+from files import InputError
+from models import load_model
 
 ROWS = [{"input": f"Debt: {37 * n}, Age: {20 + n}", "output": ("Good", "Standard", "Bad")[n % 3]} for n in range(9)]
 

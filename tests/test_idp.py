@@ -16,11 +16,12 @@ import idp
 import idp_prepare
 import infer_idp
 from batch_files import parse_line, run_file
-from common import InputError, load_model, preparation
 from conftest import run_cli
 from decoding import JsonDecoder, checked_validator, compile_schema, grammar_tokenizer, subschemas
 from eval_idp import count_fields, measure, same
+from files import InputError, preparation
 from idp import Extractor, compact_json, days, idp_prompt, joined, numbers, pages_of, stands_in
+from models import load_model
 
 INVOICE = {
     "type": "object",

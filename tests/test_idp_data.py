@@ -12,8 +12,8 @@ from itertools import combinations
 import pytest
 from jsonschema import Draft202012Validator
 
-from common import InputError, file_sha256, read_json, split_of
 from conftest import ROOT
+from files import InputError, file_sha256, read_json, split_of
 from idp import compact_json, idp_prompt
 
 sys.path.insert(0, str(ROOT / "data"))

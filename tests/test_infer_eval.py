@@ -16,9 +16,10 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 import batch_files
 import eval_creditmix
 import infer_creditmix
-from common import InputError, file_sha256, model_fingerprint, split_of
 from conftest import credit_rows, save_adapter
 from creditmix import LABELS, CreditModel, CreditRow, read_creditmix
+from files import InputError, file_sha256, split_of
+from models import model_fingerprint
 
 PLAIN = ["--quantization", "none", "--compute_dtype", "float32", "--null_prompts", "2"]
 FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]

@@ -19,9 +19,11 @@ import pytest
 
 import kd_prepare
 import teachers
-from common import InputError, LabelScorer, PromptEncoder, load_model, split_of
+from common import LabelScorer, PromptEncoder
 from conftest import ROOT, credit_rows
 from creditmix import LABELS, CreditRow, creditmix_prompt, read_creditmix, tabular_teacher
+from files import InputError, split_of
+from models import load_model
 from teachers import RATIONALE, label_of
 
 PLAIN = ["--quantization", "none", "--compute_dtype", "float32"]

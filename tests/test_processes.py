@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import batch_files
-from common import InputError
 from conftest import ROOT, run_cli, save_adapter
+from files import InputError
 from processes import own_share
 from test_kd_prepare import Endpoint
 

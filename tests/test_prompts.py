@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 
-from common import SYSTEM_PROMPT, InputError, PromptEncoder, load_model
+from common import SYSTEM_PROMPT, PromptEncoder
 from conftest import CHATML, build_tokenizer
 from creditmix import creditmix_prompt, null_prompts
+from files import InputError
+from models import load_model
 
 START, END = "<|im_start|>", "<|im_end|>"
 # fmt: off

@@ -19,21 +19,19 @@ from scipy.special import log_softmax, logsumexp, softmax
 import common
 from common import (
     Calibration,
-    InputError,
     LabelScorer,
     PromptEncoder,
-    cache_dir,
     cross_fitted_nll,
     fit_calibration,
     fit_shares,
     label_prior,
-    load_model,
-    model_fingerprint,
     read_verbalizers,
     with_shares,
 )
 from conftest import CHATML, build_tokenizer, save_adapter
 from creditmix import LABELS, CreditModel, creditmix_prompt, null_prompts
+from files import InputError, cache_dir
+from models import load_model, model_fingerprint
 
 ONE_TOKEN = {"Good": ["Good"], "Standard": ["Standard"], "Bad": ["Bad"]}
 SEVERAL_FORMS = {"Good": ["Good"], "Standard": ["Standard", "Average", "Typical"], "Bad": ["Bad", "Poor"]}

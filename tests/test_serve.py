@@ -21,9 +21,11 @@ from fastapi.testclient import TestClient
 import common
 import serve_creditmix
 import serving
-from common import InputError, LabelScorer, add_adapters, load_model, model_fingerprint
+from common import LabelScorer
 from conftest import TinyEngine, save_adapter
 from creditmix import LABELS, CreditModel, scoring_settings
+from files import InputError
+from models import add_adapters, load_model, model_fingerprint
 from serve_creditmix import EXAMPLE, Metrics, bound_socket, build_parser, check_server_flags, create_app
 from serving import VARIANTS, Engine, Refusal
 

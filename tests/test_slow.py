@@ -22,18 +22,11 @@ import infer_creditmix
 import infer_idp
 import kd_prepare
 import sft_train
-from common import (
-    EMBEDDED_MODEL,
-    InputError,
-    PromptEncoder,
-    embedded_model_dir,
-    file_sha256,
-    load_model,
-    lora_config,
-    read_jsonl,
-)
+from common import PromptEncoder
 from conftest import ROOT
 from creditmix import LABELS, creditmix_prompt
+from files import InputError, file_sha256, read_jsonl
+from models import EMBEDDED_MODEL, embedded_model_dir, load_model, lora_config
 
 pytestmark = pytest.mark.slow
 DATA = ROOT / "data" / "creditmix_dataset.json"

@@ -25,10 +25,13 @@ from safetensors.torch import load_file, save_file
 import common
 import dpo_train
 import kd_train
+import models
 import sft_train
 import training
-from common import InputError, PromptEncoder, base_of, load_model, lora_config, run_script
+from common import PromptEncoder
 from conftest import ROOT, save_random_model
+from files import InputError, file_sha256, run_script
+from models import base_of, check_model_name, load_model, lora_config, pack_for_decoding
 
 TRAINERS = {"sft": sft_train, "kd": kd_train, "dpo": dpo_train}
 FILES = {
@@ -194,7 +197,7 @@ def test_run_folder(method, run, model_dir, data, sft_adapter, monkeypatch):
     assert set(result["flags"]) == dests and None not in (
         result["flags"][name] for name in ("learning_rate", "batch_size", "grad_accum", "lora_dropout")
     )
-    assert result["data"] == {"file": data[rows], "sha256": common.file_sha256(data[rows]), "rows": 10}
+    assert result["data"] == {"file": data[rows], "sha256": file_sha256(data[rows]), "rows": 10}
     assert result["sources"] and set(result["sources"]) == {None}  # nothing noted beside the data
     assert (result["split_seed"], result["seed"], result["resumed_from"]) == (None, 0, None)
     assert {"python", "torch", "transformers", "peft", "trl", "bitsandbytes"} <= set(result["packages"])
@@ -202,7 +205,7 @@ def test_run_folder(method, run, model_dir, data, sft_adapter, monkeypatch):
     assert result["wall_seconds"] > 0 and result["memory"]["peak_gb"] > 0 and result["memory"]["device"]
     curve = json.loads((save_dir / "training_curve.json").read_text())
     assert curve[0]["step"] == 1 and curve[0]["loss"] > 0
-    common.check_model_name(str(save_dir))
+    check_model_name(str(save_dir))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -390,7 +393,7 @@ def test_killed_and_resumed_equals_uninterrupted(method, model_dir, data, sft_ad
     assert not (killed / "run.json").exists() and not (killed / "adapter_model.safetensors").exists()
     assert {path.name for path in (killed / "checkpoints").glob("*-*")} == {"checkpoint-3", "checkpoint-6"}
     with pytest.raises(InputError, match="did not finish"):
-        common.check_model_name(str(killed))
+        check_model_name(str(killed))
     with pytest.raises(InputError, match=r"unfinished run is here; --resume goes on with it, --overwrite"):
         TRAINERS[script].main(flags)
 
@@ -461,7 +464,7 @@ def test_what_overwrite_replaces_stays_whole_until_the_new_run_is_written(moment
         with pytest.raises(KeyboardInterrupt):
             run("sft", "run", *flags, "--overwrite")
     assert files_of(save_dir) == old
-    common.check_model_name(str(save_dir))
+    check_model_name(str(save_dir))
     with pytest.raises(InputError, match="an unfinished run is here; --resume goes on with it"):
         run("sft", "run", *flags)
     assert_same(adapter(run("sft", "run", *flags, "--resume")), adapter(run("sft", "other", *flags)), atol=0)
@@ -530,7 +533,7 @@ def test_without_the_kernel_switch_the_gradients_would_be_wrong(model_dir, llama
 
     if not has_avx512bf16():
         pytest.skip("the packed 4-bit CPU kernel needs AVX512-BF16, which this processor does not have")
-    monkeypatch.setattr(common, "keep_autograd_kernels", lambda model: None)
+    monkeypatch.setattr(models, "keep_autograd_kernels", lambda model: None)
     before, after = gradients_around_an_evaluation(llama_dir)
     assert torch.nn.functional.cosine_similarity(before, after, dim=0) < 0.99
     with pytest.raises(RuntimeError, match="in-place operation"):  # projections with a bias fail loudly
@@ -552,7 +555,7 @@ def test_packed_weights_are_for_a_few_tokens_alone(folder, request):
             return model(input_ids=ids).logits.float()
 
     before = logits(few), logits(many)
-    common.pack_for_decoding(model)
+    pack_for_decoding(model)
     after = logits(few), logits(many)
     assert torch.equal(before[1], after[1])
     assert not torch.equal(before[0], after[0])
@@ -962,7 +965,7 @@ def prepared(tmp_path, data) -> Path:
     """Data whose preparation was noted, with split seed 7."""
     for method in TRAINERS:
         shutil.copy(data[method], tmp_path / f"{method}.jsonl")
-    files = {f"{method}.jsonl": common.file_sha256(data[method]) for method in TRAINERS}
+    files = {f"{method}.jsonl": file_sha256(data[method]) for method in TRAINERS}
     note = {"split_seed": 7, "source": {"file": "raw.csv", "sha256": "abc"}, "files": files}
     (tmp_path / "creditmix_prepared.json").write_text(json.dumps(note))
     return tmp_path
