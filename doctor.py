@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import PromptEncoder
 from files import InputError, cache_dir, run_script
-from models import DEFAULT_STUDENT, check_model_name, local_or_hub
+from models import DEFAULT_STUDENT, check_model_name, dtype_name, local_or_hub
 
 LABELS = ("Good", "Standard", "Bad")
 NEEDED_DISK_GB, NEEDED_MEMORY_GB, NEEDED_GPU_GB = 10, 8, 7.5
@@ -65,8 +65,6 @@ def check_4bit(student: str) -> str:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from models import compute_dtype
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.randn(64, 64, device=device)
     try:
@@ -75,7 +73,7 @@ def check_4bit(student: str) -> str:
         raise Finding(f"no NF4 on {device}: {failure}", "reinstall bitsandbytes, or use --quantization none") from None
     if not error < 0.2:
         raise Finding(f"NF4 on {device} is off by {error:.2f} on average", "reinstall bitsandbytes for this CUDA")
-    return f"NF4 works on {device}; computes in {str(compute_dtype('auto')).removeprefix('torch.')}"
+    return f"NF4 works on {device}; computes in {dtype_name()}"
 
 
 def check_memory(student: str) -> str:
@@ -133,9 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--student", default=DEFAULT_STUDENT, help="model to train or use (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
-    problems = 0
+    ran = problems = 0
     for check in CHECKS:
-        name = check.__name__.removeprefix("check_")
+        ran, name = ran + 1, check.__name__.removeprefix("check_")
         try:
             print(f"ok       {name:<9}{check(args.student)}")
         except (Finding, ImportError, OSError) as problem:  # a package that is missing or does not load
@@ -144,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"PROBLEM  {name:<9}{what}\n         {'mend:':<9}{mend}")
             if check is check_model:  # the labels need its tokenizer
                 break
-    print(f"{problems} of {len(CHECKS)} checks found a problem", file=sys.stderr)
+    print(f"{problems} of {ran} checks found a problem", file=sys.stderr)
     return 1 if problems else 0
 
 

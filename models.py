@@ -160,6 +160,23 @@ def student_of(student: str | None, adapter: str | None) -> str:
     return base_of(adapter)
 
 
+@functools.lru_cache(maxsize=1)
+def use_cache_where_no_hub_answers() -> None:
+    """Without a network the hub's library would ask again for half a minute, for each file, cached or not."""
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, if not to this question
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
 def local_or_hub(name: str) -> str:
     """What from_pretrained takes for a base model's name. Raises InputError where the hub cannot be reached."""
     if name == EMBEDDED_MODEL:
@@ -168,6 +185,8 @@ def local_or_hub(name: str) -> str:
         raise InputError(f"{name}: no such model; {EMBEDDED_MODEL} is the one that comes with this project")
     from transformers import AutoConfig
 
+    if not Path(name).is_dir():
+        use_cache_where_no_hub_answers()
     try:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, AttributeError) as error:

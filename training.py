@@ -409,7 +409,7 @@ def trainer_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "gradient_checkpointing": args.gradient_checkpointing == "on",
         "optim": args.optimizer,
         "seed": args.seed,
-        "logging_steps": 10,
+        "logging_steps": min(10, args.max_steps or 10),  # the last step of a short run too
         "logging_first_step": True,
         "save_steps": args.save_steps,
         "save_total_limit": 2,

@@ -318,6 +318,15 @@ def test_a_model_hub_that_cannot_be_reached(here):
     assert everything(here) == []
 
 
+def test_without_a_network_the_hub_is_asked_once(here):
+    command = [sys.executable, str(ROOT / "infer_creditmix.py"), "--model_dir", "nobody/none", "--features", "Age: 30"]
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()  # no tries of the hub's library
+    assert line.startswith("infer_creditmix.py: error: nobody/none: neither in the local cache nor to be had")
+
+
 def test_without_its_packages_the_embedded_model_says_how_to_get_them(here, monkeypatch):
     import importlib.util
 
