@@ -9,6 +9,7 @@ lines into a .part file of its own; the first joins them.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -115,9 +116,14 @@ def _join(parts: list[Path], output: Path) -> None:
         whole.replace(output)
     else:
         parts[0].replace(output)
-    for part in parts:
-        part.unlink(missing_ok=True)
-        part.with_name(part.name + ".json").unlink()
+    _remove_parts(output)
+
+
+def _remove_parts(output: Path) -> None:
+    """Of any number of processes: what an interrupted run left would let a later one replace the output unasked."""
+    for path in output.parent.iterdir():
+        if re.fullmatch(re.escape(output.name) + r"(\.\d+of\d+)?\.part(\.json)?", path.name):
+            path.unlink(missing_ok=True)
 
 
 def _part(output: Path, rank: int | None = None, world: int = 1) -> Path:
@@ -164,7 +170,8 @@ class AnswerFile:
     that were not all written."""
 
     def __init__(self, output: str, settings: dict[str, Any], overwrite: bool, together: int = 1):
-        self.path = _part(Path(output))
+        self.output = Path(output)
+        self.path = _part(self.output)
         self.answers: dict[int, dict[str, Any]] = {}
         if overwrite:
             self.path.unlink(missing_ok=True)
@@ -189,5 +196,4 @@ class AnswerFile:
                 bar.update()
 
     def remove(self) -> None:
-        self.path.unlink()
-        self.path.with_name(self.path.name + ".json").unlink()
+        _remove_parts(self.output)

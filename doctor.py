@@ -45,10 +45,10 @@ def check_gpu(student: str) -> str:
     """What the driver shows PyTorch must use, or all runs on the CPU and nobody is told."""
     import torch
 
-    try:
-        shown = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        shown = ""
+    there = shutil.which("nvidia-smi")
+    failed, shown = subprocess.getstatusoutput("timeout 30 nvidia-smi -L") if there else (0, "")
+    if failed:
+        raise Finding(f"nvidia-smi: {shown[:120]}", "update the driver on Windows, then run wsl --shutdown there")
     if shown and not torch.cuda.is_available():
         fix = "update the driver on Windows, and install a CUDA build: pip install --force-reinstall torch==2.13.0"
         raise Finding(f"there is {shown.splitlines()[0]}, but PyTorch {torch.__version__} does not use it", fix)

@@ -64,7 +64,7 @@ def sample_scores(model_dir: str, quantization: str, rows: list[tuple[str, str]]
 
     model, tokenizer = load_model(model_dir, quantization, "bfloat16")
     encoder, answers = PromptEncoder(tokenizer), sorted({answer for _, answer in rows})
-    if len(answers) <= MOST_LABELS:
+    if len(answers) <= MOST_LABELS and len(answers) < len(rows):  # all different: texts, not labels
         scorer = LabelScorer(model, encoder, {a: [a] for a in answers}, batch_size=batch_size)
         scores = scorer.raw_scores([prompt for prompt, _ in rows], Path(model_dir).name)
     else:

@@ -1,7 +1,4 @@
-"""What every script must do alike with its surroundings: errors and exit status, JSON and JSONL files, splits.
-
-Values in, values out: nothing here reads the command line, keeps global state or does work at import.
-"""
+"""What every script must do alike with its surroundings: errors and exit status, JSON and JSONL files, splits."""
 
 from __future__ import annotations
 

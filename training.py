@@ -443,6 +443,7 @@ class Sizes:
     mlp: int
     heads: int
     vocabulary: int
+    normed: int  # queries and keys where they have norms of their own, as in Qwen3
 
     @classmethod
     @functools.lru_cache(maxsize=8)
@@ -464,17 +465,20 @@ class Sizes:
             adapter = get_peft_model(model, lora_config(lora_r)).get_nb_trainable_parameters()[0]
         text = config.get_text_config()
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        queries = text.num_attention_heads * head
+        keys = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
         return cls(
             total=parameter_count(path),
             linear=linear,
             adapter=adapter,
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
-            queries=text.num_attention_heads * head,
-            keys=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head,
+            queries=queries,
+            keys=keys,
             mlp=text.intermediate_size,
             heads=text.num_attention_heads,
             vocabulary=text.vocab_size,
+            normed=queries + keys if "q_norm" in there else 0,
         )
 
     def weights(self, quantization: str, width: int) -> float:
@@ -518,11 +522,16 @@ def estimate_memory(
     tokens = shared + rows * (longest - shared)
     attended = rows * longest  # keys and values
 
-    # What autograd keeps of a layer: the inputs of both norms in float32, and of attention, MLP and LoRA branches in
-    # the type of computation. Dropout keeps a copy and a mask of what goes into each branch.
+    # What autograd keeps of a layer: the inputs of its norms in float32, and of attention, MLP and LoRA branches in
+    # the type of computation. Dropout keeps a copy and a mask of what goes into each branch: the mask is a byte an
+    # element on CUDA, on a CPU it has the element's type.
     inputs = 5 * size.hidden + size.queries + size.mlp
-    branches = inputs * (width + 1) if dropout else (2 * size.hidden + size.mlp) * width
-    kept = tokens * (8 * size.hidden + branches + (3 * size.mlp + 2 * size.queries + 7 * args.lora_r) * width)
+    mask = 1 if torch.cuda.is_available() else width
+    branches = inputs * (width + mask) if dropout else (2 * size.hidden + size.mlp) * width
+    kept = tokens * (8 * size.hidden + 4 * size.normed + branches)
+    kept += tokens * (3 * size.mlp + 2 * size.queries + 7 * args.lora_r) * width
+    if width == 2:  # autocast's copies of the adapter, one for each of the forwards
+        kept += width * size.adapter // size.layers * (2 if shared else 1)
     eager = eager_attention(longest) and not pairs
     weights = size.heads * (longest * (longest - shared) * rows + shared**2) if eager else 0
     if weights:  # in float32 and in the type of computation

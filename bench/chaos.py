@@ -277,9 +277,9 @@ def full_disk(job: Job, runner: Runner, folder: Path, whole_folder: Path, whole:
     adapter = sizes.get("adapter_model.safetensors", 0)
     # An old run, and of a checkpoint, which is the adapter, two moments and the small files, room for one and a half.
     checkpoints = int(1.5 * (sum(sizes.values()) + 2 * adapter))
-    room = sum(sizes.values()) + checkpoints if job.trains else sizes["out.jsonl"] // 2
+    room = sum(sizes.values()) + checkpoints if job.trains else sizes["out.jsonl"] // 4
     with unmounted(folder):
-        real = mounted(folder, f"size={max(room, 2**14)}")
+        real = mounted(folder, f"size={max(room, 2**13)}")
         old: dict[str, str] = {}
         if job.trains:
             shutil.copytree(whole_folder, folder, dirs_exist_ok=True)

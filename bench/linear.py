@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from creditmix import read_creditmix
 from files import InputError, run_script, write_jsonl
-from models import load_model
+from models import adapter_config, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +47,8 @@ def cut(model_dir: str, layers: int, folder: Path) -> str:
     model, tokenizer = load_model(model_dir, "none")
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = len(model.model.layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -73,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     features = [row.features for row in read_creditmix(args.data)[0]]
     if args.layers is not None and args.layers < 1:
         raise InputError(f"--layers {args.layers}: at least 1")
+    if args.layers and adapter_config(args.model_dir):
+        raise InputError(f"--model_dir {args.model_dir}: --layers cuts a base model, not an adapter")
     with tempfile.TemporaryDirectory() as folder:
         if args.layers:
             args.model_dir = cut(args.model_dir, args.layers, Path(folder) / "cut")

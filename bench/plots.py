@@ -47,14 +47,16 @@ def draw_scoring(found: dict, path: Path) -> None:
     """How many times as many rows a second as each alternative, with the range over the rounds."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
-    for number, prefix in enumerate(("", "nf4_")):
+    names = {"none": f"{found['compute_dtype']}, not quantised", "nf4": "NF4"}
+    for number, quantization in enumerate(found["quantization"]):
+        prefix = f"{quantization}_" if number else ""
         ratios = [found[f"{prefix}vs_{name}"] for name in ALTERNATIVES]
         ranges = [found[f"{prefix}vs_{name}_spread"] for name in ALTERNATIVES]
         errors = [[r - low for r, (low, _) in zip(ratios, ranges, strict=True)]]
         errors += [[high - r for r, (_, high) in zip(ratios, ranges, strict=True)]]
         places = [place + 0.4 * number - 0.2 for place in range(len(ratios))]
-        label = "NF4" if prefix else f"{found['compute_dtype']}, not quantised"
-        axis.bar_label(axis.bar(places, ratios, 0.38, yerr=errors, capsize=3, label=label), fmt="%.2f")
+        bars = axis.bar(places, ratios, 0.38, yerr=errors, capsize=3, label=names[quantization])
+        axis.bar_label(bars, fmt="%.2f")
     axis.set(yscale="log", ylabel="rows/s, ours / theirs", xticks=range(len(ALTERNATIVES)))
     axis.set_xticklabels(ALTERNATIVES.values())
     axis.axhline(1, color="grey", linewidth=0.8)

@@ -192,7 +192,7 @@ def measure(args: argparse.Namespace, prompts: list[str], in_file: list[str], qu
 
     threads = torch.get_num_threads()
     texts = [tokenizer.decode(row) for row in ids]
-    if [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] != ids:
+    if not args.no_lm_eval and [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] != ids:
         raise InputError(f"{args.model_dir}: prompts as text have other tokens than ours; use --no_lm_eval")
     beside = contextlib.nullcontext() if args.no_lm_eval else harness(args, texts, quantization, threads)
     with beside as lm_eval:
@@ -237,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     random.Random(0).shuffle(rows)
     one_each = list({row.customer: row for row in rows}.values())
     prompts = [creditmix_prompt(row.features) for row in one_each[: args.rows]]
-    result = {"rows": len(prompts), "threads": torch.get_num_threads(), "compute_dtype": args.compute_dtype}
+    result = {name: getattr(args, name) for name in ("model_dir", "quantization", "compute_dtype", "repeats")}
+    result |= {"rows": len(prompts), "threads": torch.get_num_threads()}
     for quantization in dict.fromkeys(args.quantization):
         found = measure(args, prompts, in_file, quantization)
         result |= (

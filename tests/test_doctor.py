@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -78,12 +79,22 @@ def test_a_full_disk(lines, monkeypatch):
     assert status == 1 and "2.0 GB free" in found["disk"] and "HF_HOME" in found["disk"].split("mend:")[1]
 
 
-def test_a_driver_that_pytorch_does_not_use(lines, monkeypatch):
+@pytest.mark.parametrize(
+    ("shown", "status", "found_words", "mend"),
+    [
+        ("GPU 0: NVIDIA GeForce RTX 3070 (UUID: GPU-1)", 0, "RTX 3070", "CUDA build"),
+        ("NVIDIA-SMI has failed: no communication with the driver", 9, "has failed", "update the driver"),
+    ],
+    ids=["unused", "broken"],
+)
+def test_a_gpu_that_pytorch_does_not_use(lines, monkeypatch, tmp_path, shown, status, found_words, mend):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    shown = SimpleNamespace(stdout="GPU 0: NVIDIA GeForce RTX 3070 (UUID: GPU-1)\n")
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: shown)
-    status, found = lines()
-    assert status == 1 and "RTX 3070" in found["gpu"] and "CUDA build" in found["gpu"].split("mend:")[1]
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{shown}'\nexit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found_status, found = lines()
+    assert found_status == 1 and found_words in found["gpu"] and mend in found["gpu"].split("mend:")[1]
 
 
 def test_4bit_that_packs_wrongly(lines, monkeypatch):

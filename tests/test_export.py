@@ -51,11 +51,12 @@ def test_the_merged_folder_is_a_plain_model_with_the_adapters_answers(adapter, m
     assert set(report["change from adapter on NF4 base"]) == {"largest", "mean", "same_label"}
 
 
-def test_answers_that_are_no_labels_are_compared_by_their_likelihood(adapter, tmp_path, capsys):
+@pytest.mark.parametrize("count", ["200", "4"])
+def test_answers_that_are_no_labels_are_compared_by_their_likelihood(count, adapter, tmp_path, capsys):
     rows = [row | {"output": f"Debt {n}"} for n, row in enumerate(ROWS + ROWS)]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     argv = ["--model_dir", adapter, "--save_dir", str(tmp_path / "m"), "--sample", str(tmp_path / "own.jsonl")]
-    assert export_adapter.main(argv) == 0
+    assert export_adapter.main([*argv, "--rows", count]) == 0
     assert set(json.loads(capsys.readouterr().out)["change from adapter on bf16 base"]) == {"largest", "mean"}
 
 

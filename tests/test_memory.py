@@ -20,20 +20,24 @@ from memory_8gb import StorageTracker
 GPU = torch.cuda.is_available()
 
 
-@pytest.fixture
-def small(tokenizer):
+def shape(kind: str, **other):
     """A configuration wide enough that activations and logits outweigh what the estimate leaves out."""
-    return AutoConfig.for_model(
-        "qwen2",
-        vocab_size=4480,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
+    sizes = {
+        "vocab_size": 4480,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    }
+    return AutoConfig.for_model(kind, **sizes | other)
+
+
+@pytest.fixture
+def small():
+    return shape("qwen2")
 
 
 def test_a_storage_counts_once_until_it_is_freed():
@@ -132,6 +136,14 @@ def test_estimate_of_a_step(name, small, tokenizer):
     assert 1e9 * (estimate["total"] - estimate["libraries"]) == pytest.approx(sum(peak.values()), rel=0.1)
     for kind in ("adapter", "gradients", "optimiser"):
         assert 1e9 * estimate[kind] == pytest.approx(peak.get(kind, 0), rel=0.01)
+
+
+@pytest.mark.skipif(GPU, reason="tracks the CPU's kernels")
+@pytest.mark.parametrize("flags", [[], ["--lora_dropout", 0.1]], ids=["plain", "dropout"])
+def test_estimate_of_a_student_that_norms_queries_and_keys(flags, tokenizer):
+    config = shape("qwen3", head_dim=64, num_hidden_layers=6)
+    peak, estimate = memory_8gb.training_point("sft", config, tokenizer, 4, 300, 9, flags, False)
+    assert 1e9 * (estimate["total"] - estimate["libraries"]) == pytest.approx(sum(peak.values()), rel=0.1)
 
 
 @pytest.mark.skipif(GPU, reason="tracks the CPU's kernels")

@@ -50,7 +50,10 @@ def test_inference_writes_the_same_file(tmp_path, model_dir):
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     flags = ("--model_dir", model_dir, "--input", "in.jsonl", *EXACT)
     assert run_cli("infer_creditmix.py", *flags, "--output", "one.jsonl", cwd=tmp_path).returncode == 1
+    for name in ("two.jsonl.part", "two.jsonl.part.json"):  # of a run with one process, killed
+        (tmp_path / name).touch()
     done = in_two("infer_creditmix.py", *flags, "--output", "two.jsonl", cwd=tmp_path)
+    assert not list(tmp_path.glob("*.part*"))
     assert "1 of 301 lines carry an error" in done.stderr, done.stderr[-2000:]
     one, two = (read_lines(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
     assert len(one) == len(two) == 301
