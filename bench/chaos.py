@@ -277,7 +277,7 @@ def full_disk(job: Job, runner: Runner, folder: Path, whole_folder: Path, whole:
     adapter = sizes.get("adapter_model.safetensors", 0)
     # An old run, and of a checkpoint, which is the adapter, two moments and the small files, room for one and a half.
     checkpoints = int(1.5 * (sum(sizes.values()) + 2 * adapter))
-    room = sum(sizes.values()) + checkpoints if job.trains else sizes["out.jsonl"] // 4
+    room = sum(sizes.values()) + checkpoints if job.trains else sizes["out.jsonl"] // 6
     with unmounted(folder):
         real = mounted(folder, f"size={max(room, 2**13)}")
         old: dict[str, str] = {}
@@ -327,7 +327,8 @@ def table(found: dict[str, dict[str, Any]], out: Any) -> None:
         for fault in ("full_disk", "read_only"):
             row = job[fault]
             verdict = "whole" if row["same"] else "NOT WHOLE"
-            print(f"  {fault:<9} status {row['status']}, {verdict}: {row['said'] or row.get('log')}", file=out)
+            after = f" after {row['done']}" if "done" in row else ""
+            print(f"  {fault}{after}: status {row['status']}, {verdict}: {row['said'] or row.get('log')}", file=out)
 
 
 def main(argv: list[str] | None = None) -> int:
