@@ -121,8 +121,8 @@ def check_folder(path: str | Path) -> None:
 
 def seed_number(text: str) -> int:
     """argparse type of a seed: what all random number generators in use take."""
-    if not 0 <= int(text) < 2**32:
-        raise ValueError
+    if not (text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**32 - 1}")
     return int(text)
 
 
