@@ -411,7 +411,7 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
             raise InputError(f"{tokenizer.name_or_path}: no token can serve as padding apart from end-of-turn")
         tokenizer.pad_token = found[0]
     tokenizer.padding_side = "left"
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.config.update(ids)
     model.generation_config = GenerationConfig(do_sample=False, repetition_penalty=1.0, **ids)
 
