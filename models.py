@@ -451,6 +451,9 @@ def model_fingerprint(model_dir: str) -> str:
     return digest.hexdigest()[:16]
 
 
+# --------------------------------------------------------------------------------------------------- adapter folders
+
+
 def calibration_path(model_dir: str) -> Path:
     """Beside the adapter; runs/creditmix_base/ for a base model."""
     return (Path(model_dir) if adapter_config(model_dir) else Path("runs/creditmix_base")) / "calibration.json"
@@ -484,9 +487,6 @@ def read_fitted(model_dir: str, settings: dict[str, Any]) -> dict | None:
     if not all(type(x) in (int, float) for x in numbers) or temperature <= 0:
         raise InputError(f"{path}: prior, bias or temperature is damaged; fit again with eval_creditmix.py --fit")
     return stored
-
-
-# --------------------------------------------------------------------------------------------------- adapter folders
 
 
 def claim_run_dir(save_dir: str | Path, overwrite: bool, resume: bool) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from common import SYSTEM_PROMPT, LabelScorer, PromptEncoder, label_prior
 from files import InputError
-from models import check_model_name, compute_dtype, load_model, model_fingerprint, pack_for_decoding
+from models import check_model_name, dtype_name, load_model, model_fingerprint, pack_for_decoding
 
 RATIONALE = "Answer with the label first, then give the reason in one short sentence."
 PROMPT_VERSION = 1  # of RATIONALE and SYSTEM_PROMPT; kept with every answer
@@ -74,7 +74,7 @@ class ModelTeacher:
             forms = {label: [label] for label in labels}
             scorer = LabelScorer(self.model, self.encoder, forms, batch_size=self.args.batch_size)
             how = f"{model_fingerprint(self.model_dir)} {self.args.quantization}"
-            prior = label_prior(scorer, f"{how} {compute_dtype(self.args.compute_dtype)}", self.sample)
+            prior = label_prior(scorer, f"{how} {dtype_name(self.args.compute_dtype)}", self.sample)
         writes = not labels or self.args.rationale
         if writes:
             pack_for_decoding(self.model)
