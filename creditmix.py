@@ -13,6 +13,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ import numpy as np
 from common import BASE, Calibration, LabelScorer, PromptEncoder, label_prior, read_verbalizers, with_shares
 from files import InputError, hash_share, number_or_auto, parse_json, read_jsonl, read_text
 from models import (
+    adapter_config,
     add_adapters,
     add_loading_flags,
     calibration_path,
@@ -33,7 +35,7 @@ from models import (
     model_fingerprint,
     read_fitted,
 )
-from processes import gather, own_share
+from processes import gather, own_share, rank_and_world
 
 LABELS = ("Good", "Standard", "Bad")
 CALIBRATIONS = ("none", "contextual", "batch", "fitted", "auto")
@@ -493,6 +495,17 @@ def fitted_calibration(model_dir: str, args: Any) -> dict | None:
     return stored
 
 
+def unfitted_note(model_dir: str, fitted: dict | None, args: Any) -> str | None:
+    """What to tell whoever uses an adapter without a stored calibration and chose none: training moves the scores away
+    from what the prior of content-free prompts corrects (docs/results/creditmix/README.md)."""
+    if args.calibration != "auto" or fitted or not adapter_config(model_dir):
+        return None
+    return (
+        f"{model_dir} has no stored calibration: the prior of content-free prompts is subtracted, which fits trained "
+        "models badly; store the likeliest with eval_creditmix.py --fit --calibration auto, or give --calibration none"
+    )
+
+
 def adjusted(calibration: Calibration, args: Any) -> Calibration:
     """With what --bias and --class_shares add."""
     calibration = replace(calibration, bias=calibration.bias + check_scoring_flags(args)[1])
@@ -529,6 +542,8 @@ class CreditModel:
         check_scoring_flags(args)
         check_model_name(model_dir)
         fitted = fitted_calibration(model_dir, args)
+        if (note := unfitted_note(model_dir, fitted, args)) and rank_and_world()[0] == 0:
+            print(f"note: {note}", file=sys.stderr)
         before = model_fingerprint(model_dir)
         model, tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
         check_unchanged(model_dir, before)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from creditmix import LABELS, CreditModel, check_scoring_flags, creditmix_prompt, fitted_calibration
+from creditmix import LABELS, CreditModel, check_scoring_flags, creditmix_prompt, fitted_calibration, unfitted_note
 from files import InputError
 from models import adapter_config, base_of, check_model_name, model_fingerprint, same_base
 
@@ -84,6 +84,9 @@ class Engine:
         self.folders = adapter_folders(args)
         names = {"base": args.base} | self.folders
         self._fitted = {variant: fitted_calibration(name, args) for variant, name in names.items()}
+        for variant, name in names.items():
+            if note := unfitted_note(name, self._fitted[variant], args):
+                LOG.warning("not calibrated", extra={"fields": {"variant": variant, "hint": note}})
         self._missing = self._training_commands()
         self.models: dict[str, CreditModel] = {}
         self.description: dict[str, dict] = {}

@@ -482,6 +482,15 @@ def test_baselines_learn_nothing_from_the_customers_they_are_measured_on(here, c
     assert found[-1]["accuracy"] < 0.5
 
 
+def test_an_adapter_without_a_calibration_says_how_to_get_one(here, capsys, adapter, fitted, model_dir):
+    """Its default, the prior of content-free prompts, fits trained models badly."""
+    said = {}
+    for name, flags in ((adapter, ()), (adapter, ("--calibration", "none")), (fitted, ()), (model_dir, ())):
+        assert infer_creditmix.main(["--model_dir", name, "--features", "Age: 30", *PLAIN, *flags]) == 0
+        said[name, *flags] = "no stored calibration" in capsys.readouterr().err
+    assert said == {(adapter,): True, (adapter, "--calibration", "none"): False, (fitted,): False, (model_dir,): False}
+
+
 def test_a_base_keeps_its_calibration_in_its_own_run_folder(here, capsys, model_dir, credit_file):
     evaluate(model_dir, credit_file, "--fit")
     stored = json.loads((here / "runs/creditmix_base/calibration.json").read_text())

@@ -541,6 +541,12 @@ def test_a_base_may_be_named_by_any_path_to_it(model_dir, folders, monkeypatch):
     assert set(Engine(arguments(Path(model_dir).name, folders)).folders) == set(folders)
 
 
+def test_adapters_without_a_calibration_are_named_in_the_log(model_dir, folders, caplog):
+    Engine(arguments(model_dir, folders))
+    said = [record.fields["variant"] for record in caplog.records if record.message == "not calibrated"]
+    assert said == list(folders)
+
+
 def test_a_folder_that_was_named_must_have_an_adapter(model_dir, tmp_path):
     with pytest.raises(InputError, match="no adapter there; 'none' leaves this endpoint without one"):
         Engine(arguments(model_dir, {"kd": str(tmp_path)}))
