@@ -301,16 +301,48 @@ async def send_error(send: Any, status: int, code: str, message: str, hint: str 
     await send({"type": "http.response.body", "body": body})
 
 
+def add_error_handlers(app: Any) -> None:
+    """Give every refusal, of the engine or of FastAPI, the shape of `error_body`."""
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    from serving import Refusal
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> JSONResponse:
+        headers = {"Retry-After": str(refusal.retry_after)} if refusal.retry_after else None
+        return JSONResponse(error_body(refusal.code, refusal.message, refusal.hint), refusal.status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            message, hint = f"the content type is {kind[:100]}", "send the header Content-Type: application/json"
+            return JSONResponse(error_body("not_json", message, hint), 415)
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+        if first["type"] == "json_invalid":
+            return JSONResponse(error_body("not_json", "the body is not JSON", "see /docs for an example"), 400)
+        message = f"{place}: {first['msg']}"[:300]
+        return JSONResponse(error_body("invalid", message, "see /docs for an example"), 422)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {400: "not_json", 404: "not_found", 405: "method_not_allowed"}
+        body = error_body(codes.get(error.status_code, "http_error"), str(error.detail), "see /docs")
+        return JSONResponse(body, error.status_code, getattr(error, "headers", None))
+
+
 def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_key: str | None = None) -> Any:
     """The FastAPI application around an engine (`serving.Engine`, or one of the tests with the same methods)."""
     from fastapi import Depends, FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+    from fastapi.responses import HTMLResponse, PlainTextResponse
     from fastapi.security import HTTPBearer
     from fastapi_offline import FastAPIOffline
     from prometheus_client import generate_latest
     from pydantic import BaseModel, ConfigDict, Field
-    from starlette.exceptions import HTTPException
 
     from serving import VARIANTS, Refusal
 
@@ -370,29 +402,7 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
     app.add_middleware(Guard, api_key=api_key, metrics=metrics)
     html = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
 
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, refusal: Refusal) -> JSONResponse:
-        headers = {"Retry-After": str(refusal.retry_after)} if refusal.retry_after else None
-        return JSONResponse(error_body(refusal.code, refusal.message, refusal.hint), refusal.status, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            message, hint = f"the content type is {kind[:100]}", "send the header Content-Type: application/json"
-            return JSONResponse(error_body("not_json", message, hint), 415)
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        if first["type"] == "json_invalid":
-            return JSONResponse(error_body("not_json", "the body is not JSON", "see /docs for an example"), 400)
-        message = f"{place}: {first['msg']}"[:300]
-        return JSONResponse(error_body("invalid", message, "see /docs for an example"), 422)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        codes = {400: "not_json", 404: "not_found", 405: "method_not_allowed"}
-        body = error_body(codes.get(error.status_code, "http_error"), str(error.detail), "see /docs")
-        return JSONResponse(body, error.status_code, getattr(error, "headers", None))
+    add_error_handlers(app)
 
     async def answer(request: Request, variant: str, features: list[str]) -> list[dict]:
         if log_features:
