@@ -12,6 +12,8 @@ import difflib
 import functools
 import hashlib
 import os
+import platform
+import re
 import sys
 import tempfile
 import warnings
@@ -225,6 +227,22 @@ def compute_dtype(name: str = "auto") -> torch.dtype:
 def dtype_name(name: str = "auto") -> str:
     """'bfloat16' or 'float32': what `compute_dtype` of this name is here."""
     return str(compute_dtype(name)).removeprefix("torch.")
+
+
+def machine() -> dict[str, Any]:
+    """What measured times and memory depend on: processor, its cores that this process may use, threads, GPU, and the
+    type that `auto` computes in."""
+    import torch
+
+    facts = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", facts.read_text() if facts.exists() else "")
+    return {
+        "cpu": found[1] if found else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "compute_dtype": dtype_name(),
+    }
 
 
 def warn_if_slow(path: str, name: str) -> None:

@@ -9,7 +9,6 @@ Three ways, in turns over the same batches: our loop (tokens that the schema for
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from decoding import JsonDecoder, SchemaGrammar, compile_schema
 from files import read_json, read_jsonl, run_script
 from idp import idp_prompt
 from models import load_model
+from report import report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,11 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             result[f"batch_{size}_seconds_vs_{name}"] = round(statistics.median(ratios), 3)
             result[f"batch_{size}_seconds_vs_{name}_p10_p90"] = [round(low, 3), round(high, 3)]
         result[f"batch_{size}_tokens_per_second"] = round(tokens_written / ours_total, 1)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:<48}{value}")
+    report(result, args.json)
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from creditmix import read_creditmix
 from files import InputError, run_script, write_jsonl
 from models import adapter_config, load_model
+from report import report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,11 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         "peak_memory_mb": [round(few_mb), round(many_mb)],
         "memory_many_vs_few": round(many_mb / few_mb, 3),
     }
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:<24}{value}")
+    report(result, args.json)
     return 0
 
 

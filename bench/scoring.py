@@ -42,6 +42,7 @@ from common import LabelScorer, PromptEncoder
 from creditmix import LABELS, creditmix_prompt, read_creditmix
 from files import InputError, cache_dir, run_script, write_jsonl
 from models import adapter_config, dtype_name, load_model, local_or_hub
+from report import report
 
 ROOT = Path(__file__).resolve().parents[1]
 LM_EVAL = "0.4.13"
@@ -246,11 +247,7 @@ def main(argv: list[str] | None = None) -> int:
             if quantization == args.quantization[0]
             else {f"{quantization}_{key}": value for key, value in found.items()}
         )
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:<30}{value}")
+    report(result, args.json)
     return 0
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from creditmix import LABELS, CreditModel, creditmix_prompt, read_creditmix
 from files import run_script
 from models import load_model, lora_config
+from report import report
 from serve_creditmix import build_parser as server_parser
 from serving import VARIANTS
 
@@ -267,11 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         for label in LABELS
     ]
     result["largest_raw_score_difference"] = round(max(gaps), 6)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:<36}{value}")
+    report(result, args.json)
     return 0
 
 

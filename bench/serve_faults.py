@@ -22,9 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from serve import Client, Server, load, random_adapters
-
 from files import run_script
+from serve import Client, Server, load, random_adapters
 from serving import VARIANTS
 
 TEXT = "Age: 23, Occupation: Scientist, Annual Income: 19100, Outstanding Debt: 810"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from common import PromptEncoder
 from creditmix import LABELS, creditmix_prompt, read_creditmix
 from files import InputError, run_script, write_jsonl
 from models import dtype_name, local_or_hub, lora_config
+from report import report
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE = {"sft": 1e-3, "dpo": 1e-4}  # the recipe for small students
@@ -195,11 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             result[f"{method}_loss"] = curves[method]
     plot_losses(Path(args.plot), curves)
     result["plot"] = args.plot
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:<30}{value}")
+    report(result, args.json)
     return 0
 
 

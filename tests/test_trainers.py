@@ -201,6 +201,7 @@ def test_run_folder(method, run, model_dir, data, sft_adapter, monkeypatch):
     assert result["sources"] and set(result["sources"]) == {None}  # nothing noted beside the data
     assert (result["split_seed"], result["seed"], result["resumed_from"]) == (None, 0, None)
     assert {"python", "torch", "transformers", "peft", "trl", "bitsandbytes"} <= set(result["packages"])
+    assert result["machine"]["cpu"] and result["machine"]["cores"] > 0  # times mean nothing without it
     assert result["metrics"]["steps"] == 4 and result["metrics"]["train_loss"] > 0
     assert result["wall_seconds"] > 0 and result["memory"]["peak_gb"] > 0 and result["memory"]["device"]
     curve = json.loads((save_dir / "training_curve.json").read_text())

@@ -1,0 +1,23 @@
+"""How the benches say what they found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models import machine
+
+
+def report(result: dict[str, Any], as_json: bool) -> None:
+    """Print the figures and the machine that they were taken on: as one JSON object, or a line for each."""
+    result = result | {"machine": machine()}
+    if as_json:
+        print(json.dumps(result))
+        return
+    width = max(map(len, result)) + 2
+    for key, value in result.items():
+        print(f"{key:<{width}}{value}")
