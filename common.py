@@ -487,20 +487,19 @@ def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray, way: flo
     return Calibration("fitted", prior, bias - bias.mean(), found.temperature)
 
 
-def cross_fitted_nll(
+def cross_fitted_probabilities(
     raw: np.ndarray,
     prior: np.ndarray,
     answers: np.ndarray,
     groups: Sequence[str],
     fit: Callable[..., Calibration] = fit_calibration,
-) -> float:
-    """Negative log-likelihood (natural log, mean over rows) of fitted calibrations on rows that they were not fitted
-    on, in five folds by group: so a fit can be compared with calibrators that have nothing to fit."""
+) -> np.ndarray:
+    """Probabilities [N, labels] by fitted calibrations that did not see the row's group, in five folds: so that a fit
+    can be compared with calibrators that have nothing to fit."""
     import numpy as np
     from sklearn.model_selection import GroupKFold
 
-    total = 0.0
+    probabilities = np.empty_like(raw)
     for train, test in GroupKFold(5).split(raw, answers, groups):
-        probabilities = fit(raw[train], prior, answers[train]).probabilities(raw[test])
-        total -= np.log(probabilities[np.arange(len(test)), answers[test]].clip(1e-12)).sum()
-    return total / len(raw)
+        probabilities[test] = fit(raw[train], prior, answers[train]).probabilities(raw[test])
+    return probabilities

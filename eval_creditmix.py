@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from common import Calibration, cross_fitted_nll, fit_calibration, fit_shares
+from common import Calibration, cross_fitted_probabilities, fit_calibration, fit_shares
 from creditmix import (
     LABELS,
     CreditModel,
@@ -89,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fit",
         action="store_true",
         help="fit bias and temperature on calibration rows and write calibration.json; with --calibration another "
-        "one, with auto the likeliest of all",
+        "one, with auto the simplest that is within a standard error of the likeliest",
     )
     add(
         "--fit_bias",
@@ -291,21 +292,35 @@ def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, args: argparse
 
 def calibrators(
     raw: np.ndarray, contextual: np.ndarray, answers: np.ndarray, customers: Sequence[str], fit_bias: str
-) -> tuple[dict[str, Calibration], dict[str, float]]:
-    """({method: calibration}, {method: negative log-likelihood}) on calibration rows; raw: [N, labels]. The fitted
-    one's likelihood is that of fits that did not see the customer. Batch calibration: the shift is the mean raw score
-    of the rows, whatever their labels (Zhou et al. 2023)."""
+) -> tuple[dict[str, Calibration], dict[str, np.ndarray]]:
+    """({method: calibration}, {method: negative log-likelihoods [N]}) of calibration rows, the simplest first; raw:
+    [N, labels]. The fitted one's likelihoods are those of fits that did not see the customer. Batch calibration: the
+    shift is the mean raw score of the rows, whatever their labels (Zhou et al. 2023)."""
     zero = np.zeros(len(LABELS))
     found = {
         "none": Calibration("none", zero, zero),
         "contextual": Calibration("contextual", contextual, zero),
         "batch": Calibration("batch", raw.mean(axis=0), zero),
     }
-    nll = {name: float(row_losses(c.probabilities(raw), answers).mean()) for name, c in found.items()}
+    losses = {name: row_losses(c.probabilities(raw), answers) for name, c in found.items()}
     method = FIT_BIAS[fit_bias]
     found["fitted"] = method(raw, contextual, answers)
-    nll["fitted"] = cross_fitted_nll(raw, contextual, answers, customers, method)
-    return found, nll
+    losses["fitted"] = row_losses(cross_fitted_probabilities(raw, contextual, answers, customers, method), answers)
+    return found, losses
+
+
+def likeliest(losses: dict[str, np.ndarray], customers: Sequence[str]) -> str:
+    """The simplest calibrator that is not less likely than the likeliest by more than one standard error of the
+    difference, over customers: what few rows seem to gain is mostly noise (the one-standard-error rule, Breiman et al.
+    1984). losses: {method: negative log-likelihoods [N]}, the simplest first; at least two customers."""
+    best = min(losses.values(), key=np.mean)
+    _, whose = np.unique(customers, return_inverse=True)
+
+    def about_best(loss: np.ndarray) -> bool:
+        lost = np.bincount(whose, loss - best)
+        return lost.sum() <= lost.std(ddof=1) * math.sqrt(len(lost))
+
+    return next(name for name, loss in losses.items() if about_best(loss))
 
 
 def fit(
@@ -315,8 +330,10 @@ def fit(
     contextual calibration and no bias."""
     raw = model.raw_scores([row.features for row in rows], "calibration rows")
     answers = np.array([LABELS.index(row.label) for row in rows])
-    found, nll = calibrators(raw, model.calibration.prior, answers, [row.customer for row in rows], args.fit_bias)
-    chosen = found[min(nll, key=nll.__getitem__) if args.calibration == "auto" else args.calibration]
+    customers = [row.customer for row in rows]
+    found, losses = calibrators(raw, model.calibration.prior, answers, customers, args.fit_bias)
+    chosen = found[likeliest(losses, customers) if args.calibration == "auto" else args.calibration]
+    nll = {name: float(loss.mean()) for name, loss in losses.items()}
     if rank_and_world()[0]:
         return chosen, found
     shown = ", ".join(f"{name} {value:.4f}" for name, value in nll.items())
@@ -531,10 +548,11 @@ def main(argv: list[str] | None = None) -> int:
     validation, calibration, train = draw_samples(rows, args)
     for model_dir in args.model_dir:  # before the first is scored, which takes minutes
         local_or_hub(base_of(model_dir))
-    if args.fit and (customers := len({row.customer for row in calibration})) < 100:
+    customers = len({row.customer for row in calibration})
+    if args.fit and args.calibration != "auto" and customers < 100:
         print(
-            f"note: fitting on the rows of {customers} customers may do harm; "
-            "look at 'calibration none' in the report, and use that where it is better",
+            f"note: fitting on the rows of {customers} customers may do harm; --calibration auto fits only where the "
+            "gain is more than chance",
             file=sys.stderr,
         )
     simple = baselines(train, validation, args) if args.baselines else []
