@@ -140,20 +140,23 @@ def check_training(model_dir: str, split_seed: int, data_sha256: str) -> None:
         print(f"note: {model_dir} was trained {where}; they may be among the validation rows", file=sys.stderr)
 
 
-def check_fitted(model_dir: str, split_seed: int, data_sha256: str) -> None:
-    """Refuse a stored calibration that was fitted under another split, and say so where it was on other rows."""
+def check_fitted(model_dir: str, args: argparse.Namespace, data_sha256: str) -> None:
+    """Refuse a stored calibration that was fitted under another split, and say so where it was on other rows or with
+    labels that --gold_share would not let it know."""
     path = calibration_path(model_dir)
     stored = read_json(path) if path.is_file() else None
     fitted_on = stored.get("fitted_on") if isinstance(stored, dict) else None
     if not isinstance(fitted_on, dict):
         return
-    if fitted_on.get("split_seed") != split_seed:
+    if fitted_on.get("split_seed") != args.split_seed:
         raise InputError(
-            f"{path}: fitted with --split_seed {fitted_on.get('split_seed')}, evaluated with {split_seed}: its rows "
-            "may be validation rows; fit again with --fit, or use --calibration contextual"
+            f"{path}: fitted with --split_seed {fitted_on.get('split_seed')}, evaluated with {args.split_seed}: its "
+            "rows may be validation rows; fit again with --fit, or use --calibration contextual"
         )
     if fitted_on.get("data_sha256") != data_sha256:
         print(f"note: {path} was fitted on rows of {fitted_on.get('data')}, not of --data", file=sys.stderr)
+    if (share := fitted_on.get("gold_share", 1.0)) > args.gold_share:
+        print(f"note: {path} was fitted with --gold_share {share:g}, not {args.gold_share:g}", file=sys.stderr)
 
 
 def draw(rows: Sequence[CreditRow], split: str, per_class: int | None, args: argparse.Namespace) -> list[CreditRow]:
@@ -184,7 +187,10 @@ def draw_samples(rows: Sequence[CreditRow], args: argparse.Namespace) -> tuple[l
 
 
 def coverage_curve(right: np.ndarray, confidence: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(coverage, accuracy) [N each] where the rows are answered from the surest on and the others referred."""
+    """(coverage, accuracy) [N each] where the rows are answered from the surest on and the others referred; of rows
+    that are equally sure none comes first, each counts as their mean."""
+    _, tied = np.unique(confidence, return_inverse=True)
+    right = (np.bincount(tied, right * weights) / np.bincount(tied, weights))[tied]
     order = np.argsort(-confidence, kind="stable")
     answered = weights[order].cumsum()
     return answered / answered[-1], (right * weights)[order].cumsum() / answered
@@ -232,23 +238,26 @@ def bootstrap(
     weights: np.ndarray | float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Accuracy, macro-F1, recalls and mean of the losses (negative log-likelihoods [N]), each [resamples], resampling
-    customers with all their rows. One seed draws the same customers for every model of the same rows, so that
-    differences of two models are paired."""
+    customers with all their rows. In each resample every label counts as much as it does in the rows, which were drawn
+    for that: how many of its customers came up is no uncertainty of the model. One seed draws the same customers for
+    every model of the same rows, so that differences of two models are paired."""
     index = {customer: i for i, customer in enumerate(dict.fromkeys(customers))}
     size = len(LABELS)
     tables = np.zeros((len(index), size * size))
-    lost = np.zeros(len(index))
+    lost = np.zeros((len(index), size))
     whose = [index[c] for c in customers]
     np.add.at(tables, (whose, answers * size + predicted), weights)
-    np.add.at(lost, whose, losses * weights)
+    np.add.at(lost, (whose, answers), losses * weights)
+    shares = tables.sum(axis=0).reshape(size, size).sum(axis=1) / tables.sum()
     rng = np.random.default_rng(seed)
     times = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=resamples)
     confusion = (times @ tables).reshape(resamples, size, size)
-    hits, actual, claimed = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=2), confusion.sum(axis=1)
-    f1 = 2 * hits / np.maximum(actual + claimed, 1e-9)
-    rows = confusion.sum(axis=(1, 2))
-    samples = {"accuracy": hits.sum(axis=1) / rows, "macro_f1": f1.mean(axis=1), "nll": times @ lost / rows}
-    return samples | {f"recall_{label}": hits[:, i] / np.maximum(actual[:, i], 1e-9) for i, label in enumerate(LABELS)}
+    scale = shares / np.maximum(confusion.sum(axis=2), 1e-9)  # [resamples, size]
+    confusion *= scale[:, :, None]
+    hits, claimed = np.diagonal(confusion, axis1=1, axis2=2), confusion.sum(axis=1)
+    f1 = 2 * hits / np.maximum(shares + claimed, 1e-9)
+    samples = {"accuracy": hits.sum(axis=1), "macro_f1": f1.mean(axis=1), "nll": (times @ lost * scale).sum(axis=1)}
+    return samples | {f"recall_{label}": hits[:, i] / max(shares[i], 1e-9) for i, label in enumerate(LABELS)}
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
@@ -452,7 +461,8 @@ def print_tables(results: list[dict[str, Any]], rows: list[CreditRow], out: Any)
         if abstain := result.get("abstain"):
             print(
                 f"{'':<{width}}  answered where the probability is at least {abstain['below']:g}: "
-                f"{abstain['coverage']:.3f} of the rows, {abstain['accuracy'] or 0:.4f} of these right",
+                f"{abstain['coverage']:.3f} of the rows"
+                + (f", {abstain['accuracy']:.4f} of these right" if abstain["coverage"] else ""),
                 file=out,
             )
     compared = [result for result in results if "difference" in result]
@@ -544,7 +554,7 @@ def main(argv: list[str] | None = None) -> int:
     for model_dir in args.model_dir:
         check_training(model_dir, args.split_seed, data_hash)
         if not args.fit and args.calibration not in ("none", "contextual"):
-            check_fitted(model_dir, args.split_seed, data_hash)
+            check_fitted(model_dir, args, data_hash)
     validation, calibration, train = draw_samples(rows, args)
     for model_dir in args.model_dir:  # before the first is scored, which takes minutes
         local_or_hub(base_of(model_dir))

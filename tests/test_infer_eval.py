@@ -573,6 +573,8 @@ def test_a_calibration_of_another_split_is_refused(here, capsys, model_dir, cred
     capsys.readouterr()
     assert evaluate(model_dir, str(other)) == 0
     assert "was fitted on rows of" in capsys.readouterr().err
+    assert evaluate(model_dir, credit_file, "--gold_share", "0.5") == 0
+    assert "was fitted with --gold_share 1, not 0.5" in capsys.readouterr().err
 
 
 def test_a_text_without_a_known_feature_gets_a_note(here, capsys, model_dir):
@@ -703,6 +705,15 @@ def test_auto_takes_the_simplest_calibrator_that_chance_could_make_the_likeliest
         assert eval_creditmix.likeliest(losses, customers) == wanted
 
 
+def test_rows_that_are_equally_sure_have_no_order():
+    """Else the area under the risk-coverage curve would depend on how the file is sorted."""
+    confidence, weights = np.array([0.9, 0.5, 0.5, 0.5]), np.ones(4)
+    for right in ([1, 1, 1, 0], [1, 0, 1, 1]):
+        coverage, accuracy = eval_creditmix.coverage_curve(np.array(right), confidence, weights)
+        np.testing.assert_allclose(coverage, [0.25, 0.5, 0.75, 1])
+        np.testing.assert_allclose(accuracy, [1, 5 / 6, 7 / 9, 3 / 4])
+
+
 def test_the_likeliest_calibrator_is_stored_and_used(here, capsys, adapter, credit_file):
     """By the likelihood of calibration rows; what is fitted is judged on customers that it did not see."""
     own = str(shutil.copytree(adapter, here / "own"))
@@ -745,11 +756,24 @@ def test_class_shares_change_the_odds(here, capsys, model_dir):
     assert even["scores"] == pytest.approx(plain["scores"], abs=1e-3)
 
 
+def test_a_fit_is_evaluated_for_the_shares_of_the_field(here, capsys, adapter, credit_file):
+    """With the calibration just fitted the evaluation says what inference says with it later."""
+    own, shares = str(shutil.copytree(adapter, here / "own")), ("--class_shares", "Good=0.2,Standard=0.7,Bad=0.1")
+    assert evaluate(own, credit_file, "--fit", *shares, "--report_dir", "report") == 0
+    line = json.loads(next((here / "report").glob("*/predictions.jsonl")).read_text().splitlines()[0])
+    flags = ["--model_dir", own, *PLAIN, "--features", line["features"], *shares]
+    capsys.readouterr()
+    assert infer_creditmix.main(flags) == 0
+    assert json.loads(capsys.readouterr().out)["probabilities"] == pytest.approx(line["probabilities"], abs=1e-4)
+
+
 def test_class_shares_weigh_the_evaluation(here, capsys, adapter, credit_file):
     flags = ("--class_shares", "Good=0.2,Standard=0.7,Bad=0.1", "--baselines")
     model, *others = evaluate_json(capsys, adapter, credit_file, *flags)["models"]
     wanted = sum(share * model[f"recall_{label}"] for label, share in (("Good", 0.2), ("Standard", 0.7), ("Bad", 0.1)))
     assert model["accuracy"] == pytest.approx(wanted)
+    for name, (low, high) in model["interval_95"].items():
+        assert low <= model[name] <= high, name
     majority = next(other for other in others if other["model"] == "majority")
     assert majority["accuracy"] == pytest.approx(0.7)  # in this field the majority is Standard
     assert evaluate(adapter, credit_file, *flags) == 0
@@ -807,6 +831,22 @@ def test_intervals_resample_customers():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 120), rel=0.2)  # the binomial width
     alone = accuracy(truth, guess, [str(i) for i in range(1200)])
     assert alone[1] - alone[0] < 0.5 * (high - low)
+
+
+def test_what_the_design_fixes_is_no_uncertainty():
+    """The rows are drawn balanced: which of their customers a resample has must not move the shares of the labels."""
+    answers, names = np.arange(300) % 3, [f"C{i}" for i in range(300)]
+    one = eval_creditmix.bootstrap(answers, np.zeros(300, int), np.ones(300), names, 500, 0)
+    assert eval_creditmix.interval(one["accuracy"]) == pytest.approx((1 / 3, 1 / 3))
+    # Of one label every second row is right, of the others all are or none is: only the former varies.
+    right = (answers == 0) | ((answers == 1) & (np.arange(300) % 2 == 0))
+    predicted = np.where(right, answers, (answers + 1) % 3)
+    for weights, share in ((1.0, 1 / 3), (3 * np.array([0.2, 0.7, 0.1])[answers], 0.7)):
+        samples = eval_creditmix.bootstrap(answers, predicted, 1.0 - right, names, 4000, 0, weights)
+        low, high = eval_creditmix.interval(samples["accuracy"])
+        assert high - low == pytest.approx(2 * 1.96 * share * np.sqrt(0.25 / 100), rel=0.1)
+        assert (low + high) / 2 == pytest.approx(np.average(right, weights=weights * np.ones(300)), abs=0.01)
+        np.testing.assert_allclose(samples["nll"], 1 - samples["accuracy"])
 
 
 def test_a_model_is_measured_by_customer():
