@@ -503,3 +503,27 @@ def cross_fitted_probabilities(
     for train, test in GroupKFold(5).split(raw, answers, groups):
         probabilities[test] = fit(raw[train], prior, answers[train]).probabilities(raw[test])
     return probabilities
+
+
+def row_losses(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood (natural log) of each row, [N]."""
+    import numpy as np
+
+    return -np.log(probabilities[np.arange(len(answers)), answers].clip(1e-12))
+
+
+def likeliest(losses: dict[str, np.ndarray], groups: Sequence[str]) -> str:
+    """The simplest calibrator that is not less likely than the likeliest by more than one standard error of the
+    difference, over groups of rows (customers): what few rows seem to gain is mostly noise (the one-standard-error
+    rule, Breiman et al. 1984). losses: {method: negative log-likelihoods [N]}, the simplest first; at least two
+    groups."""
+    import numpy as np
+
+    best = min(losses.values(), key=np.mean)
+    _, whose = np.unique(groups, return_inverse=True)
+
+    def about_best(loss: np.ndarray) -> bool:
+        lost = np.bincount(whose, loss - best)
+        return lost.sum() <= lost.std(ddof=1) * np.sqrt(len(lost))
+
+    return next(name for name, loss in losses.items() if about_best(loss))

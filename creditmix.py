@@ -391,7 +391,8 @@ def simple_baselines(prompts: Sequence[str], answers: Sequence[str]) -> dict[str
     """Accuracy of the most frequent answer, and of a cross-validated logistic regression where the prompts are
     CreditMix prompts: what a teacher has to beat. Rows of one occupation and income, which are mostly one customer's,
     stay in one fold, as prompts name no customer."""
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
+    from sklearn.metrics import accuracy_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
     counts = Counter(answers)
     result = {"majority": max(counts.values()) / len(answers)}
@@ -401,11 +402,11 @@ def simple_baselines(prompts: Sequence[str], answers: Sequence[str]) -> dict[str
         same = ("Occupation", "Annual Income")
         customers = [" ".join(row.get(name, "") for name in same).strip() or str(row) for row in fields]
         if len(set(customers)) >= 5:
-            folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-            scores = cross_val_score(
-                logistic_regression(), tabular_features(features), list(answers), groups=customers, cv=folds
-            )
-            result["logistic regression"] = float(scores.mean())
+            frame, folds = tabular_features(features), StratifiedGroupKFold(5, shuffle=True, random_state=0)
+            parts = list(folds.split(frame, answers, customers))
+            if all(len({answers[i] for i in train}) > 1 for train, _ in parts):  # of one label nothing is learnt
+                predicted = cross_val_predict(logistic_regression(), frame, list(answers), cv=parts)
+                result["logistic regression"] = accuracy_score(answers, predicted)
     return result
 
 

@@ -107,11 +107,10 @@ def code_scores(tasks: Sequence[Any], answers: Sequence[Sequence[str]], seconds:
     return scores
 
 
-def best_and_worst(texts: Sequence[str], scores: Sequence[float]) -> tuple[str, str] | None:
-    """The pair, the shorter answer where scores are equal; None where no answer has anything right (a score above 0)
-    or none is better than another."""
-    order = sorted(range(len(texts)), key=lambda i: (-scores[i], len(texts[i])))
-    best, worst = order[0], order[-1]
+def best_and_worst(texts: Sequence[str], scores: list[float]) -> tuple[str, str] | None:
+    """The pair, the first answer where scores are equal: a choice by length would be learnt as a preference. None
+    where no answer has anything right (a score above 0) or none is better than another."""
+    best, worst = scores.index(max(scores)), scores.index(min(scores))
     return (texts[best], texts[worst]) if scores[best] > max(scores[worst], 0) else None
 
 
@@ -148,7 +147,7 @@ def sampled(args: argparse.Namespace, prompts: Sequence[str]) -> tuple[AnswerFil
     waiting = {i * args.n + k: prompt for i, prompt in enumerate(prompts) for k in range(args.n)}
     waiting = {number: prompt for number, prompt in waiting.items() if number not in file.answers}
     if waiting:
-        student = ModelTeacher(args.model_dir, args, ())  # no labels are scored, so no shift is estimated
+        student = ModelTeacher(args.model_dir, args)  # no labels are scored, so no shift is estimated
         file.collect(student.answers(waiting, []), len(prompts) * args.n, args.model_dir)
     texts = [file.answers[number]["teacher_output"] for number in range(len(prompts) * args.n)]
     return file, [texts[i * args.n : (i + 1) * args.n] for i in range(len(prompts))]

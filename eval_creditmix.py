@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import re
 import sys
 from collections import Counter
@@ -23,7 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from common import Calibration, cross_fitted_probabilities, fit_calibration, fit_shares
+from common import (
+    Calibration,
+    cross_fitted_probabilities,
+    fit_calibration,
+    fit_shares,
+    likeliest,
+    row_losses,
+)
 from creditmix import (
     LABELS,
     CreditModel,
@@ -196,11 +202,6 @@ def coverage_curve(right: np.ndarray, confidence: np.ndarray, weights: np.ndarra
     return answered / answered[-1], (right * weights)[order].cumsum() / answered
 
 
-def row_losses(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood (natural log) of each row, [N]."""
-    return -np.log(probabilities[np.arange(len(answers)), answers].clip(1e-12))
-
-
 def point_metrics(
     answers: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None
 ) -> dict[str, float]:
@@ -316,20 +317,6 @@ def calibrators(
     found["fitted"] = method(raw, contextual, answers)
     losses["fitted"] = row_losses(cross_fitted_probabilities(raw, contextual, answers, customers, method), answers)
     return found, losses
-
-
-def likeliest(losses: dict[str, np.ndarray], customers: Sequence[str]) -> str:
-    """The simplest calibrator that is not less likely than the likeliest by more than one standard error of the
-    difference, over customers: what few rows seem to gain is mostly noise (the one-standard-error rule, Breiman et al.
-    1984). losses: {method: negative log-likelihoods [N]}, the simplest first; at least two customers."""
-    best = min(losses.values(), key=np.mean)
-    _, whose = np.unique(customers, return_inverse=True)
-
-    def about_best(loss: np.ndarray) -> bool:
-        lost = np.bincount(whose, loss - best)
-        return lost.sum() <= lost.std(ddof=1) * math.sqrt(len(lost))
-
-    return next(name for name, loss in losses.items() if about_best(loss))
 
 
 def fit(

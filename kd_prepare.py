@@ -38,6 +38,7 @@ from processes import gather, only_one, own_share, rank_and_world
 
 GOLD_FIELDS = ("output", "chosen", "answer")
 TABULAR = "tabular"
+FEW_WITHOUT = 0.1  # of the answers that may lack likelihoods before those of the others are given up
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,6 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     help_seed = "of what is drawn: a local teacher's answers, a tabular teacher's rows (%(default)s)"
     add("--seed", type=seed_number, default=0, help=help_seed)
     add("--batch_size", type=int, default=16, help="prompts a model answers together (%(default)s)")
+    add(
+        "--calibration",
+        choices=("auto", "none", "batch"),
+        default="auto",
+        help="of a local model's label scores; batch: less their mean over prompts; auto, the default: what makes the "
+        "gold answers likelier, without these none for an adapter and batch for any other model",
+    )
     add(
         "--filter",
         choices=("agree", "confident", "none"),
@@ -128,7 +136,9 @@ def read_prompts(path: str, labels: str | None) -> tuple[list[str], list[str | N
     return prompts, gold, sorted(known) if is_label_task else []
 
 
-def ask(args: argparse.Namespace, prompts: Sequence[str], labels: Sequence[str]) -> tuple[AnswerFile, str]:
+def ask(
+    args: argparse.Namespace, prompts: Sequence[str], gold: Sequence[str | None], labels: Sequence[str]
+) -> tuple[AnswerFile, str]:
     """All prompts that have no answer yet, to the teacher; returns the answers and the teacher's name."""
     from teachers import PROMPT_VERSION, HttpTeacher, ModelTeacher, user_turn
 
@@ -138,12 +148,13 @@ def ask(args: argparse.Namespace, prompts: Sequence[str], labels: Sequence[str])
     if args.teacher:
         check_model_name(args.teacher)
         settings |= {"model": model_fingerprint(args.teacher), "batch_size": args.batch_size}
+        settings |= {"calibration": args.calibration}
     settings |= {"labels": list(labels), "input": file_sha256(args.input), "prompt": PROMPT_VERSION}
     file = AnswerFile(args.output, settings, args.overwrite, args.batch_size if args.teacher else 1)
     mine, turns = own_share(len(prompts)), [user_turn(prompt, args.rationale) for prompt in prompts]
     waiting = {number: turns[number] for number in mine if number not in file.answers}
     if waiting:
-        teacher = ModelTeacher(args.teacher, args, turns) if args.teacher else HttpTeacher(args)
+        teacher = ModelTeacher(args.teacher, args, turns, gold) if args.teacher else HttpTeacher(args)
         file.collect(teacher.answers(waiting, labels), len(mine), name)
     for answers in gather(file.answers):
         file.answers |= answers
@@ -217,6 +228,23 @@ def kd_row(prompt: str, answer: dict[str, Any], said: str, name: str, version: i
     return {"input": prompt, **answer, "teacher": teacher}
 
 
+def likelihoods_or_none(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trainer takes label_probs from all rows or from none: a few rows without them are left out, with more the
+    probabilities of all are."""
+    without = sum("label_probs" not in row for row in rows)
+    if without in (0, len(rows)):
+        return rows
+    said = f"{without} of {len(rows)} answers came without likelihoods"
+    if without <= FEW_WITHOUT * len(rows):
+        print(f"{said} and are left out", file=sys.stderr)
+        return [row for row in rows if "label_probs" in row]
+    print(f"{said}: label_probs are left out", file=sys.stderr)
+    for row in rows:
+        row.pop("label_probs", None)
+        row["teacher"].pop("probability", None)
+    return rows
+
+
 def tabular_rows(args: argparse.Namespace) -> tuple[list[str], list[str | None], list[dict[str, Any]], list[str]]:
     """(prompts, gold answers or None, answers, labels) of CreditMix training rows by gradient boosting, each row's by
     a model that never saw its customer. With --gold_share the labels of the other customers are not used at all."""
@@ -253,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         note = {"split_seed": args.split_seed, "source": {"file": args.src, "sha256": file_sha256(args.src)}}
     else:
         prompts, gold, labels = read_prompts(args.input, args.labels)
-        file, name = ask(args, prompts, labels)
+        file, name = ask(args, prompts, gold, labels)
         missing = [number for number in range(len(prompts)) if number not in file.answers]
         if missing:
             print(
@@ -285,10 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     if not rows:
         raise InputError(f"no row is left (--filter {args.filter})")
-    if any("label_probs" in row for row in rows) and not all("label_probs" in row for row in rows):
-        for row in rows:  # the trainer takes them from all rows or from none
-            row.pop("label_probs", None)
-        print("not every answer came with likelihoods: label_probs are left out", file=sys.stderr)
+    rows = likelihoods_or_none(rows)
     write_jsonl(args.output, rows)
     note_preparation(args.output, note, teacher={"name": name, **report})
     if file:

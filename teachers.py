@@ -18,9 +18,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from time import sleep
 from typing import Any
 
-from common import SYSTEM_PROMPT, LabelScorer, PromptEncoder, label_prior
+import numpy as np
+
+from common import SYSTEM_PROMPT, LabelScorer, PromptEncoder, likeliest, row_losses
 from files import InputError
-from models import check_model_name, dtype_name, load_model, model_fingerprint, pack_for_decoding
+from models import adapter_config, check_model_name, load_model, pack_for_decoding
 
 RATIONALE = "Answer with the label first, then give the reason in one short sentence."
 PROMPT_VERSION = 1  # of RATIONALE and SYSTEM_PROMPT; kept with every answer
@@ -28,6 +30,7 @@ CUT = "cut off at --max_new_tokens"
 REFUSED = (400, 413, 422)  # statuses that may be about one prompt
 ALL_REFUSED = 8  # prompts without one answer: the request is wrong, not these
 PRIOR_PROMPTS = 128  # from which a model teacher's shift is estimated
+FEW_PROMPTS = 32  # their mean says more about them than about the model
 
 
 def user_turn(prompt: str, rationale: bool) -> str:
@@ -36,12 +39,20 @@ def user_turn(prompt: str, rationale: bool) -> str:
 
 
 def label_of(answer: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer begins with, or else the only one that it names; None where there is no such one."""
+    """The label that an answer begins with, or else the only one that it names; None where there is no such one, where
+    the answer repeats the choice ("Good, Standard or Bad") or denies it ("not good")."""
     text = answer.lstrip("*\"'`#-_ \n").casefold()
-    found = [label for label in labels if text.startswith(label.casefold())]
-    found = found or [label for label in labels if re.search(rf"\b{re.escape(label.casefold())}\b", text)]
+    word = {label: rf"(?<!\w){re.escape(label.casefold())}(?!\w)" for label in labels}
+    any_label = "|".join(word.values())
+    first = [label for label in labels if re.match(word[label], text)]
+    found = first or [label for label in labels if re.search(word[label], text)]
     longest = max(found, key=len, default="")
-    return longest if found and all(label in longest for label in found) else None
+    if not found or not all(label in longest for label in found):
+        return None
+    if first:
+        rest = text[len(longest) :]
+        return None if re.match(rf"[\s,/|]*(or\b|and\b)?\s*({any_label})", rest) else longest
+    return None if re.search(rf"\b(not|no|never|\w+n't)\s+(\w+\s+){{0,2}}{word[longest]}", text) else longest
 
 
 def label_first(answer: str, label: str, rationale: bool) -> str:
@@ -53,18 +64,48 @@ def label_first(answer: str, label: str, rationale: bool) -> str:
 
 
 class ModelTeacher:
-    """A base, folder or adapter through transformers. Label tasks are answered by calibrated label likelihood, as the
-    student will be; the shift is the mean over prompts (batch calibration, Zhou et al. 2023), since a teacher has no
-    prompts without content for an unknown task.
+    """A base, folder or adapter through transformers. Label tasks are answered by label likelihood, as the student
+    will be. --calibration batch subtracts the mean over prompts (Zhou et al. 2023), since a teacher has no prompts
+    without content for an unknown task: what a base model needs, and what an adapter that was trained on balanced rows
+    is harmed by. auto takes what makes the gold answers likelier, or without these goes by the kind of teacher.
 
-    turns: all user turns of the run, also those that have an answer or are another process's: the shift is theirs."""
+    turns: all user turns of the run, also those that have an answer or are another process's: the shift is theirs.
+    gold: their right answers, as far as they are known."""
 
-    def __init__(self, model_dir: str, args: argparse.Namespace, turns: Sequence[str]):
+    def __init__(
+        self,
+        model_dir: str,
+        args: argparse.Namespace,
+        turns: Sequence[str] = (),
+        gold: Sequence[str | None] = (),
+    ):
         check_model_name(model_dir)
         self.model_dir, self.args = model_dir, args
-        self.sample = random.Random(0).sample(turns, min(PRIOR_PROMPTS, len(turns)))
+        known = list(zip(turns, gold, strict=True))
+        self.sample = random.Random(0).sample(known, min(PRIOR_PROMPTS, len(known)))
         self.model, self.tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
         self.encoder = PromptEncoder(self.tokenizer)
+
+    def _shift(self, scorer: LabelScorer, labels: Sequence[str]) -> np.ndarray:
+        """What is subtracted from the raw scores, [labels]."""
+        from scipy.special import softmax
+
+        if self.args.calibration == "none":
+            return np.zeros(len(labels))
+        raw = scorer.raw_scores([turn for turn, _ in self.sample])
+        shifts = {"none": np.zeros(len(labels)), "batch": raw.mean(axis=0)}
+        rows = [i for i, (_, answer) in enumerate(self.sample) if answer in labels]
+        if self.args.calibration == "batch":
+            chosen = "batch"
+        elif len(rows) >= FEW_PROMPTS:
+            answers = np.array([labels.index(self.sample[i][1]) for i in rows])
+            losses = {name: row_losses(softmax(raw[rows] - shift, axis=1), answers) for name, shift in shifts.items()}
+            chosen = likeliest(losses, [self.sample[i][0] for i in rows])
+        else:
+            chosen = "none" if adapter_config(self.model_dir) or len(raw) < FEW_PROMPTS else "batch"
+        if self.args.calibration == "auto":
+            print(f"calibration of the teacher: {chosen}", file=sys.stderr)
+        return shifts[chosen]
 
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, answer) of each numbered prompt. Raises InputError for a prompt that does not fit the context."""
@@ -73,8 +114,7 @@ class ModelTeacher:
         if labels:
             forms = {label: [label] for label in labels}
             scorer = LabelScorer(self.model, self.encoder, forms, batch_size=self.args.batch_size)
-            how = f"{model_fingerprint(self.model_dir)} {self.args.quantization}"
-            prior = label_prior(scorer, f"{how} {dtype_name(self.args.compute_dtype)}", self.sample)
+            shift = self._shift(scorer, labels)
         writes = not labels or self.args.rationale
         if writes:
             pack_for_decoding(self.model)
@@ -88,7 +128,7 @@ class ModelTeacher:
             if labels:
                 from scipy.special import softmax
 
-                for i, row in enumerate(softmax(scorer.raw_scores(turns) - prior, axis=1)):
+                for i, row in enumerate(softmax(scorer.raw_scores(turns) - shift, axis=1)):
                     answers[i] = answer_of_probabilities(dict(zip(labels, row.tolist(), strict=True)))
                     starts[i] += self.encoder.text(answers[i]["teacher_output"])
             if writes:
@@ -235,7 +275,8 @@ class HttpTeacher:
         first = (getattr(choice.logprobs, "content", None) or [None])[0]
         mass = dict.fromkeys(labels, 0.0)
         for token in (first.top_logprobs or []) if labels and first else []:
-            starts = [label for label in labels if token.token.strip() and label.startswith(token.token.strip())]
+            text = token.token.strip().casefold()
+            starts = [label for label in labels if text and label.casefold().startswith(text)]
             if len(starts) == 1:  # a token that begins two labels says nothing
                 mass[starts[0]] += math.exp(token.logprob)
         total = sum(mass.values())

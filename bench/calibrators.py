@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import eval_creditmix
+from common import likeliest, row_losses
 from creditmix import LABELS, CreditModel, read_creditmix
 from files import InputError, run_script
 
@@ -48,14 +49,11 @@ def changes(
     """{way: negative log-likelihood on the other rows less that of no calibration}, calibrated on the `own` rows
     (boolean, [N])."""
     found, losses = eval_creditmix.calibrators(raw[own], contextual, answers[own], customers[own], "likelihood")
-    measured = {
-        name: float(eval_creditmix.row_losses(c.probabilities(raw[~own]), answers[~own]).mean())
-        for name, c in found.items()
-    }
+    measured = {name: float(row_losses(c.probabilities(raw[~own]), answers[~own]).mean()) for name, c in found.items()}
     means = {name: loss.mean() for name, loss in losses.items()}
     chosen = {
         "likeliest": min(means, key=means.__getitem__),
-        "auto": eval_creditmix.likeliest(losses, customers[own]),
+        "auto": likeliest(losses, customers[own]),
     }
     return {way: measured[chosen.get(way, way)] - measured["none"] for way in WAYS}
 

@@ -46,7 +46,7 @@ def says(monkeypatch):
 
     def set_rule(rule) -> list[int]:
         class Student:
-            def __init__(self, model_dir, args, turns):
+            def __init__(self, model_dir, args):
                 self.n = args.n
 
             def answers(self, prompts, labels):
@@ -96,7 +96,9 @@ def test_code_is_judged_by_its_tests():
 
 
 def test_best_and_worst():
-    assert best_and_worst(["aa", "b", "ccc"], [1.0, 1.0, 0.0]) == ("b", "ccc")  # the shorter of two right ones
+    texts = ["aa", "b", "ccc", "d"]
+    assert best_and_worst(texts, [1.0, 1.0, 0.0, 0.0]) == ("aa", "ccc")  # the first, whatever their length
+    assert best_and_worst(texts, [0.0, 0.5, 0.0, 1.0]) == ("d", "aa")
     assert best_and_worst(["a", "b"], [0.5, 0.5]) is None
     assert best_and_worst(["a", "b"], [0.0, -1.0]) is None  # the better one is wrong too
 

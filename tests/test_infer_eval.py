@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 import batch_files
 import eval_creditmix
 import infer_creditmix
+from common import likeliest
 from conftest import credit_rows, save_adapter
 from creditmix import LABELS, CreditModel, CreditRow, read_creditmix
 from files import InputError, file_sha256, split_of
@@ -702,7 +703,7 @@ def test_auto_takes_the_simplest_calibrator_that_chance_could_make_the_likeliest
         customers = [name for name in "abcd" for _ in range(months)]
         gained = np.repeat(gains, months)
         losses = {"none": np.full(len(gained), 0.6), "contextual": np.full(len(gained), 0.9), "fitted": 0.6 - gained}
-        assert eval_creditmix.likeliest(losses, customers) == wanted
+        assert likeliest(losses, customers) == wanted
 
 
 def test_rows_that_are_equally_sure_have_no_order():

@@ -20,8 +20,8 @@ import pytest
 import kd_prepare
 import teachers
 from common import LabelScorer, PromptEncoder
-from conftest import ROOT, credit_rows
-from creditmix import LABELS, CreditRow, creditmix_prompt, read_creditmix, tabular_teacher
+from conftest import ROOT, credit_rows, save_adapter
+from creditmix import LABELS, CreditRow, creditmix_prompt, gold_known, read_creditmix, tabular_teacher
 from files import InputError, split_of
 from models import load_model
 from teachers import RATIONALE, label_of
@@ -353,6 +353,33 @@ def test_likelihoods_of_an_endpoint_become_label_probs(here, endpoint):
         assert row["teacher"]["probability"] == row["label_probs"][row["teacher_output"]]  # not the highest
 
 
+@pytest.mark.parametrize("without", [1, 4])
+def test_a_few_answers_without_likelihoods_do_not_cost_those_of_the_others(without, here, endpoint, capsys):
+    write_lines("in.jsonl", gold_rows(12))
+    server = endpoint(logprobs=True)
+    whole, bare = server.reply_to, [row["input"] for row in gold_rows(12)[:without]]
+
+    def reply(prompt):
+        made = whole(prompt)
+        if prompt in bare:
+            made["choices"][0]["logprobs"] = None
+        return made
+
+    server.reply_to = reply
+    assert ask(server.url) == 0
+    rows = read_lines("kd.jsonl")
+    assert f"{without} of 12 answers came without likelihoods" in capsys.readouterr().err
+    assert len(rows) == (11 if without == 1 else 12)
+    assert all(("label_probs" in row) == ("probability" in row["teacher"]) == (without == 1) for row in rows)
+
+
+def test_flags_of_the_answer_reach_the_endpoint(here, endpoint):
+    write_lines("in.jsonl", gold_rows(3))
+    server = endpoint()
+    assert ask(server.url, "--temperature", 0.5, "--max_new_tokens", 17) == 0
+    assert {(body["temperature"], body["max_tokens"], body["model"]) for body in server.asked} == {(0.5, 17, "m")}
+
+
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(here, endpoint, monkeypatch):
     write_lines("in.jsonl", gold_rows(6))
     monkeypatch.setenv("MY_KEY", "s3cret")
@@ -453,7 +480,13 @@ def test_a_filter_that_leaves_nothing_is_said(here, endpoint):
         ("**Bad** because", "Bad"),
         ('"good".', "Good"),
         ("The label is Bad", "Bad"),
-        ("Badly", "Bad"),
+        ("Badly", None),
+        ("Good. Unlike bad customers this one pays.", "Good"),
+        ("Good, standard or Bad?", None),
+        ("Good/Bad", None),
+        ("Not good", None),
+        ("It is not at all bad", None),
+        ("The customer isn't a Bad one", None),
         ("Not bad but good", None),
         ("none", None),
         ("", None),
@@ -462,6 +495,7 @@ def test_a_filter_that_leaves_nothing_is_said(here, endpoint):
 def test_label_of(answer, label):
     assert label_of(answer, LABELS) == label
     assert label_of("Good enough", ["Good", "Good enough"]) == "Good enough"
+    assert label_of("None of these, notably", ["Yes", "No"]) is None
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -471,7 +505,7 @@ def test_a_model_answers_label_tasks_by_calibrated_likelihood(here, model_dir):
     rows = gold_rows(9)
     write_lines("in.jsonl", rows)
     argv = ["--teacher", model_dir, "--input", "in.jsonl", "--output", "kd.jsonl", "--batch_size", "4", *PLAIN]
-    assert kd_prepare.main(argv) == 0
+    assert kd_prepare.main([*argv, "--calibration", "batch"]) == 0
     model, tokenizer = load_model(model_dir, "none", "float32")
     names = sorted(LABELS)
     raw = LabelScorer(model, PromptEncoder(tokenizer), {n: [n] for n in names}).raw_scores([r["input"] for r in rows])
@@ -481,6 +515,48 @@ def test_a_model_answers_label_tasks_by_calibrated_likelihood(here, model_dir):
         np.testing.assert_allclose([row["label_probs"][n] for n in names], probabilities, atol=1e-3)
         assert row["teacher_output"] == names[int(np.argmax([row["label_probs"][n] for n in names]))]
         assert row["teacher"]["name"] == model_dir
+
+
+def test_a_model_is_calibrated_where_that_makes_the_gold_answers_likelier(here, model_dir, tmp_path, capsys):
+    """Without gold answers a base is, an adapter is not, and nothing is by the mean of a few prompts."""
+    rows, names = gold_rows(40), sorted(LABELS)
+    model, tokenizer = load_model(model_dir, "none", "float32")
+    raw = LabelScorer(model, PromptEncoder(tokenizer), {n: [n] for n in names}).raw_scores([r["input"] for r in rows])
+    adapter = save_adapter(tmp_path / "adapter", model_dir)
+
+    def chosen(teacher: str, count: int, logits: np.ndarray | None = None, *flags: str) -> str:
+        gold = [] if logits is None else [{"output": names[i]} for i in logits.argmax(axis=1)]
+        asked = [{"input": row["input"]} | (gold[i] if gold else {}) for i, row in enumerate(rows[:count])]
+        argv = ["--teacher", teacher, "--input", write_lines("in.jsonl", asked), "--output", "kd.jsonl", "--overwrite"]
+        capsys.readouterr()
+        assert kd_prepare.main([*argv, "--labels", "Good,Standard,Bad", *PLAIN, *flags]) == 0
+        return capsys.readouterr().err
+
+    for logits, wanted in ((raw, "none"), (raw - raw.mean(axis=0), "batch")):
+        assert f"calibration of the teacher: {wanted}" in chosen(model_dir, 40, logits)
+    assert "calibration of the teacher: batch" in chosen(model_dir, 40)
+    assert "calibration of the teacher: none" in chosen(adapter, 40)
+    assert "calibration of the teacher: none" in chosen(model_dir, 5)
+    chosen(model_dir, 40, None, "--calibration", "none")
+    wanted = np.exp(raw) / np.exp(raw).sum(axis=1, keepdims=True)
+    for row, probabilities in zip(read_lines("kd.jsonl"), wanted, strict=True):
+        np.testing.assert_allclose([row["label_probs"][n] for n in names], probabilities, atol=1e-3)
+
+
+def test_a_model_in_nf4_is_a_teacher(here, model_dir):
+    rows, names = gold_rows(6), sorted(LABELS)
+    write_lines("in.jsonl", rows)
+    argv = ["--teacher", model_dir, "--input", "in.jsonl", "--calibration", "none", "--compute_dtype", "float32"]
+    found = {}
+    for quantization in ("nf4", "none"):
+        assert kd_prepare.main([*argv, "--output", f"{quantization}.jsonl", "--quantization", quantization]) == 0
+        answers = read_lines(f"{quantization}.jsonl")
+        found[quantization] = np.array([[row["label_probs"][name] for name in names] for row in answers])
+        model, tokenizer = load_model(model_dir, quantization, "float32")
+        scorer = LabelScorer(model, PromptEncoder(tokenizer), {n: [n] for n in names}, batch_size=16)
+        wanted = np.exp(scorer.raw_scores([row["input"] for row in rows]))
+        np.testing.assert_allclose(found[quantization], wanted / wanted.sum(axis=1, keepdims=True), atol=1e-3)
+    assert np.abs(found["nf4"] - found["none"]).max() > 0.01
 
 
 def test_a_model_writes_reasons_and_free_text(here, model_dir, monkeypatch, capsys):
@@ -603,6 +679,15 @@ def test_a_tenth_of_the_gold_labels(here, credit_file):
     assert kd_prepare.main(argv) == 0
     counts = Counter(row["teacher_output"] for row in read_lines("kd.jsonl"))
     assert len(set(counts.values())) == 1 and set(counts) == set(LABELS)  # balanced by what the teacher says
+    rows = json.loads(Path(credit_file).read_text())
+    flags = kd_prepare.build_parser().parse_args(argv)
+    for row in rows:
+        if not gold_known(CreditRow(row["customer_id"], "", ""), flags) and row["answer"] in LABELS:
+            row["answer"] = LABELS[(LABELS.index(row["answer"]) + 1) % 3]
+    Path("wrong.json").write_text(json.dumps(rows))
+    argv[3], argv[5] = "wrong.json", "wrong.jsonl"
+    assert kd_prepare.main(argv) == 0
+    assert Path("wrong.jsonl").read_bytes() == Path("kd.jsonl").read_bytes()  # the other labels are not used
 
 
 # -------------------------------------------------------------------------------------------------------- wrong input
