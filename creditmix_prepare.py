@@ -28,6 +28,7 @@ from creditmix import (
     tabular_teacher,
 )
 from files import InputError, check_folder, run_script, seed_number, split_of, write_parts
+from kd_prepare import TABULAR, gate
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -122,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         kd.append({"input": prompt, "teacher_output": row.label, "label_probs": soft})
         dpo.append({"prompt": prompt, "chosen": row.label, "rejected": wrong})
     note = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "hard_standard", "gold_share")}
+    said = [max(row["label_probs"], key=row["label_probs"].__getitem__) for row in kd]
+    note["teacher"] = {"name": TABULAR, **gate(said, [row.label for row in sample], LABELS, [r["input"] for r in kd])}
     write_parts(args.outdir, "creditmix", {"sft": sft, "kd": kd, "dpo": dpo}, args.src, note)
     return 0
 

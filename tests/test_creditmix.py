@@ -479,6 +479,13 @@ def test_prepare_writes_three_files_in_the_trainers_formats(prepared):
         assert creditmix_prompt(a["input"].partition("\n")[2]) == a["input"]  # canonical already
 
 
+def test_the_teacher_is_held_against_the_gold_labels_before_a_training(prepared):
+    rows, note = read(prepared, "kd"), json.loads((prepared / "creditmix_prepared.json").read_text())
+    right = [max(row["label_probs"], key=row["label_probs"].get) == row["teacher_output"] for row in rows]
+    assert note["teacher"]["teacher"] == pytest.approx(np.mean(right)) and note["teacher"]["rows"] == len(rows)
+    assert note["teacher"]["majority"] == pytest.approx(1 / 3) and 0 < note["teacher"]["logistic regression"] < 1
+
+
 def test_prepared_rows_are_balanced(prepared):
     counts = Counter(row["output"] for row in read(prepared, "sft"))
     assert set(counts) == set(LABELS) and len(set(counts.values())) == 1
