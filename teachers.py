@@ -19,6 +19,7 @@ from time import sleep
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from common import SYSTEM_PROMPT, LabelScorer, PromptEncoder, likeliest, row_losses
 from files import InputError
@@ -104,7 +105,7 @@ class ModelTeacher:
         else:
             chosen = "none" if adapter_config(self.model_dir) or len(raw) < FEW_PROMPTS else "batch"
         if self.args.calibration == "auto":
-            print(f"calibration of the teacher: {chosen}", file=sys.stderr)
+            tqdm.write(f"calibration of the teacher: {chosen}", file=sys.stderr)  # above the bar of the answers
         return shifts[chosen]
 
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
