@@ -71,6 +71,8 @@ from processes import rank_and_world
 
 BASELINES = ["majority", "logistic regression", "tabular teacher", "gradient boosting"]
 TABLE = ("accuracy", "macro_f1", "recall_Standard")  # what stands in the table with intervals
+# What a result holds for each row or resample, and no summary.
+ROW_BY_ROW = ("predicted", "responses", "probabilities", "samples", "weights")
 FIT_BIAS = {"likelihood": fit_calibration, "halfway": partial(fit_shares, way=0.5), "shares": fit_shares}
 
 
@@ -559,12 +561,11 @@ def main(argv: list[str] | None = None) -> int:
     results += simple
     if len(results) > 1:
         add_differences(results, next(result for result in results if result["model"] == reference))
-    hidden = ("predicted", "responses", "probabilities", "samples", "weights")
     summary = {
         "data": {"file": args.data, "sha256": data_hash, "validation_rows": len(validation)},
         "split_seed": args.split_seed,
         "seed": args.seed,
-        "models": [{key: value for key, value in result.items() if key not in hidden} for result in results],
+        "models": [{key: value for key, value in result.items() if key not in ROW_BY_ROW} for result in results],
     }
     print_tables(results, validation, sys.stderr if args.json else sys.stdout)
     if args.report_dir:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common import SYSTEM_PROMPT, LabelScorer, PromptEncoder, likeliest, row_losses
+from common import SYSTEM_PROMPT, Calibration, LabelScorer, PromptEncoder, likeliest, row_losses
 from files import InputError
 from models import adapter_config, check_model_name, load_model, pack_for_decoding
 
@@ -87,26 +87,24 @@ class ModelTeacher:
         self.model, self.tokenizer = load_model(model_dir, args.quantization, args.compute_dtype, args.offload_folder)
         self.encoder = PromptEncoder(self.tokenizer)
 
-    def _shift(self, scorer: LabelScorer, labels: Sequence[str]) -> np.ndarray:
-        """What is subtracted from the raw scores, [labels]."""
-        from scipy.special import softmax
-
+    def _calibration(self, scorer: LabelScorer, labels: Sequence[str]) -> Calibration:
+        zero = np.zeros(len(labels))
+        none = Calibration("none", zero, zero)
         if self.args.calibration == "none":
-            return np.zeros(len(labels))
+            return none
         raw = scorer.raw_scores([turn for turn, _ in self.sample])
-        shifts = {"none": np.zeros(len(labels)), "batch": raw.mean(axis=0)}
-        rows = [i for i, (_, answer) in enumerate(self.sample) if answer in labels]
+        batch = Calibration("batch", raw.mean(axis=0), zero)
         if self.args.calibration == "batch":
-            chosen = "batch"
-        elif len(rows) >= FEW_PROMPTS:
+            return batch
+        rows = [i for i, (_, answer) in enumerate(self.sample) if answer in labels]
+        if len(rows) >= FEW_PROMPTS:
             answers = np.array([labels.index(self.sample[i][1]) for i in rows])
-            losses = {name: row_losses(softmax(raw[rows] - shift, axis=1), answers) for name, shift in shifts.items()}
-            chosen = likeliest(losses, [self.sample[i][0] for i in rows])
+            losses = {c.method: row_losses(c.probabilities(raw[rows]), answers) for c in (none, batch)}
+            chosen = batch if likeliest(losses, [self.sample[i][0] for i in rows]) == "batch" else none
         else:
-            chosen = "none" if adapter_config(self.model_dir) or len(raw) < FEW_PROMPTS else "batch"
-        if self.args.calibration == "auto":
-            tqdm.write(f"calibration of the teacher: {chosen}", file=sys.stderr)  # above the bar of the answers
-        return shifts[chosen]
+            chosen = none if adapter_config(self.model_dir) or len(raw) < FEW_PROMPTS else batch
+        tqdm.write(f"calibration of the teacher: {chosen.method}", file=sys.stderr)  # above the bar of the answers
+        return chosen
 
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, answer) of each numbered prompt. Raises InputError for a prompt that does not fit the context."""
@@ -115,7 +113,7 @@ class ModelTeacher:
         if labels:
             forms = {label: [label] for label in labels}
             scorer = LabelScorer(self.model, self.encoder, forms, batch_size=self.args.batch_size)
-            shift = self._shift(scorer, labels)
+            calibration = self._calibration(scorer, labels)
         writes = not labels or self.args.rationale
         if writes:
             pack_for_decoding(self.model)
@@ -127,9 +125,7 @@ class ModelTeacher:
             answers: list[dict[str, Any]] = [{} for _ in chosen]
             starts = [self.encoder.prompt(turn) for turn in turns]
             if labels:
-                from scipy.special import softmax
-
-                for i, row in enumerate(softmax(scorer.raw_scores(turns) - shift, axis=1)):
+                for i, row in enumerate(calibration.probabilities(scorer.raw_scores(turns))):
                     answers[i] = answer_of_probabilities(dict(zip(labels, row.tolist(), strict=True)))
                     starts[i] += self.encoder.text(answers[i]["teacher_output"])
             if writes:

@@ -142,8 +142,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"in a field of {FIELD}")
         print_table(in_field)
         results += in_field
-        hidden = ("predicted", "samples", "weights")
-        output[model_dir] = [{key: value for key, value in r.items() if key not in hidden} for r in results]
+        output[model_dir] = [
+            {key: value for key, value in r.items() if key not in eval_creditmix.ROW_BY_ROW} for r in results
+        ]
     if args.output:
         write_json(args.output, output)
     return 0
