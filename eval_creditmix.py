@@ -130,22 +130,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_training(model_dir: str, split_seed: int, data_sha256: str) -> None:
+def check_training(model_dir: str, args: argparse.Namespace, data_sha256: str) -> None:
     """Refuse an adapter that was trained under another split: its training rows would be in the validation set.
-    Say so where it was trained on other rows: whether those have these customers among them cannot be seen."""
+    Say so where it was trained on other rows (whether those have these customers among them cannot be seen), or with
+    labels that --gold_share would not let it know."""
     if not adapter_config(model_dir):
         return
     run = run_record(model_dir)
     trained = run.get("split_seed")
-    if trained not in (None, split_seed):
+    if trained not in (None, args.split_seed):
         raise InputError(
-            f"{model_dir}: trained with --split_seed {trained}, evaluated with {split_seed}: rows would leak"
+            f"{model_dir}: trained with --split_seed {trained}, evaluated with {args.split_seed}: rows would leak"
         )
     sources = run.get("sources") or [None]
     others = [source["file"] for source in sources if source and source["sha256"] != data_sha256]
     if others or None in sources or trained is None:
         where = f"on rows of {', '.join(others)}, not of --data" if others else "on rows whose source is not recorded"
         print(f"note: {model_dir} was trained {where}; they may be among the validation rows", file=sys.stderr)
+    share = run.get("gold_share")
+    if args.gold_share < 1 and (share is None or share > args.gold_share):
+        known = "a --gold_share that is not recorded" if share is None else f"--gold_share {share:g}"
+        print(f"note: {model_dir} was trained with {known}, not {args.gold_share:g}", file=sys.stderr)
 
 
 def check_fitted(model_dir: str, args: argparse.Namespace, data_sha256: str) -> None:
@@ -541,7 +546,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, _ = read_creditmix(args.data)
     data_hash = file_sha256(args.data)
     for model_dir in args.model_dir:
-        check_training(model_dir, args.split_seed, data_hash)
+        check_training(model_dir, args, data_hash)
         if not args.fit and args.calibration not in ("none", "contextual"):
             check_fitted(model_dir, args, data_hash)
     validation, calibration, train = draw_samples(rows, args)

@@ -278,7 +278,8 @@ def main(argv: list[str] | None = None) -> int:
         only_one("the tabular teacher")
         prompts, gold, answers, labels = tabular_rows(args)
         name, file = TABULAR, None
-        note = {"split_seed": args.split_seed, "source": {"file": args.src, "sha256": file_sha256(args.src)}}
+        note = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "gold_share")}
+        note |= {"source": {"file": args.src, "sha256": file_sha256(args.src)}}
     else:
         prompts, gold, labels = read_prompts(args.input, args.labels)
         file, name = ask(args, prompts, gold, labels)

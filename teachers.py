@@ -15,6 +15,8 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from time import sleep
 from typing import Any
 
@@ -167,6 +169,18 @@ class ModelTeacher:
         return list(zip(texts, (made[:, width:] == self.tokenizer.eos_token_id).any(dim=1).tolist(), strict=True))
 
 
+def seconds_of(retry_after: str) -> float:
+    """Seconds from now that a Retry-After header asks for, as a number or a date (RFC 9110, 10.2.3); 0 for neither."""
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):  # TypeError: a date without a time zone
+        return 0.0
+
+
 class HttpTeacher:
     """A model behind an OpenAI-compatible endpoint. What fails for a while (429, 5xx, timeouts, closed connections,
     half answers) is asked again with growing pauses; a prompt that is refused for good is left out."""
@@ -234,8 +248,7 @@ class HttpTeacher:
                     return {"teacher_output": "", "left_out": text}
                 if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
                     raise InputError(f"{self.args.teacher_url} {text}") from None
-                after = error.response.headers.get("retry-after", "")
-                pause = max(pause, min(60.0, float(after))) if after.isdigit() else pause
+                pause = max(pause, min(60.0, seconds_of(error.response.headers.get("retry-after", ""))))
                 why = error
             # Half an answer, or one in another form, raises what reading it raises.
             except (openai.APIError, ValueError, TypeError, AttributeError) as error:

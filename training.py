@@ -93,6 +93,14 @@ def sources(args: argparse.Namespace) -> list[dict | None]:
     return [preparation(args.data).get("source"), *(run_record(start).get("sources", [None]) if start else [])]
 
 
+def gold_share_of(args: argparse.Namespace) -> float | None:
+    """The --gold_share that data and the adapter to go on from were made with, the larger; None where one is not
+    known."""
+    start = getattr(args, "adapter", None)
+    shares = [preparation(args.data).get("gold_share"), *([run_record(start).get("gold_share")] if start else [])]
+    return None if None in shares else max(shares)
+
+
 def fill_defaults(args: argparse.Namespace, small: dict[str, Any], large: dict[str, Any], parameters: int) -> None:
     """Set each flag left at None: from the recipe for the student's size, LoRA's from the adapter to go on from, the
     split from the data. Raises InputError for a flag that contradicts adapter or data."""
@@ -796,6 +804,7 @@ def train_and_save(
         "data": {"file": args.data, "sha256": data_hash, "rows": rows},
         "sources": sources(args),
         "split_seed": args.split_seed,
+        "gold_share": gold_share_of(args),
         "seed": args.seed,
         "packages": package_versions(),
         "machine": machine(),

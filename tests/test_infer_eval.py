@@ -562,6 +562,19 @@ def test_data_other_than_the_trainings_is_noted(here, capsys, adapter, credit_fi
         assert "they may be among the validation rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("trained", "noted"),
+    [(0.5, None), (0.2, None), (1.0, "--gold_share 1, not 0.5"), (None, "a --gold_share that is not recorded, not")],
+)
+def test_a_training_on_more_labels_than_the_comparison_is_noted(here, capsys, adapter, credit_file, trained, noted):
+    own = Path(shutil.copytree(adapter, here / "own"))
+    run = json.loads((own / "run.json").read_text())
+    (own / "run.json").write_text(json.dumps(run | {"gold_share": trained}))
+    assert evaluate(str(own), credit_file, "--gold_share", "0.5") == 0
+    said = capsys.readouterr().err
+    assert f"own was trained with {noted}" in said if noted else "was trained with" not in said
+
+
 def test_a_calibration_of_another_split_is_refused(here, capsys, model_dir, credit_file, tmp_path):
     """Its calibration customers may be validation customers now; a base has no run.json that would tell."""
     evaluate(model_dir, credit_file, "--fit", "--split_seed", "1")

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -329,6 +331,12 @@ def test_pauses_grow_and_are_as_long_as_the_endpoint_asks(here, endpoint, monkey
     assert pauses[0] >= 1  # retry-after
     for number, pause in enumerate(pauses[1:], 1):
         assert 0.25 * 2**number <= pause <= 0.75 * 2**number
+
+
+def test_the_pause_that_a_header_asks_for():
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    assert 28 < teachers.seconds_of(soon) <= 30
+    assert [teachers.seconds_of(text) for text in ("7", "1.5", "", "soon", "Thu, 26 Nov 2026")] == [7, 1.5, 0, 0, 0]
 
 
 def test_an_endpoint_that_does_not_answer_in_time(here, endpoint, capsys):
@@ -679,6 +687,7 @@ def test_a_tenth_of_the_gold_labels(here, credit_file):
     assert kd_prepare.main(argv) == 0
     counts = Counter(row["teacher_output"] for row in read_lines("kd.jsonl"))
     assert len(set(counts.values())) == 1 and set(counts) == set(LABELS)  # balanced by what the teacher says
+    assert json.loads(Path("kd_prepared.json").read_text())["gold_share"] == 0.4
     rows = json.loads(Path(credit_file).read_text())
     flags = kd_prepare.build_parser().parse_args(argv)
     for row in rows:

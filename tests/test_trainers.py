@@ -967,7 +967,7 @@ def prepared(tmp_path, data) -> Path:
     for method in TRAINERS:
         shutil.copy(data[method], tmp_path / f"{method}.jsonl")
     files = {f"{method}.jsonl": file_sha256(data[method]) for method in TRAINERS}
-    note = {"split_seed": 7, "source": {"file": "raw.csv", "sha256": "abc"}, "files": files}
+    note = {"split_seed": 7, "gold_share": 0.2, "source": {"file": "raw.csv", "sha256": "abc"}, "files": files}
     (tmp_path / "creditmix_prepared.json").write_text(json.dumps(note))
     return tmp_path
 
@@ -978,6 +978,7 @@ def test_the_split_of_the_data_is_recorded(method, run, prepared):
     recorded = json.loads((run(method, "run", "--data", prepared / f"{method}.jsonl") / "run.json").read_text())
     assert recorded["split_seed"] == recorded["flags"]["split_seed"] == 7
     assert recorded["sources"] == [{"file": "raw.csv", "sha256": "abc"}]
+    assert recorded["gold_share"] == 0.2
     with pytest.raises(InputError, match=r"--split_seed 0: .* was prepared with 7; leave the flag out"):
         run(method, "other", "--data", prepared / f"{method}.jsonl", "--split_seed", 0)
 
@@ -986,11 +987,12 @@ def test_the_sources_of_the_adapter_to_go_on_from_are_recorded(run, prepared):
     """A student that was made in two steps has seen the rows of both."""
     first = run("sft", "first", "--data", prepared / "sft.jsonl")
     note = json.loads((prepared / "creditmix_prepared.json").read_text())
-    note["source"] = {"file": "other.csv", "sha256": "def"}
+    note |= {"source": {"file": "other.csv", "sha256": "def"}, "gold_share": 0.1}
     (prepared / "creditmix_prepared.json").write_text(json.dumps(note))
     flags = ("--adapter", first, "--data", prepared / "dpo.jsonl")
     recorded = json.loads((run("dpo", "second", *flags, base=False) / "run.json").read_text())
     assert [source["file"] for source in recorded["sources"]] == ["other.csv", "raw.csv"]
+    assert recorded["gold_share"] == 0.2  # the larger: the first step saw these labels
 
 
 def test_the_note_of_other_data_is_not_believed(run, prepared):
@@ -1000,7 +1002,7 @@ def test_the_note_of_other_data_is_not_believed(run, prepared):
         run("sft", "run", "--data", prepared / "sft.jsonl")
     saved = run("sft", "run", "--data", prepared / "sft.jsonl", "--split_seed", 3)
     recorded = json.loads((saved / "run.json").read_text())
-    assert (recorded["split_seed"], recorded["sources"]) == (3, [None])
+    assert (recorded["split_seed"], recorded["sources"], recorded["gold_share"]) == (3, [None], None)
 
 
 @pytest.mark.parametrize("method", ["kd", "dpo"])
