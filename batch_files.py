@@ -8,7 +8,9 @@ lines into a .part file of its own; the first joins them.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import sys
@@ -122,7 +124,7 @@ def _join(parts: list[Path], output: Path) -> None:
 def _remove_parts(output: Path) -> None:
     """Of any number of processes: what an interrupted run left would let a later one replace the output unasked."""
     for path in output.parent.iterdir():
-        if re.fullmatch(re.escape(output.name) + r"(\.\d+of\d+)?\.part(\.json)?", path.name):
+        if re.fullmatch(re.escape(output.name) + r"(\.\d+of\d+)?\.part(\.json|\.lock)?", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -173,13 +175,30 @@ class AnswerFile:
         self.output = Path(output)
         self.path = _part(self.output)
         self.answers: dict[int, dict[str, Any]] = {}
+        self._lock = self._locked()
         if overwrite:
             self.path.unlink(missing_ok=True)
         if _resume_point(self.path, settings, "teacher", together):
-            for line in _lines(self.path):
-                answer = parse_json(line)
-                self.answers[answer.pop("row")] = answer
+            for number, line in enumerate(_lines(self.path), 1):
+                try:
+                    answer = parse_json(line)
+                    self.answers[answer.pop("row")] = answer
+                except (ValueError, KeyError, AttributeError, TypeError):
+                    raise InputError(
+                        f"{self.path}: line {number} is damaged; take it out, and its prompt is asked again"
+                    ) from None
             print(f"{self.path}: going on after {len(self.answers)} answers", file=sys.stderr)
+
+    def _locked(self) -> int:
+        """Held until the process ends: a second run would ask for the same answers. Raises InputError there."""
+        lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT | os.O_WRONLY)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{self.path}: another run is writing it; wait for its end, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        return lock
 
     def collect(self, answers: Iterator[tuple[int, dict[str, Any]]], total: int, name: str) -> None:
         """Write each answer at once, with a progress bar."""

@@ -373,6 +373,8 @@ def tabular_teacher(rows: Sequence[CreditRow], known: Sequence[bool], seed: int)
     from threadpoolctl import threadpool_limits
 
     seen = np.flatnonzero(known)
+    if not len(seen):
+        raise InputError("no training row has a label that may be used; raise --gold_share, or give more rows")
     groups = [rows[i].customer for i in seen]
     answers = np.array([LABELS.index(rows[i].label) for i in seen])
     frame = tabular_features([row.features for row in rows])

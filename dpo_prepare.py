@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from files import (
     file_sha256,
     note_preparation,
     parse_json,
-    preparation,
     read_json,
     read_jsonl,
     run_script,
     seed_number,
+    unchanged_preparation,
     write_jsonl,
 )
 from models import add_loading_flags, check_model_name, model_fingerprint
@@ -59,8 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises InputError."""
-    if min(args.max_new_tokens, args.batch_size) < 1 or args.temperature <= 0 or args.seconds <= 0:
-        raise InputError("--max_new_tokens and --batch_size are at least 1, --temperature and --seconds above 0")
+    if min(args.max_new_tokens, args.batch_size) < 1 or not all(0 < x < inf for x in (args.temperature, args.seconds)):
+        raise InputError(
+            "--max_new_tokens and --batch_size are at least 1, --temperature and --seconds finite and above 0"
+        )
     if args.n + args.gold < 2 and args.task != "label":
         raise InputError("--n is at least 2, or 1 with --gold: a pair needs two answers")
     check_output(Path(args.output), args.overwrite)
@@ -70,13 +73,18 @@ def check_flags(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------- the judges
 
 
-def json_judge(rows: Sequence[dict], schema: Any, where: str) -> Callable[[int, str], float]:
+def json_judge(rows: Sequence[dict], source: str, schema: Any, where: str) -> Callable[[int, str], float]:
     """judge(number, answer): -1 for what is no JSON or breaks the schema, else the F1 of its fields (see eval_idp)."""
     from decoding import broken_rule, checked_validator
     from eval_idp import count_fields, f1_of_all
 
     validator = checked_validator(schema, where)
-    expected = [parse_json(row["output"]) for row in rows]
+    expected = []
+    for number, row in enumerate(rows, 1):
+        try:
+            expected.append(parse_json(row["output"]))
+        except ValueError:
+            raise InputError(f'{source}: row {number}: "output" is not JSON, which --task json needs') from None
 
     def judge(number: int, answer: str) -> float:
         try:
@@ -163,7 +171,7 @@ def judged(args: argparse.Namespace, rows: Sequence[dict]) -> tuple[AnswerFile, 
         gold = [task.reference for task in tasks]
     else:
         schema = read_json(args.schema)
-        judge = json_judge(rows, schema, args.schema)
+        judge = json_judge(rows, args.input, schema, args.schema)
         prompts, gold = [row["input"] for row in rows], [row["output"] for row in rows]
     file, answers = sampled(args, prompts)
     if args.gold:
@@ -179,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     only_one("making pairs")
     check_flags(args)
+    note = unchanged_preparation(args.input)
     rows = read_jsonl(args.input, () if args.task == "code" else ("input", "output"))
     if args.task == "label":
         file, prompts, pairs = None, [row["input"] for row in rows], label_pairs(args, rows)
@@ -197,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     if not lines:
         raise InputError("no pair has contrast; raise --n or --temperature, or add --gold")
     write_jsonl(args.output, lines)
-    note_preparation(args.output, preparation(args.input), student=model_fingerprint(args.model_dir))
+    note_preparation(args.output, note, student=model_fingerprint(args.model_dir))
     if file:
         file.remove()
     print(f"wrote {len(lines)} pairs to {args.output}")

@@ -193,13 +193,28 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
 def preparation(data: str) -> dict[str, Any]:
     """What a prepare script noted beside a data file (split seed, source), empty for data of another origin; with
     "changed" where the note is of other content of that file."""
-    for path in Path(data).parent.glob("*_prepared.json"):
+    changed = {}
+    for path in sorted(Path(data).parent.glob("*_prepared.json")):
         note = read_json(path)
         if not isinstance(note, dict) or not isinstance(note.get("files", {}), dict):
             raise InputError(f"{path}: no note of prepared data (an object with files is expected); prepare it again")
         if noted := note.get("files", {}).get(Path(data).name):
-            return note if noted == file_sha256(data) else {"changed": str(path)}
-    return {}
+            if noted == file_sha256(data):
+                return note
+            changed = {"changed": str(path)}  # by another script, which left a note of its own, or by hand
+    return changed
+
+
+def unchanged_preparation(data: str) -> dict[str, Any]:
+    """`preparation` for a script that makes other data of it: without a note these would pass for data of another
+    origin, and nobody could tell which customers they have. Raises InputError for a file that was changed since."""
+    note = preparation(data)
+    if "changed" in note:
+        raise InputError(
+            f"{data}: changed since {note['changed']} was written; prepare it again, or give what was changed "
+            "a folder of its own"
+        )
+    return note
 
 
 def note_preparation(output: str, note: dict[str, Any], **more: Any) -> None:

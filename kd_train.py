@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=seed_number, default=0, help="of adapter initialisation, row order and dropout (%(default)s)")
-    add("--split_seed", type=int, help="the split the data was prepared with (default: as noted beside it, else 0)")
+    add("--split_seed", type=int, help="the split the data was prepared with (default: as noted beside it)")
     add("--save_steps", type=int, default=100, help="steps between checkpoints (%(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint of a killed run")
     add("--overwrite", action="store_true", help="replace a run that is in --save_dir")

@@ -13,11 +13,11 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from time import sleep
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,9 @@ REFUSED = (400, 413, 422)  # statuses that may be about one prompt
 ALL_REFUSED = 8  # prompts without one answer: the request is wrong, not these
 PRIOR_PROMPTS = 128  # from which a model teacher's shift is estimated
 FEW_PROMPTS = 32  # their mean says more about them than about the model
+MIN_SHARE = 1e-4  # of a label that is not among an endpoint's likeliest tokens
+TOP_LOGPROBS = {20: 5, 5: 0}  # likeliest tokens asked for, and how many where an endpoint refuses that
+LONGEST_PAUSE = 600.0  # seconds; an endpoint that asks for a longer one is asked sooner
 
 
 def user_turn(prompt: str, rationale: bool) -> str:
@@ -44,7 +47,7 @@ def user_turn(prompt: str, rationale: bool) -> str:
 def label_of(answer: str, labels: Sequence[str]) -> str | None:
     """The label that an answer begins with, or else the only one that it names; None where there is no such one, where
     the answer repeats the choice ("Good, Standard or Bad") or denies it ("not good")."""
-    text = answer.lstrip("*\"'`#-_ \n").casefold()
+    text = answer.rpartition("</think>")[2].lstrip("*\"'`#-_ \n").casefold()
     word = {label: rf"(?<!\w){re.escape(label.casefold())}(?!\w)" for label in labels}
     any_label = "|".join(word.values())
     first = [label for label in labels if re.match(word[label], text)]
@@ -52,25 +55,69 @@ def label_of(answer: str, labels: Sequence[str]) -> str | None:
     longest = max(found, key=len, default="")
     if not found or not all(label in longest for label in found):
         return None
+    denied = r"not|no|never|\w+n't|cannot|below|above|than"
     if first:
         rest = text[len(longest) :]
-        return None if re.match(rf"[\s,/|]*(or\b|and\b)?\s*({any_label})", rest) else longest
-    return None if re.search(rf"\b(not|no|never|\w+n't)\s+(\w+\s+){{0,2}}{word[longest]}", text) else longest
+        unsure = rf"[\s,/|]*(or\b|and\b)?\s*({any_label})|\s*\?|\s+(\w+\s+)?({denied})\b"
+        return None if re.match(unsure, rest) else longest
+    return None if re.search(rf"\b({denied})\s+(\w+\s+){{0,5}}{word[longest]}", text) else longest
 
 
 def label_first(answer: str, label: str, rationale: bool) -> str:
     """The answer with its label at the beginning, where the student's are scored; without a reason it is all."""
     if not rationale:
         return label
-    text = answer.lstrip("*\"'`#-_ \n")
+    text = answer.rpartition("</think>")[2].lstrip("*\"'`#-_ \n")
     return text if text.startswith(label) else f"{label}. {text}"
+
+
+def teacher_calibration(
+    method: str, raw: np.ndarray, prompts: Sequence[str], gold: Sequence[str | None], labels: Sequence[str], least: str
+) -> Calibration:
+    """The calibration that --calibration names, of raw label scores [prompts, labels]: batch subtracts their mean
+    (Zhou et al. 2023); auto takes what makes the gold answers likelier, or `least` where too few are known."""
+    zero = np.zeros(len(labels))
+    choices = {"none": Calibration("none", zero, zero), "batch": Calibration("batch", raw.mean(axis=0), zero)}
+    if method != "auto":
+        return choices[method]
+    rows = [i for i, answer in enumerate(gold) if answer in labels]
+    chosen = least
+    if len(rows) >= FEW_PROMPTS:
+        answers = np.array([labels.index(gold[i]) for i in rows])
+        losses = {name: row_losses(c.probabilities(raw[rows]), answers) for name, c in choices.items()}
+        chosen = likeliest(losses, [prompts[i] for i in rows])
+    tqdm.write(f"calibration of the teacher: {chosen}", file=sys.stderr)  # above the bar of the answers
+    return choices[chosen]
+
+
+def calibrate_answers(
+    answers: list[dict[str, Any]],
+    prompts: Sequence[str],
+    gold: Sequence[str | None],
+    labels: Sequence[str],
+    method: str,
+) -> list[dict[str, Any]]:
+    """An endpoint's answers, those with label_probs calibrated (see `teacher_calibration`): their label is then the
+    likeliest. As they are for `none`, which auto takes without gold answers: such models were mostly trained on."""
+    read = [i for i, answer in enumerate(answers) if "label_probs" in answer]
+    if not read or method == "none":
+        return answers
+    raw = np.log(np.maximum([[answers[i]["label_probs"][label] for label in labels] for i in read], MIN_SHARE))
+    known = [gold[i] for i in read]
+    calibration = teacher_calibration(method, raw, [prompts[i] for i in read], known, labels, least="none")
+    if calibration.method == "none":
+        return answers
+    result = list(answers)
+    for i, row in zip(read, calibration.probabilities(raw), strict=True):
+        result[i] = answers[i] | answer_of_probabilities(dict(zip(labels, row.tolist(), strict=True)))
+    return result
 
 
 class ModelTeacher:
     """A base, folder or adapter through transformers. Label tasks are answered by label likelihood, as the student
-    will be. --calibration batch subtracts the mean over prompts (Zhou et al. 2023), since a teacher has no prompts
+    will be; their calibration (see `teacher_calibration`) is the mean over prompts, since a teacher has no prompts
     without content for an unknown task: what a base model needs, and what an adapter that was trained on balanced rows
-    is harmed by. auto takes what makes the gold answers likelier, or without these goes by the kind of teacher.
+    is harmed by. So without gold answers auto goes by the kind of teacher.
 
     turns: all user turns of the run, also those that have an answer or are another process's: the shift is theirs.
     gold: their right answers, as far as they are known."""
@@ -90,23 +137,12 @@ class ModelTeacher:
         self.encoder = PromptEncoder(self.tokenizer)
 
     def _calibration(self, scorer: LabelScorer, labels: Sequence[str]) -> Calibration:
-        zero = np.zeros(len(labels))
-        none = Calibration("none", zero, zero)
         if self.args.calibration == "none":
-            return none
-        raw = scorer.raw_scores([turn for turn, _ in self.sample])
-        batch = Calibration("batch", raw.mean(axis=0), zero)
-        if self.args.calibration == "batch":
-            return batch
-        rows = [i for i, (_, answer) in enumerate(self.sample) if answer in labels]
-        if len(rows) >= FEW_PROMPTS:
-            answers = np.array([labels.index(self.sample[i][1]) for i in rows])
-            losses = {c.method: row_losses(c.probabilities(raw[rows]), answers) for c in (none, batch)}
-            chosen = batch if likeliest(losses, [self.sample[i][0] for i in rows]) == "batch" else none
-        else:
-            chosen = none if adapter_config(self.model_dir) or len(raw) < FEW_PROMPTS else batch
-        tqdm.write(f"calibration of the teacher: {chosen.method}", file=sys.stderr)  # above the bar of the answers
-        return chosen
+            return Calibration("none", np.zeros(len(labels)), np.zeros(len(labels)))
+        turns, gold = [turn for turn, _ in self.sample], [answer for _, answer in self.sample]
+        least = "none" if adapter_config(self.model_dir) or len(turns) < FEW_PROMPTS else "batch"
+        raw = scorer.raw_scores(turns)
+        return teacher_calibration(self.args.calibration, raw, turns, gold, labels, least)
 
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, answer) of each numbered prompt. Raises InputError for a prompt that does not fit the context."""
@@ -183,14 +219,16 @@ def seconds_of(retry_after: str) -> float:
 
 class HttpTeacher:
     """A model behind an OpenAI-compatible endpoint. What fails for a while (429, 5xx, timeouts, closed connections,
-    half answers) is asked again with growing pauses; a prompt that is refused for good is left out."""
+    half answers) is asked again with growing pauses; a prompt that is refused for good is left out. answered: whether
+    the endpoint has answered a prompt of this run before, and so does not refuse all."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, answered: bool = False):
         from openai import OpenAI
 
-        self.args = args
+        self.args, self.answered = args, answered
         self._said: set[str] = set()
-        self._likelihoods = True  # until the endpoint refuses to send them
+        self._top = max(TOP_LOGPROBS)
+        self._stopped = Event()
         # Retries are ours: the client's own do not cover an answer that came as half a JSON text.
         self.client = OpenAI(
             base_url=args.teacher_url,
@@ -202,33 +240,51 @@ class HttpTeacher:
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, answer) of each numbered prompt, as they come; a prompt that got none in all tries is left out.
         Raises InputError where the endpoint refuses key, model or every request, after what is under way has come."""
-        problem, answered = None, False
+        problem: BaseException | None = None
         refused: list[tuple[int, dict[str, Any]]] = []  # told once another got an answer
         with ThreadPoolExecutor(self.args.concurrency) as pool:
             asked = {pool.submit(self._ask, prompt, labels): number for number, prompt in prompts.items()}
+            finished = as_completed(list(asked))
             try:
-                for done in as_completed(asked):
+                while asked:
                     try:
+                        done = next(finished)
                         answer = None if done.cancelled() else done.result()
                     except InputError as error:
                         answer, problem = None, problem or error
+                    except KeyboardInterrupt as stop:  # what is under way was paid for; a second one ends at once
+                        if isinstance(problem, KeyboardInterrupt):
+                            raise
+                        problem, finished = stop, as_completed(list(asked))
+                        self._give_up(asked)
+                        continue
+                    number = asked.pop(done)
                     if answer and answer["teacher_output"]:
-                        answered = True
-                        yield asked[done], answer
+                        self.answered = True
+                        yield number, answer
                     elif answer:
-                        refused.append((asked[done], answer))
-                    if answered:
+                        refused.append((number, answer))
+                    if self.answered:
                         yield from refused
                         refused.clear()
-                    elif len(refused) == min(ALL_REFUSED, len(prompts)):
+                    elif len(refused) == min(ALL_REFUSED, len(prompts)) and not problem:
                         problem = InputError(f"{self.args.teacher_url} {refused[0][1]['left_out']}")
                     if problem:
-                        for other in asked:
-                            other.cancel()
+                        self._give_up(asked)
             finally:
+                self._give_up(asked)
                 pool.shutdown(cancel_futures=True)
         if problem:
             raise problem
+
+    def _give_up(self, asked: Iterable[Future]) -> None:
+        """Ask nothing more; what is under way still comes."""
+        self._stopped.set()
+        for future in asked:
+            future.cancel()
+
+    def _pause(self, seconds: float) -> None:
+        self._stopped.wait(seconds)
 
     def _ask(self, prompt: str, labels: Sequence[str]) -> dict[str, Any] | None:
         import openai
@@ -236,34 +292,47 @@ class HttpTeacher:
         why: BaseException | None = None
         for attempt in range(self.args.retries + 1):
             pause = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.5)
-            likelihoods = bool(labels) and self._likelihoods
+            top = self._top if labels else 0
             try:
-                return self._answer(self._request(prompt, likelihoods), labels)
+                return self._answer(self._request(prompt, top), labels)
             except openai.APIStatusError as error:
                 text = f"answers {error.status_code}: {' '.join(str(error).split())[:200]}"
-                if error.status_code in REFUSED and likelihoods and "logprob" in text:
-                    self._likelihoods = False
+                if error.status_code in REFUSED and top and "logprob" in str(error):
+                    self._top = min(self._top, TOP_LOGPROBS[top])
+                    if not self._top:
+                        self._say(
+                            f"{self.args.teacher_url} {text}: asked without likelihoods, there are no label_probs"
+                        )
                     return self._ask(prompt, labels)
                 if error.status_code in REFUSED:
                     return {"teacher_output": "", "left_out": text}
                 if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
                     raise InputError(f"{self.args.teacher_url} {text}") from None
-                pause = max(pause, min(60.0, seconds_of(error.response.headers.get("retry-after", ""))))
+                pause = max(pause, min(LONGEST_PAUSE, seconds_of(error.response.headers.get("retry-after", ""))))
+                if pause > 60:
+                    self._say(
+                        f"{self.args.teacher_url} answers {error.status_code} and wants a pause of {pause:.0f} s"
+                    )
                 why = error
             # Half an answer, or one in another form, raises what reading it raises.
-            except (openai.APIError, ValueError, TypeError, AttributeError) as error:
+            except (openai.APIError, ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
                 why = error.__cause__ or error
+            if self._stopped.is_set():
+                return None
             if attempt < self.args.retries:
-                sleep(pause)
-        said = f"{self.args.teacher_url}: a prompt is given up: {' '.join(str(why).split())[:200]}"
-        if said not in self._said:  # once, however many prompts it happens to
-            self._said.add(said)
-            print(said, file=sys.stderr)
+                self._pause(pause)
+        self._say(f"{self.args.teacher_url}: a prompt is given up: {' '.join(str(why).split())[:200]}")
         return None
 
-    def _request(self, prompt: str, logprobs: bool) -> Any:
+    def _say(self, text: str) -> None:
+        """Once, however many prompts it happens to."""
+        if text not in self._said:
+            self._said.add(text)
+            tqdm.write(text, file=sys.stderr)
+
+    def _request(self, prompt: str, top_logprobs: int) -> Any:
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
-        wanted = {"logprobs": True, "top_logprobs": 20} if logprobs else {}
+        wanted = {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
         return self.client.chat.completions.create(
             model=self.args.teacher_model,
             messages=messages,
@@ -273,15 +342,20 @@ class HttpTeacher:
         )
 
     def _answer(self, reply: Any, labels: Sequence[str]) -> dict[str, Any]:
-        """Raises ValueError for a reply without text. Label probabilities only where the endpoint sent likelihoods:
-        some take the wish for them and send none."""
+        """Raises ValueError for half a reply. A whole one without text, or that was cut or filtered, is an answer to
+        leave out: it would be the same again. Label probabilities only where the endpoint sent likelihoods: some take
+        the wish for them and send none."""
         choice = reply.choices[0] if getattr(reply, "choices", None) else None
-        text = choice.message.content if choice else None
-        if not isinstance(text, str) or not text.strip():
+        if choice is None or not (choice.finish_reason or choice.message.content):
             raise ValueError("no text")
-        answer: dict[str, Any] = {"teacher_output": text.strip()}
-        if choice.finish_reason == "length" and (not labels or self.args.rationale):
+        text = (choice.message.content or "").strip().encode("utf-8", "replace").decode()  # half a surrogate pair
+        answer: dict[str, Any] = {"teacher_output": text}
+        if choice.finish_reason == "length" and (not labels or self.args.rationale or not text):
             return answer | {"left_out": CUT}
+        if not text or choice.finish_reason == "content_filter":
+            return answer | {
+                "left_out": f"ends with finish_reason {choice.finish_reason}" + (", no text" * (not text))
+            }
         first = (getattr(choice.logprobs, "content", None) or [None])[0]
         mass = dict.fromkeys(labels, 0.0)
         for token in (first.top_logprobs or []) if labels and first else []:

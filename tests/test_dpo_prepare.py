@@ -79,7 +79,7 @@ def test_the_rejected_label_is_the_students_most_likely_wrong_one(here, model_di
 def test_json_is_judged_by_schema_and_fields():
     schema = json.loads((ROOT / "data/idp_schema.json").read_text())
     expected = INVOICE
-    judge = json_judge([{"output": json.dumps(expected)}], schema, "schema")
+    judge = json_judge([{"output": json.dumps(expected)}], "in.jsonl", schema, "schema")
     right = judge(0, json.dumps(expected))
     wrong_total = judge(0, json.dumps(expected | {"total": expected["total"] + 1}))
     assert right == 1.0 and 0 < wrong_total < 1
@@ -158,7 +158,9 @@ def test_a_real_student_samples_different_answers(here, model_dir):
     ("task", "flags", "message"),
     [
         ("json", ["--n", 1], "--n is at least 2, or 1 with --gold"),
-        ("code", ["--temperature", 0], "--temperature and --seconds above 0"),
+        ("code", ["--temperature", 0], "--temperature and --seconds finite and above 0"),
+        ("code", ["--seconds", "nan"], "--temperature and --seconds finite and above 0"),
+        ("json", ["--schema", ROOT / "data/idp_schema.json"], r'in\.jsonl: row 1: "output" is not JSON'),
         ("label", ["--input", "missing.jsonl"], r"missing\.jsonl: no such file"),
         ("label", ["--input", "one.jsonl"], r"one\.jsonl: 1 different outputs; label tasks have 2 to 10"),
         ("json", ["--schema", "none.json"], r"none\.json: no such file"),

@@ -26,7 +26,7 @@ from conftest import ROOT, credit_rows, save_adapter
 from creditmix import LABELS, CreditRow, creditmix_prompt, gold_known, read_creditmix, tabular_teacher
 from files import InputError, split_of
 from models import load_model
-from teachers import RATIONALE, label_of
+from teachers import RATIONALE, HttpTeacher, label_of
 
 PLAIN = ["--quantization", "none", "--compute_dtype", "float32"]
 
@@ -138,7 +138,7 @@ def endpoint():
 
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch):
-    monkeypatch.setattr(teachers, "sleep", lambda seconds: time.sleep(min(seconds, 0.02)))
+    monkeypatch.setattr(HttpTeacher, "_pause", lambda self, seconds: self._stopped.wait(min(seconds, 0.02)))
 
 
 def ask(url: str, *flags, source: str = "in.jsonl") -> int:
@@ -273,14 +273,120 @@ def test_what_is_under_way_is_kept_when_the_endpoint_refuses(here, endpoint):
 
 
 @pytest.mark.parametrize("together", [1, 4])
-def test_an_endpoint_that_refuses_likelihoods_is_asked_without(together, here, endpoint, monkeypatch):
+def test_an_endpoint_that_refuses_likelihoods_is_asked_without(together, here, endpoint, monkeypatch, capsys):
     """Also for the prompts that were under way when the first was refused, and without a further try."""
     write_lines("in.jsonl", gold_rows(6))
-    server = endpoint(("400",) * together, seconds=0.2)
-    monkeypatch.setattr(server, "refusal", b'{"error": {"message": "logprobs are not supported"}}')
+    server = endpoint(("400",) * together * 2, seconds=0.2)
+    monkeypatch.setattr(server, "refusal", b'{"error": {"message": "' + b"x" * 300 + b'logprobs are not supported"}}')
     assert ask(server.url, "--concurrency", together, "--retries", 0) == 0
-    assert ["logprobs" in body for body in server.asked] == [True] * together + [False] * 6
+    assert [body.get("top_logprobs") for body in server.asked] == [20] * together + [5] * together + [None] * 6
     assert len(read_lines("kd.jsonl")) == 6
+    assert capsys.readouterr().err.count("asked without likelihoods, there are no label_probs") == 1
+
+
+def test_an_endpoint_that_sends_fewer_likelihoods_is_asked_for_fewer(here, endpoint, monkeypatch):
+    write_lines("in.jsonl", gold_rows(6))
+    server = endpoint(("400",), logprobs=True)
+    monkeypatch.setattr(server, "refusal", b'{"error": {"message": "top_logprobs must be at most 5"}}')
+    assert ask(server.url, "--concurrency", 1, "--retries", 0) == 0
+    assert [body["top_logprobs"] for body in server.asked] == [20] + [5] * 6
+    assert all("label_probs" in row for row in read_lines("kd.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "why"),
+    [
+        (None, "content_filter", "ends with finish_reason content_filter, no text"),
+        ("", "stop", "ends with finish_reason stop, no text"),
+        ("", "length", "cut off at --max_new_tokens"),
+        ("The first half of", "content_filter", "ends with finish_reason content_filter"),
+    ],
+)
+def test_an_answer_that_would_be_the_same_again_is_left_out(here, endpoint, capsys, text, reason, why):
+    rows = gold_rows(6)
+    write_lines("in.jsonl", rows)
+    server = endpoint()
+    whole = server.reply_to
+
+    def reply(prompt):
+        made = whole(prompt)
+        if prompt == rows[1]["input"]:
+            made["choices"][0] |= {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        return made
+
+    server.reply_to = reply
+    assert ask(server.url) == 0
+    assert len(server.asked) == 6 and len(read_lines("kd.jsonl")) == 5
+    assert f"1 prompts are left out, their answer: {why}" in capsys.readouterr().err
+
+
+def test_an_answer_with_half_a_character_is_kept(here, endpoint):
+    write_lines("in.jsonl", [{"prompt": f"write {i}"} for i in range(3)])
+    server = endpoint()
+    whole = server.reply_to
+
+    def reply(prompt):
+        made = whole(prompt)
+        made["choices"][0]["message"]["content"] = "fine \ud83d"
+        return made
+
+    server.reply_to = reply
+    assert ask(server.url) == 0
+    assert [row["teacher_output"] for row in read_lines("kd.jsonl")] == ["fine ?"] * 3
+
+
+@pytest.fixture
+def one_fails(here, endpoint):
+    """An endpoint that has answered 11 of 12 prompts and failed for one."""
+    write_lines("in.jsonl", gold_rows(12))
+    server = endpoint(("500",))
+    assert ask(server.url, "--concurrency", 1, "--retries", 0) == 1
+    return server
+
+
+def test_a_run_goes_on_to_its_end_where_the_last_prompts_are_refused(one_fails, capsys):
+    one_fails.faults = ["400"]
+    assert ask(one_fails.url) == 0
+    assert len(read_lines("kd.jsonl")) == 11 and "their answer: answers 400" in capsys.readouterr().err
+
+
+def test_what_there_is_may_be_written(capsys, one_fails):
+    assert "or with --partial to do without" in capsys.readouterr().err
+    one_fails.faults = ["500"]
+    assert ask(one_fails.url, "--retries", 0, "--partial") == 0
+    assert len(read_lines("kd.jsonl")) == 11 and "1 of 12 prompts got no answer" in capsys.readouterr().err
+
+
+def test_what_is_under_way_is_kept_at_ctrl_c(here, endpoint):
+    write_lines("in.jsonl", gold_rows(12))
+    server = endpoint(seconds=1)
+
+    def interrupt():
+        while len(server.asked) < 4:
+            time.sleep(0.02)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        ask(server.url, "--concurrency", 4)
+    assert len(Path("kd.jsonl.part").read_text().splitlines()) == len(server.asked) == 4
+    assert ask(server.url, "--concurrency", 8) == 0 and len(server.asked) == 12
+
+
+def test_two_runs_at_once_are_refused(here, endpoint):
+    write_lines("in.jsonl", gold_rows(6))
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    other = [sys.executable, "-c", code, "kd.jsonl.part.lock"]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        server = endpoint()
+        with pytest.raises(InputError, match="another run is writing it"):
+            ask(server.url)
+        assert not server.asked
+        process.communicate(b"\n")
+    assert ask(server.url) == 0 and not Path("kd.jsonl.part.lock").exists()
 
 
 @pytest.mark.parametrize("part", ["message", "top_logprobs", "logprobs"])
@@ -326,7 +432,7 @@ def test_half_texts_are_left_out(here, endpoint, capsys):
 def test_pauses_grow_and_are_as_long_as_the_endpoint_asks(here, endpoint, monkeypatch):
     write_lines("in.jsonl", gold_rows(2))
     pauses = []
-    monkeypatch.setattr(teachers, "sleep", pauses.append)
+    monkeypatch.setattr(HttpTeacher, "_pause", lambda self, seconds: pauses.append(seconds))
     assert ask(endpoint(("429", *["drop"] * 5)).url, "--concurrency", 1, "--retries", 6) == 0
     assert pauses[0] >= 1  # retry-after
     for number, pause in enumerate(pauses[1:], 1):
@@ -359,6 +465,32 @@ def test_likelihoods_of_an_endpoint_become_label_probs(here, endpoint):
     for row in read_lines("kd.jsonl"):
         assert row["label_probs"] == pytest.approx({"Good": 0.6 / 0.9, "Standard": 0.2 / 0.9, "Bad": 0.1 / 0.9})
         assert row["teacher"]["probability"] == row["label_probs"][row["teacher_output"]]  # not the highest
+
+
+@pytest.mark.parametrize(("method", "right"), [("none", 14), ("batch", 40), ("auto", 40)])
+def test_likelihoods_of_an_endpoint_are_calibrated(here, endpoint, method, right):
+    """A model that says Good to all, though its likelihoods tell the labels apart."""
+    questions = [row["question"] for row in credit_rows(customers=40, months=1)]
+    rows = [{"input": creditmix_prompt(q), "output": LABELS[i % 3]} for i, q in enumerate(questions)]
+    write_lines("in.jsonl", rows)
+    gold = {row["input"]: row["output"] for row in rows}
+    server = endpoint()
+
+    def reply(prompt):
+        good, standard, bad = {"Good": (0.9, 0.06, 0.01), "Standard": (0.6, 0.3, 0.01)}.get(
+            gold[prompt], (0.6, 0.06, 0.2)
+        )
+        shares = {"Good": good, "Stand": standard, "Bad": bad}
+        top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in shares.items()]
+        choice = {"index": 0, "message": {"role": "assistant", "content": "Good"}, "finish_reason": "stop"}
+        choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}]}
+        return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+    server.reply_to = reply
+    assert ask(server.url, "--calibration", method, "--labels", "Good,Standard,Bad") == 0
+    written = read_lines("kd.jsonl")
+    assert sum(row["teacher_output"] == gold[row["input"]] for row in written) == right
+    assert all(row["teacher"]["probability"] == max(row["label_probs"].values()) for row in written)
 
 
 @pytest.mark.parametrize("without", [1, 4])
@@ -474,6 +606,38 @@ def test_free_answers_are_compared_with_gold_by_value(here, endpoint, capsys):
     assert [row["input"] for row in read_lines("kd.jsonl")] == ["read 0", "read 1", "read 3"]
 
 
+def test_code_is_held_against_the_tests_of_its_row(here, endpoint, capsys):
+    """An answer that is written otherwise than the known one may be as right."""
+    row = {"output": "def f(x):\n    return x + x", "tests": ["assert f(2) == 4", "assert f(3) == 6"]}
+    write_lines("in.jsonl", [row | {"input": f"Write f. {i}"} for i in range(3)])
+    server = endpoint()
+    whole, says = server.reply_to, ["```python\ndef f(x):\n    return 2 * x\n```", "def f(x):\n    return x * x", "f("]
+
+    def reply(prompt):
+        made = whole(prompt)
+        made["choices"][0]["message"]["content"] = says[int(prompt[-1])]
+        return made
+
+    server.reply_to = reply
+    assert ask(server.url, "--filter", "agree") == 0
+    assert "the teacher's answer passes its tests in 1 of 3 rows" in capsys.readouterr().out
+    assert [row["input"] for row in read_lines("kd.jsonl")] == ["Write f. 0"]
+
+
+def test_a_changed_input_is_refused(here, endpoint):
+    """Its note has a split that its rows need not have; output without one would pass for data of another origin."""
+    rows = gold_rows(6)
+    write_lines("in.jsonl", rows)
+    note = {"split_seed": 3, "files": {"in.jsonl": hashlib.sha256(Path("in.jsonl").read_bytes()).hexdigest()}}
+    Path("in_prepared.json").write_text(json.dumps(note))
+    server = endpoint()
+    assert ask(server.url) == 0 and json.loads(Path("kd_prepared.json").read_text())["split_seed"] == 3
+    write_lines("in.jsonl", rows[:5])
+    with pytest.raises(InputError, match=r"in\.jsonl: changed since .*in_prepared\.json was written"):
+        ask(server.url, "--overwrite")
+    assert len(server.asked) == 6
+
+
 def test_a_filter_that_leaves_nothing_is_said(here, endpoint):
     write_lines("in.jsonl", gold_rows(6))
     with pytest.raises(InputError, match=r"no row is left \(--filter confident\)"):
@@ -493,6 +657,11 @@ def test_a_filter_that_leaves_nothing_is_said(here, endpoint):
         ("Good, standard or Bad?", None),
         ("Good/Bad", None),
         ("Not good", None),
+        ("Good? No, Bad.", None),
+        ("Good isn't right", None),
+        ("The mix is below standard", None),
+        ("It cannot be rated as anything good", None),
+        ("<think>Good or Bad? The debt is high.</think>\nBad", "Bad"),
         ("It is not at all bad", None),
         ("The customer isn't a Bad one", None),
         ("Not bad but good", None),
@@ -714,15 +883,40 @@ def test_a_tenth_of_the_gold_labels(here, credit_file):
         (["--teacher", "m", "--input", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--teacher", "m", "--input", "bad.jsonl"], 'bad.jsonl: row 1 needs "input" or "prompt"'),
         (["--teacher", "runs/none", "--input", "in.jsonl"], "runs/none: no such model folder"),
-        (["--teacher", "m", "--input", "in.jsonl", "--labels", "Good"], "at least two different labels"),
+        (["--teacher", "m", "--input", "in.jsonl", "--labels", "Good"], "at least two labels are needed, each once"),
+        (["--teacher", "m", "--input", "in.jsonl", "--labels", "Good,Bad,Good"], "at least two labels are needed"),
+        (["--teacher", "", "--input", "in.jsonl"], "give either --teacher or --teacher_url"),
+        (["--teacher_url", "foo", "--teacher_model", "m"], "--teacher_url foo: an address such as http://127"),
+        (["--teacher_url", "http://a:99999", "--teacher_model", "m"], "--teacher_url http://a:99999: an address"),
+        (["--teacher", "m", "--input", "in.jsonl", "--temperature", "inf"], "--temperature is a finite number"),
+        (["--teacher", "m", "--input", "in.jsonl", "--temperature", "nan"], "--temperature is at least 0"),
+        (["--teacher", "m", "--input", "in.jsonl", "--timeout", "nan"], "--timeout is above 0 and at most 86400"),
+        (["--teacher", "m", "--input", "in.jsonl", "--timeout", "inf"], "--timeout is above 0 and at most 86400"),
+        (["--teacher", "tabular", "--input", "in.jsonl"], "--input is not for the tabular teacher"),
+        (["--teacher", "tabular", "--rationale"], "--rationale is not for the tabular teacher"),
+        (
+            ["--teacher", "tabular", "--src", "rows.json", "--gold_share", "1e-9"],
+            "no training row has a label that may",
+        ),
     ],
 )
 def test_wrong_flags_and_files(here, flags, message):
     write_lines("in.jsonl", gold_rows(6))
+    Path("rows.json").write_text(json.dumps(credit_rows()))
     write_lines("bad.jsonl", [{"text": "x"}])
     with pytest.raises(InputError, match=message):
         kd_prepare.main([*flags, "--output", "kd.jsonl"])
     assert not Path("kd.jsonl").exists()
+
+
+def test_a_damaged_line_of_an_interrupted_run_is_named(one_fails):
+    part = Path("kd.jsonl.part")
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join([lines[0], "{\n", *lines[2:]]))
+    with pytest.raises(InputError, match=r"kd\.jsonl\.part: line 2 is damaged; take it out"):
+        ask(one_fails.url)
+    part.write_text("".join([lines[0], *lines[2:]]))
+    assert ask(one_fails.url) == 0 and len(read_lines("kd.jsonl")) == 12
 
 
 def test_an_output_that_exists_is_kept(here):
