@@ -37,7 +37,6 @@ from creditmix import (
     add_scoring_flags,
     adjusted,
     balanced_sample,
-    chosen_boosting,
     class_shares,
     gold_known,
     gold_share,
@@ -46,6 +45,7 @@ from creditmix import (
     read_creditmix,
     scoring_settings,
     tabular_features,
+    tabular_teacher,
 )
 from files import (
     InputError,
@@ -172,11 +172,15 @@ def check_fitted(model_dir: str, args: argparse.Namespace, data_sha256: str) -> 
         print(f"note: {path} was fitted with --gold_share {share:g}, not {args.gold_share:g}", file=sys.stderr)
 
 
+def usable(rows: Sequence[CreditRow], split: str, args: argparse.Namespace) -> list[CreditRow]:
+    """The rows of one split whose labels may be used."""
+    part = [row for row in rows if split_of(row.customer, args.split_seed) == split]
+    return part if split == "validation" else [row for row in part if gold_known(row, args)]
+
+
 def draw(rows: Sequence[CreditRow], split: str, per_class: int | None, args: argparse.Namespace) -> list[CreditRow]:
     """A balanced sample of one split; `per_class` None: as many as the rarest class has."""
-    pool = [row for row in rows if split_of(row.customer, args.split_seed) == split]
-    if split != "validation":
-        pool = [row for row in pool if gold_known(row, args)]
+    pool = usable(rows, split, args)
     counts = Counter(row.label for row in pool)
     try:
         return balanced_sample(pool, per_class or max(1, min(counts[label] for label in LABELS)), args.seed)
@@ -399,22 +403,30 @@ def evaluate_model(
     return result
 
 
-def baselines(train: list[CreditRow], rows: list[CreditRow], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Majority, logistic regression, the tabular teacher and gradient boosting (the ceiling), trained on all balanced
-    training rows."""
+def baselines(
+    train: list[CreditRow], pool: list[CreditRow], rows: list[CreditRow], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Majority, logistic regression and gradient boosting (the ceiling), trained on the balanced training rows; the
+    tabular teacher on the `pool` that these were drawn from, as it labels KD rows."""
     from sklearn.dummy import DummyClassifier
     from threadpoolctl import threadpool_limits
 
     frame = tabular_features([row.features for row in train + rows])
     answers = np.array([LABELS.index(row.label) for row in train])
-    customers = [row.customer for row in train]
-    teacher, _ = chosen_boosting(frame[: len(train)], answers, customers, np.ones(len(train)), args.seed)
-    models = [DummyClassifier(strategy="prior"), logistic_regression(), teacher, gradient_boosting(args.seed)]
+    models = {
+        "majority": DummyClassifier(strategy="prior"),
+        "logistic regression": logistic_regression(),
+        "gradient boosting": gradient_boosting(args.seed),
+    }
     results = []
-    for name, model in zip(BASELINES, models, strict=True):
-        with threadpool_limits(1):  # as in `chosen_boosting`
-            model.fit(frame[: len(train)], answers)
-        probabilities = model.predict_proba(frame[len(train) :])
+    for name in BASELINES:
+        if name == "tabular teacher":
+            known = [True] * len(pool) + [False] * len(rows)
+            probabilities = tabular_teacher([*pool, *rows], known, args.seed)[len(pool) :]
+        else:
+            with threadpool_limits(1):  # as in `tabular_teacher`
+                models[name].fit(frame[: len(train)], answers)
+            probabilities = models[name].predict_proba(frame[len(train) :])
         if (shares := class_shares(args)) is not None:
             probabilities = probabilities * shares
             probabilities /= probabilities.sum(axis=1, keepdims=True)
@@ -559,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
             "gain is more than chance",
             file=sys.stderr,
         )
-    simple = baselines(train, validation, args) if args.baselines else []
+    simple = baselines(train, usable(rows, "train", args), validation, args) if args.baselines else []
     results = [evaluate_model(model_dir, validation, calibration, args) for model_dir in args.model_dir]
     if rank_and_world()[0]:  # of several processes the first reports
         return 0
