@@ -35,7 +35,7 @@ from creditmix import (
     tabular_features,
     tabular_teacher,
 )
-from eval_creditmix import draw, draw_samples
+from eval_creditmix import baselines, draw, draw_samples, usable
 from files import InputError, read_jsonl, split_of, write_jsonl
 
 # ---------------------------------------------------------------------------------------------------- canonical text
@@ -567,6 +567,19 @@ def test_few_labels_take_a_teacher_that_gives_way_less():
         )
     assert model.max_leaf_nodes < 15
     assert log_loss(answers, probabilities) < log_loss(answers, published) - 0.1
+
+
+def test_the_evaluations_teacher_is_the_one_that_labels_kd_rows(credit_file):
+    """Of all training rows whose labels may be used, not only of the balanced ones that the other baselines have."""
+    args = Namespace(split_seed=0, seed=0, data=credit_file, gold_share=0.5, bootstrap=10)
+    args.class_shares = args.abstain_below = None
+    rows, _ = read_creditmix(credit_file)
+    train, validation = draw(rows, "train", None, args), draw(rows, "validation", None, args)
+    pool = [row for row in rows if split_of(row.customer) == "train" and gold_known(row, args)]
+    assert len(pool) > len(train)
+    found = {result["model"]: result for result in baselines(train, usable(rows, "train", args), validation, args)}
+    labelled_by = tabular_teacher([*validation, *pool], [False] * len(validation) + [True] * len(pool), 0)
+    assert found["tabular teacher"]["probabilities"] == pytest.approx(labelled_by[: len(validation)], abs=1e-6)
 
 
 def test_the_gates_regression_never_sees_the_customer():

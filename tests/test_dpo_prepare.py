@@ -154,6 +154,27 @@ def test_a_real_student_samples_different_answers(here, model_dir):
     assert pair["chosen"] == task["solution"] and pair["rejected"] != pair["chosen"]
 
 
+def test_flags_of_the_samples(here, model_dir, monkeypatch):
+    """Another seed or temperature draws other answers, the same the same; the tests' time is what --seconds says."""
+    drawn, limits = [], []
+
+    def scores(tasks, answers, seconds):
+        drawn.append(answers)
+        limits.append(seconds)
+        return [[float(i) for i in range(len(texts))] for texts in answers]
+
+    monkeypatch.setattr(dpo_prepare, "code_scores", scores)
+    write_lines("in.jsonl", [{"prompt": f"f{i}(x)", "tests": [f"assert f{i}(1)"]} for i in range(3)])
+    for flags in ([], [], ["--seed", 1], ["--temperature", 0.01], ["--seconds", 3]):
+        argv = ["--n", 2, "--max_new_tokens", 8, *flags]
+        assert prepare(model_dir, "code", *argv, *(["--overwrite"] if drawn else [])) == 0
+    assert drawn[0] == drawn[1] == drawn[4] and limits == [5, 5, 5, 5, 3]
+    assert drawn[2] != drawn[0] != drawn[3]
+    assert all(first == second for first, second in drawn[3])  # nearly greedy
+    with pytest.raises(InputError, match="exists; --overwrite replaces it"):
+        prepare(model_dir, "code", "--n", 2)
+
+
 @pytest.mark.parametrize(
     ("task", "flags", "message"),
     [

@@ -327,6 +327,13 @@ def evaluate(model: str, data: str, *flags: str) -> int:
     return eval_creditmix.main(["--model_dir", model, "--data", data, *PLAIN, "--bootstrap", "50", *small, *flags])
 
 
+def test_rows_to_fit_on_are_limited_by_their_flag(here, model_dir, credit_file):
+    for count in (7, 4):
+        assert evaluate(model_dir, credit_file, "--fit", "--fit_per_class", str(count)) == 0
+        stored = json.loads(Path("runs/creditmix_base/calibration.json").read_text())
+        assert stored["fitted_on"]["rows"] == 3 * count
+
+
 def evaluate_json(capsys, model: str, data: str, *flags: str) -> dict:
     capsys.readouterr()
     assert evaluate(model, data, "--json", *flags) == 0

@@ -550,3 +550,26 @@ def test_a_model_is_loaded_as_qlora_says_and_answers_greedily(model_dir):
     assert states and all(state.quant_type == "nf4" and state.nested for state in states)
     settings = model.generation_config
     assert not settings.do_sample and settings.repetition_penalty in (None, 1.0)
+
+
+def test_offloading_is_for_inference_on_a_gpu(model_dir, monkeypatch, tmp_path):
+    """The GPU is pretended: what reaches transformers is all that can be seen here."""
+    import transformers
+
+    class Stop(Exception):
+        pass
+
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append(kwargs)
+        raise Stop
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    for gpu, trainable in ((True, False), (True, True), (False, False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with pytest.raises(Stop):
+            load_model(model_dir, "nf4", "float32", str(tmp_path), trainable)
+    there = [kwargs.get("offload_folder") == str(tmp_path) for kwargs in asked]
+    assert there == [kwargs["quantization_config"].llm_int8_enable_fp32_cpu_offload for kwargs in asked]
+    assert there == [kwargs["device_map"] == "auto" for kwargs in asked] == [True, False, False]

@@ -972,6 +972,11 @@ def prepared(tmp_path, data) -> Path:
     return tmp_path
 
 
+def test_the_adapters_shape_is_that_of_the_flags(run):
+    config = json.loads((run("sft", "run", "--lora_r", 4, "--lora_alpha", 12) / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 12)
+
+
 @pytest.mark.parametrize("method", TRAINERS)
 def test_the_split_of_the_data_is_recorded(method, run, prepared):
     """Evaluation refuses an adapter of another split, so a wrong record would let training rows into validation."""
