@@ -172,7 +172,7 @@ class AnswerFile:
     that were not all written."""
 
     def __init__(self, output: str, settings: dict[str, Any], overwrite: bool, together: int = 1):
-        self.output = Path(output)
+        self.output, self.settings = Path(output), settings
         self.path = _part(self.output)
         self.answers: dict[int, dict[str, Any]] = {}
         self._lock = self._locked()

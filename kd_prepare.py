@@ -271,10 +271,10 @@ def kept(answer: dict[str, Any], said: str, right: bool | None, args: argparse.N
 # ---------------------------------------------------------------------------------------------------------- the rows
 
 
-def kd_row(prompt: str, answer: dict[str, Any], said: str, name: str, version: int) -> dict[str, Any]:
-    """A training row with its provenance: which teacher, which version of the prompt, which probability it gave to
-    the label that it `said`."""
-    teacher = {"name": name, "prompt": version}
+def kd_row(prompt: str, answer: dict[str, Any], said: str, name: str, asked: str) -> dict[str, Any]:
+    """A training row with its provenance: which teacher, which version of the prompt it was `asked` with, which
+    probability it gave to the label that it `said`."""
+    teacher = {"name": name, "prompt": asked}
     if probabilities := answer.get("label_probs"):
         teacher["probability"] = probabilities[said]
     return {"input": prompt, **answer, "teacher": teacher}
@@ -363,8 +363,9 @@ def main(argv: list[str] | None = None) -> int:
     if labels:
         for answer, label in zip(answers, said, strict=True):
             answer["teacher_output"] = label_first(answer["teacher_output"], label or "", args.rationale)
+    asked = f"{PROMPT_VERSION}, for a reason" if args.rationale else str(PROMPT_VERSION)
     rows = [
-        kd_row(prompt, answer, label, name, PROMPT_VERSION)
+        kd_row(prompt, answer, label, name, asked)
         for prompt, answer, label, is_right in zip(prompts, answers, said, right, strict=True)
         if label is not None and "left_out" not in answer and kept(answer, label, is_right, args)
     ]
@@ -372,7 +373,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"no row is left (--filter {args.filter})")
     rows = likelihoods_or_none(rows)
     write_jsonl(args.output, rows)
-    note_preparation(args.output, note, teacher={"name": name, **report})
+    origin = {"url": args.teacher_url} if args.teacher_url else {"model": file.settings["model"]} if file else {}
+    note_preparation(args.output, note, teacher={"name": name, **origin, **report})
     if file:
         gather(None)
         file.remove()

@@ -160,7 +160,7 @@ def test_an_unreliable_endpoint_answers_every_prompt_once(here, endpoint):
     assert [row["input"] for row in written] == [row["input"] for row in rows]  # in order, whatever came first
     for row in written:
         assert row["teacher_output"] == LABELS[len(row["input"]) % 3] and "label_probs" not in row
-        assert row["teacher"] == {"name": "m", "prompt": teachers.PROMPT_VERSION}
+        assert row["teacher"] == {"name": "m", "prompt": str(teachers.PROMPT_VERSION)}
     assert sorted(path.name for path in here.iterdir()) == ["in.jsonl", "kd.jsonl"]
 
 
@@ -538,6 +538,7 @@ def test_a_reason_is_asked_for_and_the_student_is_asked_as_ever(here, endpoint):
     for row, given in zip(read_lines("kd.jsonl"), rows, strict=True):
         assert row["input"] == given["input"]
         assert label_of(row["teacher_output"], LABELS) and "because of the debt" in row["teacher_output"]
+        assert row["teacher"]["prompt"] == "1, for a reason"
 
 
 def test_labels_may_be_named_where_no_gold_is(here, endpoint, capsys):
@@ -631,7 +632,9 @@ def test_a_changed_input_is_refused(here, endpoint):
     note = {"split_seed": 3, "files": {"in.jsonl": hashlib.sha256(Path("in.jsonl").read_bytes()).hexdigest()}}
     Path("in_prepared.json").write_text(json.dumps(note))
     server = endpoint()
-    assert ask(server.url) == 0 and json.loads(Path("kd_prepared.json").read_text())["split_seed"] == 3
+    assert ask(server.url) == 0
+    written = json.loads(Path("kd_prepared.json").read_text())
+    assert written["split_seed"] == 3 and written["teacher"]["url"] == server.url
     write_lines("in.jsonl", rows[:5])
     with pytest.raises(InputError, match=r"in\.jsonl: changed since .*in_prepared\.json was written"):
         ask(server.url, "--overwrite")
