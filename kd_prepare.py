@@ -359,6 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     if nothing:
         print(f"{nothing} answers name none or several of {', '.join(labels)} and are left out", file=sys.stderr)
     right = right_answers(said, gold, tasks)
+    if args.filter == "agree" and None in right:
+        print(f"{right.count(None)} rows without a gold answer are left out (--filter agree)", file=sys.stderr)
     report = gate(said, gold, labels, prompts) if labels else free_gate(right, any(tasks))
     if labels:
         for answer, label in zip(answers, said, strict=True):

@@ -239,8 +239,10 @@ class HttpTeacher:
 
     def answers(self, prompts: dict[int, str], labels: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, answer) of each numbered prompt, as they come; a prompt that got none in all tries is left out.
-        Raises InputError where the endpoint refuses key, model or every request, after what is under way has come."""
+        Raises InputError where the endpoint refuses key, model or every request, or answers none of the first, after
+        what is under way has come."""
         problem: BaseException | None = None
+        given_up = 0
         refused: list[tuple[int, dict[str, Any]]] = []  # told once another got an answer
         with ThreadPoolExecutor(self.args.concurrency) as pool:
             asked = {pool.submit(self._ask, prompt, labels): number for number, prompt in prompts.items()}
@@ -269,7 +271,10 @@ class HttpTeacher:
                         refused.clear()
                     elif len(refused) == min(ALL_REFUSED, len(prompts)) and not problem:
                         problem = InputError(f"{self.args.teacher_url} {refused[0][1]['left_out']}")
-                    if problem:
+                    given_up += answer is None
+                    if not (self.answered or problem) and given_up == ALL_REFUSED:
+                        problem = InputError(f"{self.args.teacher_url}: {given_up} prompts got no answer in all tries")
+                    if problem and not self._stopped.is_set():
                         self._give_up(asked)
             finally:
                 self._give_up(asked)

@@ -459,6 +459,15 @@ def test_an_endpoint_that_is_not_there(here, capsys):
     assert said.count("a prompt is given up: [Errno 111] Connection refused") == 1
 
 
+def test_an_endpoint_that_is_not_there_is_not_asked_for_every_prompt(here, monkeypatch):
+    write_lines("in.jsonl", gold_rows(60))
+    pauses = []
+    monkeypatch.setattr(HttpTeacher, "_pause", lambda self, seconds: pauses.append(seconds))
+    with pytest.raises(InputError, match="/v1: 8 prompts got no answer in all tries"):
+        ask("http://127.0.0.1:9/v1", "--retries", 1, "--concurrency", 4)
+    assert len(pauses) <= 16
+
+
 def test_likelihoods_of_an_endpoint_become_label_probs(here, endpoint):
     write_lines("in.jsonl", gold_rows(6))
     assert ask(endpoint(logprobs=True).url) == 0
