@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cleaned {count:>6} x {text}")
     if anonymous := sum(row.customer == row.features for row in rows):
         print(
-            f"note: {anonymous} rows name no customer, each text counts as one: rows of one person may be on both sides "
-            "of the split, and all figures too good",
+            f"note: {anonymous} rows name no customer, each text counts as one: rows of one person may be on both "
+            "sides of the split, and all figures too good",
             file=sys.stderr,
         )
     show_counts("rows with a label", rows)

@@ -708,6 +708,16 @@ def test_a_long_run_of_blanks_costs_no_more_than_other_text():
     assert time.process_time() - start < 2  # it took minutes where the separator could begin with blanks
 
 
+def test_rows_that_name_no_customer_are_said(tmp_path, credit_file, capsys):
+    """One person's rows are then on both sides of the split."""
+    rows = json.loads(Path(credit_file).read_text())
+    for name, said in (("with", False), ("without", True)):
+        src = tmp_path / f"{name}.json"
+        src.write_text(json.dumps([row | ({"customer_id": None} if said else {}) for row in rows]))
+        assert creditmix_prepare.main(["--src", str(src), "--outdir", str(tmp_path / name)]) == 0
+        assert ("rows name no customer, each text counts as one" in capsys.readouterr().err) == said
+
+
 def test_customer_zero_is_a_customer_and_ids_have_no_blanks(tmp_path):
     rows = [
         {"question": f"Age: {i + 20}", "answer": "Good", "customer_id": name}
