@@ -122,6 +122,18 @@ class Endpoint:
         return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
 
 
+def answer_in_turn(server: Endpoint, texts: list[str]) -> None:
+    """The n-th text to the prompt that ends with the digit n."""
+    whole = server.reply_to
+
+    def reply(prompt):
+        made = whole(prompt)
+        made["choices"][0]["message"]["content"] = texts[int(prompt[-1])]
+        return made
+
+    server.reply_to = reply
+
+
 @pytest.fixture
 def endpoint():
     made = []
@@ -323,14 +335,7 @@ def test_an_answer_that_would_be_the_same_again_is_left_out(here, endpoint, caps
 def test_an_answer_with_half_a_character_is_kept(here, endpoint):
     write_lines("in.jsonl", [{"prompt": f"write {i}"} for i in range(3)])
     server = endpoint()
-    whole = server.reply_to
-
-    def reply(prompt):
-        made = whole(prompt)
-        made["choices"][0]["message"]["content"] = "fine \ud83d"
-        return made
-
-    server.reply_to = reply
+    answer_in_turn(server, ["fine \ud83d"] * 3)
     assert ask(server.url) == 0
     assert [row["teacher_output"] for row in read_lines("kd.jsonl")] == ["fine ?"] * 3
 
@@ -603,14 +608,7 @@ def test_free_answers_are_compared_with_gold_by_value(here, endpoint, capsys):
     answers = ['{"a": 1, "b": 2}', "text", '{"a": 2}', "{"]
     write_lines("in.jsonl", [{"input": f"read {i}", "output": text} for i, text in enumerate(answers)])
     server = endpoint()
-    whole, says = server.reply_to, ['{"b": 2, "a": 1.0}', " text", '{"a": 3}', "{"]
-
-    def reply(prompt):
-        made = whole(prompt)
-        made["choices"][0]["message"]["content"] = says[int(prompt[-1])]
-        return made
-
-    server.reply_to = reply
+    answer_in_turn(server, ['{"b": 2, "a": 1.0}', " text", '{"a": 3}', "{"])
     assert ask(server.url, "--filter", "agree") == 0
     assert "the teacher's answer is the gold answer in 3 of 4 rows" in capsys.readouterr().out
     assert [row["input"] for row in read_lines("kd.jsonl")] == ["read 0", "read 1", "read 3"]
@@ -621,14 +619,7 @@ def test_code_is_held_against_the_tests_of_its_row(here, endpoint, capsys):
     row = {"output": "def f(x):\n    return x + x", "tests": ["assert f(2) == 4", "assert f(3) == 6"]}
     write_lines("in.jsonl", [row | {"input": f"Write f. {i}"} for i in range(3)])
     server = endpoint()
-    whole, says = server.reply_to, ["```python\ndef f(x):\n    return 2 * x\n```", "def f(x):\n    return x * x", "f("]
-
-    def reply(prompt):
-        made = whole(prompt)
-        made["choices"][0]["message"]["content"] = says[int(prompt[-1])]
-        return made
-
-    server.reply_to = reply
+    answer_in_turn(server, ["```python\ndef f(x):\n    return 2 * x\n```", "def f(x):\n    return x * x", "f("])
     assert ask(server.url, "--filter", "agree") == 0
     assert "the teacher's answer passes its tests in 1 of 3 rows" in capsys.readouterr().out
     assert [row["input"] for row in read_lines("kd.jsonl")] == ["Write f. 0"]
