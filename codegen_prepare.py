@@ -1,7 +1,7 @@
 """Prepare Python tasks with solutions for training and evaluation: SFT rows and a validation file, split by task.
 
 Reads MBPP and HumanEval as they are published, and {"prompt", "tests", "solution"}. A solution that fails its own
-tests in the sandbox is left out and counted: nothing is taught that is known to be wrong.
+tests in the sandbox is left out and counted, so that no wrong solution is taught.
 
     python codegen_prepare.py --src mbpp.jsonl --outdir data/mbpp
 """
@@ -11,19 +11,20 @@ from __future__ import annotations
 import argparse
 import sys
 
-from codegen import codegen_prompt, parses, read_tasks
-from files import InputError, hash_share, run_script, write_parts
-from sandbox import run_programs
+from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil.codegen.sandbox import run_programs
+from distil.codegen.tasks import codegen_prompt, parses, read_tasks
+from distil.splits import hash_share, write_parts
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--src", required=True, help="JSONL of tasks with tests and solutions")
     add("--val_share", type=float, default=0.4, help="share of tasks for validation (%(default)s)")
-    add("--split_seed", type=int, default=0, help="which tasks those are (%(default)s)")
+    add("--split_seed", type=int, default=0, help="decides which tasks these are (%(default)s)")
     add("--outdir", required=True, help="folder of codegen_sft.jsonl and codegen_validation.jsonl; they are replaced")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug_flag(parser)
     return parser
 
 
@@ -37,20 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     outcomes = run_programs([(task.program(task.reference), task.tests) for task in tasks])
     good = [task for task, outcome in zip(tasks, outcomes, strict=True) if outcome.passed]
     print(f"{len(good)} of {len(tasks)} solutions pass their tests and are used", file=sys.stderr)
-    held_out = {task.name for task in good if hash_share(task.name, args.split_seed) < args.val_share}
-    parts = {
-        "sft": [
-            {"input": codegen_prompt(task.prompt), "output": task.reference.strip("\n").replace("\r\n", "\n").rstrip()}
-            for task in good
-            if task.name not in held_out
-        ],
-        "validation": [
-            {"task_id": task.name, "prompt": task.prompt, "tests": list(task.tests), "solution": task.reference}
-            | ({"test_setup_code": task.setup} if task.setup else {})
-            for task in good
-            if task.name in held_out
-        ],
-    }
+    parts: dict[str, list[dict]] = {"sft": [], "validation": []}
+    for task in good:
+        if hash_share(task.name, args.split_seed) < args.val_share:
+            row = {"task_id": task.name, "prompt": task.prompt, "tests": task.tests, "solution": task.reference}
+            parts["validation"].append(row | ({"test_setup_code": task.setup} if task.setup else {}))
+        else:
+            code = task.reference.strip("\n").replace("\r\n", "\n").rstrip()
+            parts["sft"].append({"input": codegen_prompt(task.prompt), "output": code})
     write_parts(args.outdir, "codegen", parts, args.src, {"split_seed": args.split_seed, "val_share": args.val_share})
     return 0
 

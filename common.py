@@ -1,56 +1,193 @@
-"""What turns text into scores, for all models and tasks alike: prompts, label scoring, calibration.
+"""The ground floor: 4-bit NF4 loading, LoRA configuration, prompts and calibrated label scoring.
 
-A function is here because two scripts use it and two versions that disagree would give a wrong number without an
-error. Values in, values out: nothing here reads the command line, keeps global state or does work at import, and
-heavy libraries are imported inside the functions that need them, so that `--help` is instant.
+Read it from top to bottom to see how a label gets its score. It imports nothing of this project and nothing heavy at
+import, keeps no state and reads no command line. Faster variants live in distil/ and compose the same functions:
+distil/scoring.py scores with shared prompt beginnings, distil/models.py turns a user's model name into a path.
 
 Departures from the textbook:
 - user text is tokenised with control tokens switched off, so `<|im_end|>` in a document stays plain text;
-- the softmax over the vocabulary is taken in float32 from the hidden state, since bf16 logits come in steps of 1/16;
-- the part of a prompt that all rows share is run once and its key/value cache reused.
+- the softmax over the vocabulary is taken in float32 from the hidden state, since bf16 logits come in steps of 1/16.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
 import json
+import os
 import re
 import sys
-import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from files import InputError, cache_dir, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from peft import LoraConfig
 
-SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
-STEM_TOKENS = 256  # a further forward has to save so many: about what starting one costs
-BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SYSTEM_PROMPT = "Follow the instruction and answer with nothing else."
+SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
+
+
+class InputError(Exception):
+    """Wrong input (flag, file, data, model). distil.cli.run_script prints it as one line and exits with status 2."""
+
+
+# --------------------------------------------------------------------------------------------------- loading in NF4
+
+
+def compute_dtype(name: str = "auto") -> torch.dtype:
+    """Return the type of computation; 'auto' is bfloat16 where the device computes fast in it, else float32."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def dtype_name(name: str = "auto") -> str:
+    """Return 'bfloat16' or 'float32': what `compute_dtype(name)` is on this machine."""
+    return str(compute_dtype(name)).removeprefix("torch.")
+
+
+def load_model(
+    path: str,
+    adapter: str | None = None,
+    quantization: str = "nf4",
+    dtype: str = "auto",
+    offload_folder: str | None = None,
+    trainable: bool = False,
+) -> tuple[Any, Any]:
+    """Load a base model, with an adapter folder on top if given; return (model, tokenizer).
+
+    path: local folder or hub id, as `distil.models.resolve` returns it. quantization: 'nf4' (4 bits with double
+    quantisation, QLoRA paper section 3) or 'none'. dtype: 'auto', 'bfloat16' or 'float32', the type of computation
+    and of everything that is not quantised. The model is placed on this process's GPU, else on the CPU; with
+    `offload_folder`, what does not fit the GPU is offloaded unquantised (inference only). trainable: load the adapter
+    so that its training can continue.
+    Raises InputError where weights are missing or the adapter does not belong to this base.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    compute, cuda = compute_dtype(dtype), torch.cuda.is_available()
+    device_map: Any = {"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None
+    offload = bool(offload_folder) and cuda and not trainable
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        # bitsandbytes refuses a device map that is partly on the CPU without it; offloaded parts stay unquantised.
+        llm_int8_enable_fp32_cpu_offload=offload,
+    )
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        output_loading_info=True,
+        quantization_config=nf4 if quantization == "nf4" else None,
+        dtype=compute,
+        device_map="auto" if offload else device_map,
+        use_safetensors=True,
+        **({"offload_folder": offload_folder} if offload else {}),
+    )
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise InputError(
+            f"{path}: the weights lack {len(missing)} tensors of the model, such as {missing[0]}; copy it again"
+        )
+    for module in model.modules():
+        # bitsandbytes' packed AVX512-BF16 kernel has no gradient: one evaluation would make all later training steps
+        # wrong without an error (measured: cosine 0.18 to the true gradient). distil/workarounds.py has the details.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    align_special_tokens(model, tokenizer)
+    if adapter:
+        model = add_adapters(model, {"default": adapter}, trainable)
+        # PEFT looks the base up at each save, on the hub if the name is not a path.
+        model.active_peft_config.base_model_name_or_path = path
+    return model.train(trainable), tokenizer
+
+
+def add_adapters(model: Any, folders: dict[str, str], trainable: bool = False) -> Any:
+    """Return a PEFT model of a loaded base with the adapters {name: folder} on top, the first of them active.
+
+    For inference the adapter weights, trained in float32, take the base's type of computation: half the memory, and
+    faster. Raises InputError where an adapter's weights do not match its configuration and the base.
+    """
+    from peft import PeftModel
+
+    dtype = model.dtype
+    for number, (name, folder) in enumerate(folders.items()):
+        try:
+            with warnings.catch_warnings():
+                # PEFT only warns, and would continue with an adapter that changes nothing.
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                if number:
+                    model.load_adapter(folder, name)
+                else:
+                    model = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
+        except (UserWarning, RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"{folder}: not an adapter for this base ({reason}); train or copy it again") from None
+    if not trainable:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    return model.train(trainable)
+
+
+def align_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Set EOS to the template's end-of-turn token and PAD to another token, in tokenizer, config and generation.
+
+    pad = eos would mask the stop token in training. Generation becomes greedy, without the penalties that chat models
+    ship. Raises InputError where no token can serve as padding.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer.eos_token = PromptEncoder(tokenizer).end_of_turn
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        vocabulary = tokenizer.get_vocab()
+        choices = ("<|endoftext|>", "<pad>", "<|pad|>", "<|finetune_right_pad_id|>", tokenizer.unk_token)
+        usable = [token for token in choices if token in vocabulary and token != tokenizer.eos_token]
+        if not usable:
+            raise InputError(f"{tokenizer.name_or_path}: no token can serve as padding apart from end-of-turn")
+        tokenizer.pad_token = usable[0]
+    tokenizer.padding_side = "left"
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model.config.update(ids)
+    model.generation_config = GenerationConfig(do_sample=False, repetition_penalty=1.0, **ids)
+
+
+def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05) -> LoraConfig:
+    """Return LoRA over attention and MLP projections, as the whitepaper's section 3 sets it."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
 
 
 def plain_text_tokenizer(tokenizer: Any) -> Any:
-    """A copy of a tokenizer's backend to which every added token is plain text. `split_special_tokens` alone leaves
-    those in force that are not marked as special, such as Qwen's <tool_call>. Raises InputError without a backend."""
+    """Return a copy of a tokenizer's backend to which every added token is plain text.
+
+    `split_special_tokens` alone leaves those in force that are not marked as special, such as Qwen's <tool_call>.
+    Raises InputError for a tokenizer without a backend.
+    """
     from tokenizers import Tokenizer
 
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise InputError(f"{tokenizer.name_or_path}: a tokenizer.json is needed; this tokenizer has none")
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in described["added_tokens"]:
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in description["added_tokens"]:
         token["special"] = True
-    plain = Tokenizer.from_str(json.dumps(described))
+    plain = Tokenizer.from_str(json.dumps(description))
     plain.encode_special_tokens = True
     plain.no_truncation()
     plain.no_padding()
@@ -60,7 +197,7 @@ def plain_text_tokenizer(tokenizer: Any) -> Any:
 class PromptEncoder:
     """Turns a user turn into the token ids of the model's own chat template, ending at the assistant start.
 
-    Each stretch of text between control tokens is tokenised as a whole, with control tokens in it read as plain
+    Each stretch of text between control tokens is tokenised in one piece, with control tokens in it read as plain
     text, so the ids equal the template's own for ordinary text and no user text can become a control token.
     A tokenizer without a chat template gets the text and a newline.
     """
@@ -93,11 +230,11 @@ class PromptEncoder:
             return self.tokenizer.apply_chat_template([first, *messages[1:]], tokenize=False, **kwargs)
 
     def text(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of plain text; control tokens in it stay text."""
+        """Return the token ids of plain text; control tokens in it stay text."""
         return self._plain.encode(text, add_special_tokens=add_special_tokens).ids
 
     def prompt(self, user_turn: str) -> list[int]:
-        """Token ids of system turn, user turn and assistant start."""
+        """Return the token ids of system turn, user turn and assistant start."""
         if self._parts is None:
             return self.text(user_turn + "\n", add_special_tokens=True)
         ids: list[int] = []
@@ -106,11 +243,11 @@ class PromptEncoder:
         return ids
 
     def completion(self, text: str) -> list[int]:
-        """Token ids of an answer with the end-of-turn token that training teaches and scoring leaves out."""
+        """Return the token ids of an answer with the end-of-turn token that training teaches and scoring omits."""
         return [*self.text(text), self.tokenizer.convert_tokens_to_ids(self.end_of_turn)]
 
     def label(self, text: str) -> list[int]:
-        """Token ids of a label. Raises InputError where they would merge with the assistant start before them."""
+        """Return the token ids of a label. Raises InputError where they would merge with the assistant start."""
         alone = self.text(text)
         joint = self.text("\n" + text)
         if joint[-len(alone) :] != alone or not alone:
@@ -118,41 +255,73 @@ class PromptEncoder:
         return alone
 
 
-# ---------------------------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------------------------------------------- label scoring
 
 
-def read_verbalizers(path: str | Path | None, labels: Sequence[str]) -> dict[str, list[str]]:
-    """{label: surface forms} of a JSON file such as {"Standard": ["Standard", "Average"]}; itself where not named."""
-    forms = {label: [label] for label in labels}
-    if path:
-        given = read_json(path)
-        for label, words in given.items() if isinstance(given, dict) else [("", None)]:
-            strings = isinstance(words, list) and all(isinstance(word, str) and word.strip() for word in words)
-            if label not in forms or not strings or not words:
-                raise InputError(f"{path}: expected an object of label: [words] with labels {', '.join(labels)}")
-        forms |= given
-        every = [word for words in forms.values() for word in words]
-        twice = sorted({word for word in every if every.count(word) > 1})
-        if twice:
-            raise InputError(f"{path}: {', '.join(twice)} stands there twice; each word belongs to one label")
-    return forms
+def token_log_probs(hidden: torch.Tensor, head: Any, targets: Sequence) -> np.ndarray:
+    """Return log-probabilities [rows, positions, k] (float64, natural log) of `targets` [rows, positions, k].
+
+    hidden: final hidden states [rows, positions, hidden]; head: the model's output embedding. The head runs in
+    float32 and in slices of the vocabulary, so its full width never exists in float32.
+    """
+    import torch
+
+    weight, bias = head.weight, getattr(head, "bias", None)
+    hidden = hidden.to(weight.device).float()
+    total = torch.full(hidden.shape[:2], -torch.inf, device=hidden.device)
+    for start in range(0, weight.shape[0], SCORING_TILE):
+        part = hidden @ weight[start : start + SCORING_TILE].float().T
+        if bias is not None:
+            part = part + bias[start : start + SCORING_TILE].float()
+        total = torch.logaddexp(total, part.logsumexp(dim=-1))
+    wanted = torch.tensor(targets, device=hidden.device)
+    logits = torch.einsum("bph,bpkh->bpk", hidden, weight[wanted].float())
+    if bias is not None:
+        logits = logits + bias[wanted].float()
+    return (logits - total[..., None]).double().cpu().numpy()
 
 
-def common_beginning(rows: Sequence[list[int]]) -> list[int]:
-    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
+def form_scores(
+    hidden_of: Callable[[list[list[int]], int], torch.Tensor], rows: list[list[int]], forms: list[list[int]], head: Any
+) -> np.ndarray:
+    """Return the mean log-probability [rows, forms] of each surface form's tokens after each row (whitepaper, 4.3).
+
+    rows, forms: token ids. hidden_of(rows, n): final hidden states [rows, n, hidden] of each row's last n tokens. All
+    forms of one token share one forward; a longer form takes a forward of its own.
+    """
+    import numpy as np
+
+    scores = np.empty((len(rows), len(forms)))
+    single = [i for i, ids in enumerate(forms) if len(ids) == 1]
+    if single:
+        targets = [[[forms[i][0] for i in single]]] * len(rows)
+        scores[:, single] = token_log_probs(hidden_of(rows, 1), head, targets)[:, 0]
+    for i, ids in enumerate(forms):
+        if len(ids) > 1:
+            hidden = hidden_of([row + ids[:-1] for row in rows], len(ids))
+            log_probs = token_log_probs(hidden, head, [[[token] for token in ids]] * len(rows))
+            scores[:, i] = log_probs[:, :, 0].mean(axis=1)
+    return scores
+
+
+def join_forms(scores: np.ndarray, sizes: Sequence[int], aggregate: str = "max") -> np.ndarray:
+    """Join scores of surface forms [N, forms] to scores of labels [N, labels].
+
+    sizes: forms of each label, in order. aggregate: 'max', 'mean' or 'logsumexp', which adds probabilities, as the
+    forms are different answers.
+    """
+    import numpy as np
+
+    join = {"max": np.max, "mean": np.mean, "logsumexp": np.logaddexp.reduce}[aggregate]
+    parts = np.split(scores, np.cumsum(sizes)[:-1], axis=1)
+    return np.stack([join(part, axis=1) for part in parts], axis=1)
 
 
 class LabelScorer:
     """Length-normalised log-likelihood of each label at the assistant start (whitepaper, section 4.3).
 
-    forms: {label: surface forms}; several forms are joined by `aggregate` ('max', 'mean' or 'logsumexp').
-    batch_size: rows a forward; 'auto' finds the fastest in the first call with 256 rows, and is 32 before.
-    shared_by: user turns whose common beginning is run once and its key/value cache reused (none: no cache).
-    adapters: names of a PEFT model's adapters that rows may ask for, `BASE` for none; without them all rows are
-    scored by the model as it is.
-    Rows are sorted by length and batched, or by their beginning where rows of a batch share more of it (those of one
-    customer do): it is then run once for all that share it. Labels of one token need one forward for all; only scored
-    positions go through the output head, in float32.
+    forms: {label: surface forms}; several forms of a label are joined by `aggregate`. This is the plain driver: sort
+    by length, pad, one forward, mean log-probability. distil.scoring.FastLabelScorer gives the same scores faster.
     """
 
     def __init__(
@@ -162,254 +331,74 @@ class LabelScorer:
         forms: dict[str, list[str]],
         aggregate: str = "max",
         batch_size: int | str = 32,
-        shared_by: Sequence[str] = (),
-        adapters: Sequence[str] = (),
     ):
         self.model, self.encoder, self.forms, self.aggregate = model, encoder, forms, aggregate
         self.batch_size = batch_size
         self.labels = list(forms)
-        self._form_ids = [encoder.label(word) for words in forms.values() for word in words]
+        self.form_ids = [encoder.label(word) for words in forms.values() for word in words]
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         text_config = causal.config.get_text_config()
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
             if getattr(text_config, name, None) not in (None, 1.0):
                 raise InputError(f"{causal.config.model_type} models rescale their logits ({name}): not supported")
-        self._body, self._head = getattr(causal, causal.base_model_prefix), causal.get_output_embeddings()
-        self._device = next(self._body.parameters()).device
-        self._context = text_config.max_position_embeddings
-        self.prefix: list[int] = []
-        self._prefix_caches: dict[str | None, list[tuple[Any, Any]]] = {}
-        if shared_by:
-            self._run_prefix(shared_by, adapters or [None])
-
-    def _run_prefix(self, user_turns: Sequence[str], adapters: Sequence[str | None]) -> None:
-        """Each adapter has keys and values of its own for the shared beginning."""
-        import torch
-
-        self.prefix = common_beginning([self.encoder.prompt(turn) for turn in user_turns])
-        for adapter in adapters if self.prefix else []:
-            with torch.inference_mode(), self._using([adapter]):
-                ids = torch.tensor([self.prefix], device=self._device)
-                cache = self._body(input_ids=ids, use_cache=True).cache
-            self._prefix_caches[adapter] = [(layer.keys, layer.values) for layer in cache.layers]
-
-    def _using(self, adapters: Sequence[str | None]) -> contextlib.AbstractContextManager:
-        """PEFT's mixed batches: row i of each forward inside goes through adapter i (as in PeftModel.forward)."""
-        if adapters[0] is None:
-            return contextlib.nullcontext()
-        return self.model.base_model._enable_peft_forward_hooks(adapter_names=list(adapters))
+        self.body, self.head = getattr(causal, causal.base_model_prefix), causal.get_output_embeddings()
+        self.device = next(self.body.parameters()).device
+        self.context = text_config.max_position_embeddings
 
     def fits(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt of these token ids and the longest label fit the model's context."""
-        return len(prompt) + max(map(len, self._form_ids)) <= self._context
+        """Return whether a prompt of these token ids and the longest label fit the model's context."""
+        return len(prompt) + max(map(len, self.form_ids)) <= self.context
 
-    def raw_scores(
-        self, user_turns: Sequence[str], progress: str | None = None, adapters: Sequence[str | None] | None = None
-    ) -> np.ndarray:
-        """`score` of user turns."""
-        return self.score([self.encoder.prompt(turn) for turn in user_turns], progress, adapters)
+    def raw_scores(self, user_turns: Sequence[str], progress: str | None = None) -> np.ndarray:
+        """Return `score` of user turns."""
+        return self.score([self.encoder.prompt(turn) for turn in user_turns], progress)
 
-    def score(
-        self, rows: Sequence[list[int]], progress: str | None = None, adapters: Sequence[str | None] | None = None
-    ) -> np.ndarray:
-        """Mean log-probability [N, labels] (float64, natural log) of each label's tokens after each prompt.
+    def score(self, rows: Sequence[list[int]], progress: str | None = None) -> np.ndarray:
+        """Return the mean log-probability [N, labels] (float64, natural log) of each label's tokens after each prompt.
 
-        rows: [N] token ids of prompts. adapters: [N] names of each row's adapter. `progress` names a progress bar on
-        stderr. Raises InputError for a prompt longer than the model's context, FloatingPointError where the model
-        computes no numbers.
+        rows: [N] token ids of prompts. progress: title of a progress bar on stderr. Raises InputError for a prompt
+        longer than the model's context, FloatingPointError where the model returns NaN.
         """
         import numpy as np
         import torch
         from tqdm import tqdm
 
+        self.check_length(rows)
+        scores = np.empty((len(rows), len(self.form_ids)))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        starts = range(0, len(rows), int(self.batch_size))
+        with torch.inference_mode():
+            for start in tqdm(starts, desc=progress, disable=progress is None, file=sys.stderr):
+                chosen = order[start : start + int(self.batch_size)]
+                scores[chosen] = form_scores(self.hidden, [rows[i] for i in chosen], self.form_ids, self.head)
+        return self.joined(scores)
+
+    def hidden(self, rows: list[list[int]], positions: int) -> torch.Tensor:
+        """Return final hidden states [rows, positions, hidden] of the last `positions` tokens; padding is on the
+        left."""
+        import torch
+
+        width, filler = max(map(len, rows)), self.encoder.tokenizer.pad_token_id
+        pads = [width - len(row) for row in rows]
+        ids = [[filler] * pad + row for pad, row in zip(pads, rows, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+        places = [[0] * pad + list(range(width - pad)) for pad in pads]
+        ids, mask, places = (torch.tensor(values, device=self.device) for values in (ids, mask, places))
+        output = self.body(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
+        return output.last_hidden_state[:, -positions:]
+
+    def check_length(self, rows: Sequence[list[int]]) -> None:
+        """Raise InputError where a prompt and a label exceed the context."""
         if not all(map(self.fits, rows)):
             longest = max(map(len, rows))
-            raise InputError(f"a text has {longest} tokens; the model's context is {self._context}: shorten it")
-        names = list(adapters) if adapters else [None] * len(rows)
-        scores = np.empty((len(rows), len(self._form_ids)))
-        bar = tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None, file=sys.stderr)
-        with torch.inference_mode(), bar:
-            if self.batch_size == "auto" and len(rows) >= 256:
-                self.batch_size = self._fastest_batch_size(rows, names)
-                print(f"--batch_size auto: {self.batch_size} rows a forward", file=sys.stderr)
-            for chosen in self._batches(rows, names):
-                scores[chosen] = self._score_batch([rows[i] for i in chosen], [names[i] for i in chosen])
-                bar.update(len(chosen))
-        if np.isnan(scores).any():
-            raise FloatingPointError("the model's scores are no numbers (NaN); try --compute_dtype float32")
-        return self._join_forms(scores)
+            raise InputError(f"a text has {longest} tokens; the model's context is {self.context}: shorten it")
 
-    def _join_forms(self, scores: np.ndarray) -> np.ndarray:
-        """[N, forms] -> [N, labels]; logsumexp adds probabilities, as the forms are different answers."""
-        import numpy as np
-
-        join = {"max": np.max, "mean": np.mean, "logsumexp": np.logaddexp.reduce}[self.aggregate]
-        ends = np.cumsum([len(words) for words in self.forms.values()])
-        return np.stack([join(part, axis=1) for part in np.split(scores, ends[:-1], axis=1)], axis=1)
-
-    def _score_batch(self, rows: list[list[int]], adapters: list[str | None]) -> np.ndarray:
-        """[rows, forms] mean log-probabilities; one forward for all single-token forms, one for each longer form."""
-        import numpy as np
-
-        scores = np.empty((len(rows), len(self._form_ids)))
-        single = [i for i, ids in enumerate(self._form_ids) if len(ids) == 1]
-        if single:
-            targets = [[[self._form_ids[i][0] for i in single]]] * len(rows)
-            scores[:, single] = self._log_probs(self._hidden(rows, 1, adapters), targets)[:, 0]
-        for i, ids in enumerate(self._form_ids):
-            if len(ids) > 1:
-                hidden = self._hidden([row + ids[:-1] for row in rows], len(ids), adapters)
-                scores[:, i] = self._log_probs(hidden, [[[token] for token in ids]] * len(rows))[:, :, 0].mean(axis=1)
-        return scores
-
-    def _fastest_batch_size(self, rows: Sequence[list[int]], adapters: Sequence[str | None]) -> int:
-        """Doubled from 8 for as long as that makes a row at least a twentieth faster and the longest rows fit."""
-        import torch
-
-        longest = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-        best, seconds, size = 8, float("inf"), 8
-        self._score_batch([rows[i] for i in longest[:8]], [adapters[i] for i in longest[:8]])  # warm-up
-        while size <= min(len(rows), 256):
-            batch = [rows[i] for i in longest[:size]], [adapters[i] for i in longest[:size]]
-            start = time.perf_counter()
-            try:
-                self._score_batch(*batch)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                break
-            taken = (time.perf_counter() - start) / size
-            if taken > 0.95 * seconds:
-                break
-            best, seconds, size = size, taken, 2 * size
-        return best
-
-    def _batches(self, rows: Sequence[list[int]], adapters: Sequence[str | None]) -> list[list[int]]:
-        """Row numbers in batches: rows of like length together, or of like beginning where that is less to run."""
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-        size = 32 if self.batch_size == "auto" else self.batch_size
-        if len(rows) <= size:  # as always in the server: nothing to choose
-            return [by_length] if rows else []
-        by_beginning = sorted(range(len(rows)), key=lambda i: (adapters[i] or "", rows[i]))
-        plans = [[order[i : i + size] for i in range(0, len(rows), size)] for order in (by_length, by_beginning)]
-
-        def tokens(batch: list[int]) -> int:
-            return self._stem([rows[i] for i in batch], [adapters[i] for i in batch], len(self.prefix), 1)[1]
-
-        return min(plans, key=lambda plan: sum(map(tokens, plan)))
-
-    def _stem(
-        self, rows: Sequence[list[int]], adapters: Sequence[str | None], start: int, positions: int
-    ) -> tuple[int, int]:
-        """(length, tokens to run): up to which length rows that begin alike run once for all of them, so that fewest
-        tokens are run beyond the first `start`; `start` itself where a forward more would not pay."""
-        longest, most = max(map(len, rows)), min(map(len, rows)) - positions
-        alone = len(rows) * (longest - start)
-        best, fewest = start, min(0.8 * alone, alone - STEM_TOKENS)
-        neighbours = pairwise(sorted(zip((adapter or "" for adapter in adapters), rows, strict=True)))
-        alike = [-1 if a != b else len(common_beginning([one, other])) for (a, one), (b, other) in neighbours]
-        for length in range(start + 1, most + 1):
-            stems = 1 + sum(common < length for common in alike)
-            tokens = stems * (length - start) + len(rows) * (longest - length)
-            if tokens < fewest:
-                best, fewest = length, tokens
-        return best, int(fewest) if best > start else alone
-
-    def _hidden(self, rows: list[list[int]], positions: int, adapters: list[str | None]) -> torch.Tensor:
-        """Final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
-        import torch
-
-        start = len(self.prefix)
-        if any(row[:start] != self.prefix or len(row) - start < positions for row in rows):
-            start = 0
-        length, _ = self._stem(rows, adapters, start, positions)
-        layers = self._prefix_layers(adapters) if start else None
-        if length > start:
-            keys = [(adapter, tuple(row[:length])) for adapter, row in zip(adapters, rows, strict=True)]
-            stems = list(dict.fromkeys(keys))
-            names = [adapter for adapter, _ in stems]
-            known = self._prefix_layers(names) if start else None
-            cache = self._forward([list(ids) for _, ids in stems], start, known, names, True).cache
-            index = torch.tensor([stems.index(key) for key in keys], device=self._device)
-            layers = [[layer.keys[index], layer.values[index]] for layer in cache.layers]
-        return self._forward(rows, length, layers, adapters).last_hidden_state[:, -positions:]
-
-    def _prefix_layers(self, adapters: list[str | None]) -> list[list[torch.Tensor]]:
-        """Keys and values of the shared beginning for rows of these adapters, layer by layer."""
-        import torch
-
-        caches = [self._prefix_caches[adapter] for adapter in adapters]
-        if len(set(adapters)) == 1:  # one cache for all rows, without copies
-            return [[part.expand(len(adapters), -1, -1, -1) for part in layer] for layer in caches[0]]
-        return [[torch.cat(parts) for parts in zip(*layer, strict=True)] for layer in zip(*caches, strict=True)]
-
-    def _forward(
-        self,
-        rows: list[list[int]],
-        start: int,
-        layers: list[list[torch.Tensor]] | None,
-        adapters: list[str | None],
-        keep_cache: bool = False,
-    ) -> Any:
-        """The body's output for the tokens of each row from `start` on; `layers` are keys and values of those before.
-        Padding is on the left, between the two."""
-        import torch
-        from transformers import DynamicCache
-
-        width = max(map(len, rows)) - start
-        pads = [width + start - len(row) for row in rows]
-        tensor = functools.partial(torch.tensor, device=self._device)
-        filler = self.encoder.tokenizer.pad_token_id
-        with self._using(adapters):
-            return self._body(
-                input_ids=tensor([[filler] * pad + row[start:] for pad, row in zip(pads, rows, strict=True)]),
-                attention_mask=tensor([[1] * start + [0] * pad + [1] * (width - pad) for pad in pads]),
-                position_ids=tensor([[0] * pad + list(range(start, start + width - pad)) for pad in pads]),
-                cache=DynamicCache([tuple(layer) for layer in layers]) if layers else None,
-                use_cache=keep_cache or bool(layers),
-            )
-
-    def _log_probs(self, hidden: torch.Tensor, targets: list[list[list[int]]]) -> np.ndarray:
-        """Log-probabilities [rows, positions, k] of `targets` given hidden states [rows, positions, hidden].
-
-        The head runs in float32 and in slices of the vocabulary, so its full width never exists in float32.
-        """
-        import torch
-
-        weight, bias = self._head.weight, getattr(self._head, "bias", None)
-        hidden = hidden.to(weight.device).float()
-        total = torch.full(hidden.shape[:2], -torch.inf, device=hidden.device)
-        for start in range(0, weight.shape[0], SCORING_TILE):
-            part = hidden @ weight[start : start + SCORING_TILE].float().T
-            if bias is not None:
-                part = part + bias[start : start + SCORING_TILE].float()
-            total = torch.logaddexp(total, part.logsumexp(dim=-1))
-        wanted = torch.tensor(targets, device=hidden.device)
-        logits = torch.einsum("bph,bpkh->bpk", hidden, weight[wanted].float())
-        if bias is not None:
-            logits = logits + bias[wanted].float()
-        return (logits - total[..., None]).double().cpu().numpy()
-
-
-def label_prior(scorer: LabelScorer, fingerprint: str, turns: Sequence[str], adapter: str | None = None) -> np.ndarray:
-    """Mean raw score [labels] over content-free user turns, kept on disk under everything it depends on.
-
-    fingerprint: of the model and how it was loaded. Source: whitepaper section 4.3; Zhao et al. 2021.
-    """
-    import numpy as np
-
-    prompts = [scorer.encoder.prompt(turn) for turn in turns]
-    key = json.dumps([fingerprint, prompts, scorer.forms, scorer.aggregate], sort_keys=True)
-    path = cache_dir() / "priors" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
-        stored = read_json(path)["prior"]
-        return np.array([float(stored[label]) for label in scorer.labels])
-    prior = scorer.raw_scores(turns, adapters=[adapter] * len(turns)).mean(axis=0)
-    with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
-        write_json(path, {"prior": dict(zip(scorer.labels, prior.tolist(), strict=True))})
-    return prior
-
-
-# ------------------------------------------------------------------------------------------------------ calibration
+    def joined(self, scores: np.ndarray) -> np.ndarray:
+        """Return scores of labels [N, labels] from those of surface forms [N, forms]; NaN raises
+        FloatingPointError."""
+        if (scores != scores).any():
+            raise FloatingPointError("the model's scores are NaN; try --compute_dtype float32")
+        return join_forms(scores, [len(words) for words in self.forms.values()], self.aggregate)
 
 
 @dataclass(frozen=True)
@@ -422,108 +411,11 @@ class Calibration:
     temperature: float = 1.0
 
     def scores(self, raw: np.ndarray) -> np.ndarray:
-        """Calibrated scores [N, labels] of raw scores [N, labels]."""
+        """Return calibrated scores [N, labels] of raw scores [N, labels]."""
         return raw - self.prior + self.bias
 
     def probabilities(self, raw: np.ndarray) -> np.ndarray:
-        """Probabilities [N, labels] of raw scores [N, labels]."""
+        """Return probabilities [N, labels] of raw scores [N, labels]."""
         from scipy.special import softmax
 
         return softmax(self.scores(raw) / self.temperature, axis=1)
-
-
-def with_shares(calibration: Calibration, shares: np.ndarray) -> Calibration:
-    """The calibration for a field where the labels have these shares [labels], not equal ones: the odds of each label
-    change by its share (Saerens et al. 2002), scores and probabilities alike."""
-    import numpy as np
-
-    shift = calibration.temperature * np.log(shares * len(shares))
-    return Calibration(calibration.method, calibration.prior, calibration.bias + shift, calibration.temperature)
-
-
-def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calibration:
-    """Bias per label and temperature that minimise the negative log-likelihood of the right answers.
-
-    raw: [N, labels]; prior: [labels]; answers: [N] label indices. Convex in (bias / T, 1 / T), so the start does not
-    matter; the biases are centred, since a common shift changes nothing. Temperatures stay within 1/20 to 20 and
-    biases within 50, for rows that a model answers all right or all alike. Source: Guo et al. 2017, with biases.
-    """
-    import numpy as np
-    from scipy.optimize import minimize
-    from scipy.special import log_softmax
-
-    centred = raw - prior
-
-    def loss(parameters: np.ndarray) -> float:
-        logits = centred * np.exp(parameters[0]) + np.append(parameters[1:], 0.0)
-        return -log_softmax(logits, axis=1)[np.arange(len(answers)), answers].mean()
-
-    bounds = [(-np.log(20), np.log(20)), *[(-50, 50)] * (raw.shape[1] - 1)]
-    found = minimize(loss, np.zeros(raw.shape[1]), method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12}).x
-    temperature = float(np.exp(-found[0]))
-    bias = np.append(found[1:], 0.0) * temperature
-    return Calibration("fitted", prior, bias - bias.mean(), temperature)
-
-
-def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray, way: float = 1.0) -> Calibration:
-    """`fit_calibration`, its biases then moved until each label is predicted as often as it is right on these rows,
-    or only part of that `way` (0 to 1).
-
-    The likelihood alone lets a label that is often second best be predicted too rarely: its recall falls below its
-    precision. Matching the shares has one answer and less noise than a search for the best F1 on few rows.
-    """
-    import numpy as np
-
-    found = fit_calibration(raw, prior, answers)
-    actual = np.bincount(answers, minlength=raw.shape[1])
-    best = bias = found.bias
-    least = np.inf
-    for _ in range(300):
-        predicted = np.bincount((raw - prior + bias).argmax(axis=1), minlength=raw.shape[1])
-        if (gap := np.abs(actual - predicted).sum()) < least:
-            best, least = bias, gap
-        bias = bias + 0.05 * found.temperature * np.log((actual + 1) / (predicted + 1))
-    bias = found.bias + way * (best - found.bias)
-    return Calibration("fitted", prior, bias - bias.mean(), found.temperature)
-
-
-def cross_fitted_probabilities(
-    raw: np.ndarray,
-    prior: np.ndarray,
-    answers: np.ndarray,
-    groups: Sequence[str],
-    fit: Callable[..., Calibration] = fit_calibration,
-) -> np.ndarray:
-    """Probabilities [N, labels] by fitted calibrations that did not see the row's group, in five folds: so that a fit
-    can be compared with calibrators that have nothing to fit."""
-    import numpy as np
-    from sklearn.model_selection import GroupKFold
-
-    probabilities = np.empty_like(raw)
-    for train, test in GroupKFold(5).split(raw, answers, groups):
-        probabilities[test] = fit(raw[train], prior, answers[train]).probabilities(raw[test])
-    return probabilities
-
-
-def row_losses(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood (natural log) of each row, [N]."""
-    import numpy as np
-
-    return -np.log(probabilities[np.arange(len(answers)), answers].clip(1e-12))
-
-
-def likeliest(losses: dict[str, np.ndarray], groups: Sequence[str]) -> str:
-    """The simplest calibrator that is not less likely than the likeliest by more than one standard error of the
-    difference, over groups of rows (customers): what few rows seem to gain is mostly noise (the one-standard-error
-    rule, Breiman et al. 1984). losses: {method: negative log-likelihoods [N]}, the simplest first; at least two
-    groups."""
-    import numpy as np
-
-    best = min(losses.values(), key=np.mean)
-    _, whose = np.unique(groups, return_inverse=True)
-
-    def about_best(loss: np.ndarray) -> bool:
-        lost = np.bincount(whose, loss - best)
-        return lost.sum() <= lost.std(ddof=1) * np.sqrt(len(lost))
-
-    return next(name for name, loss in losses.items() if about_best(loss))

@@ -1,4 +1,4 @@
-"""Look at this machine as the other scripts will find it, and say for each problem what mends it.
+"""Check this machine as the other scripts will use it, and print a fix for each problem.
 
 python doctor.py --student smollm2-135m
 """
@@ -12,46 +12,43 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
-from common import PromptEncoder
-from files import InputError, cache_dir, run_script
-from models import DEFAULT_STUDENT, check_model_name, dtype_name, local_or_hub
+from common import InputError, PromptEncoder, dtype_name
+from distil.cli import add_debug_flag, new_parser, run_script
+from distil.creditmix.rows import LABELS
+from distil.files import cache_dir
+from distil.models import DEFAULT_STUDENT, resolve
 
-LABELS = ("Good", "Standard", "Bad")
 NEEDED_DISK_GB, NEEDED_MEMORY_GB, NEEDED_GPU_GB = 10, 8, 7.5
+INSTALL = "source .venv/bin/activate (make demo makes it), or install requirements.txt"
+OTHER_STUDENT = "use smollm2-135m or a local folder; for the hub: check the network, hf auth login (gated)"
 
 
 class Finding(Exception):
-    """A problem; its arguments: what is wrong, what mends it."""
+    """A problem; its arguments: what is wrong, and the fix."""
 
 
 def check_packages(student: str) -> str:
-    wrong = []
-    for name, wanted in re.findall(r"(?m)^([\w.-]+)==(\S+)", Path(__file__).with_name("requirements.txt").read_text()):
-        try:
-            found = version(name).split("+")[0]
-        except PackageNotFoundError:
-            found = "missing"
-        if found != wanted:
-            wrong.append(f"{name} {found} (tested: {wanted})")
-    if wrong:
-        raise Finding(", ".join(wrong), "source .venv/bin/activate (make demo makes it), or install requirements.txt")
+    pins = re.findall(r"(?m)^([\w.-]+)==(\S+)", Path(__file__).with_name("requirements.txt").read_text())
+    versions = [(name, version(name).split("+")[0], wanted) for name, wanted in pins]
+    if wrong := ", ".join(f"{name} {found} (tested: {wanted})" for name, found, wanted in versions if found != wanted):
+        raise Finding(wrong, INSTALL)
     return f"as in requirements.txt, Python {platform.python_version()}"
 
 
 def check_gpu(student: str) -> str:
-    """What the driver shows PyTorch must use, or all runs on the CPU and nobody is told."""
+    """Return the GPU. Raise Finding where PyTorch does not use the GPU that the driver shows."""
     import torch
 
-    there = shutil.which("nvidia-smi")
-    failed, shown = subprocess.getstatusoutput("timeout 30 nvidia-smi -L") if there else (0, "")
+    installed = shutil.which("nvidia-smi")
+    failed, shown = subprocess.getstatusoutput("timeout 30 nvidia-smi -L") if installed else (0, "")
     if failed:
         raise Finding(f"nvidia-smi: {shown[:120]}", "update the driver on Windows, then run wsl --shutdown there")
     if shown and not torch.cuda.is_available():
         fix = "update the driver on Windows, and install a CUDA build: pip install --force-reinstall torch==2.13.0"
-        raise Finding(f"there is {shown.splitlines()[0]}, but PyTorch {torch.__version__} does not use it", fix)
+        raise Finding(f"{shown.splitlines()[0]} is installed, but PyTorch {torch.__version__} does not use it", fix)
     if not torch.cuda.is_available():
         return "none; smollm2-135m is the student for a CPU"
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9
@@ -61,7 +58,7 @@ def check_gpu(student: str) -> str:
 
 
 def check_4bit(student: str) -> str:
-    """bitsandbytes packs a matrix into NF4 and gets it back."""
+    """Pack a matrix into NF4 with bitsandbytes and unpack it."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -87,37 +84,28 @@ def check_memory(student: str) -> str:
 
 
 def check_disk(student: str) -> str:
-    """Room for models and checkpoints, in a cache that can be written."""
+    """Return the free space for models and checkpoints. Raise Finding where it is small or the cache read-only."""
     folders = (cache_dir(), Path(os.environ.get("HF_HOME", Path.home())), Path.cwd())
     places = [next(path for path in (folder, *folder.parents) if path.exists()) for folder in folders]
     if not os.access(places[0], os.W_OK):
-        raise Finding(f"{places[0]} cannot be written", "set DISTIL_SLM_CACHE to a folder of yours")
+        raise Finding(f"{places[0]} cannot be written", "set DISTIL_SLM_CACHE to a folder that you may write")
     free, path = min((shutil.disk_usage(path).free / 1e9, path) for path in places)
     if free < NEEDED_DISK_GB:
-        fix = f"free {NEEDED_DISK_GB} GB, or move the caches: DISTIL_SLM_CACHE and HF_HOME"
-        raise Finding(f"{free:.1f} GB free in {path}", fix)
+        raise Finding(f"{free:.1f} GB free in {path}", f"free {NEEDED_DISK_GB} GB or set DISTIL_SLM_CACHE and HF_HOME")
     return f"{free:.0f} GB free"
 
 
 def check_model(student: str) -> str:
-    try:
-        check_model_name(student)
-        local_or_hub(student)
-    except InputError as error:
-        raise Finding(str(error), "the network; hf auth login (gated); a local folder, or smollm2-135m") from None
+    resolve(student)
     return student
 
 
 def check_labels(student: str) -> str:
-    """Labels are single tokens that the text before them does not change."""
+    """Check that labels are single tokens that the text before them does not change."""
     from transformers import AutoTokenizer
 
-    try:
-        encoder = PromptEncoder(AutoTokenizer.from_pretrained(local_or_hub(student)))
-        long = [label for label in LABELS if len(encoder.label(label)) > 1]
-    except InputError as error:
-        raise Finding(str(error), "use a student with another tokenizer") from None
-    if long:
+    encoder = PromptEncoder(AutoTokenizer.from_pretrained(resolve(student).path))
+    if long := [label for label in LABELS if len(encoder.label(label)) > 1]:
         fix = "scores stay right but cost a forward for each; KD needs words that differ in their first token"
         raise Finding(f"several tokens each: {', '.join(long)}", fix)
     return f"{', '.join(LABELS)}: one stable token each"
@@ -126,20 +114,26 @@ def check_labels(student: str) -> str:
 CHECKS = (check_packages, check_gpu, check_4bit, check_memory, check_disk, check_model, check_labels)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
     parser.add_argument("--student", default=DEFAULT_STUDENT, help="model to train or use (%(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
+    add_debug_flag(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     ran = problems = 0
     for check in CHECKS:
         ran, name = ran + 1, check.__name__.removeprefix("check_")
         try:
             print(f"ok       {name:<9}{check(args.student)}")
-        except (Finding, ImportError, OSError) as problem:  # a package that is missing or does not load
+        except (Finding, InputError, ImportError, OSError) as problem:  # ImportError: a package does not load
             problems += 1
-            what, mend = problem.args if isinstance(problem, Finding) else (problem, "install requirements.txt anew")
-            print(f"PROBLEM  {name:<9}{what}\n         {'mend:':<9}{mend}")
+            what, fix = problem, OTHER_STUDENT if isinstance(problem, InputError) else INSTALL
+            if isinstance(problem, Finding):
+                what, fix = problem.args
+            print(f"PROBLEM  {name:<9}{what}\n         {'fix:':<9}{fix}")
             if check is check_model:  # the labels need its tokenizer
                 break
     print(f"{problems} of {ran} checks found a problem", file=sys.stderr)

@@ -12,25 +12,29 @@ import argparse
 import json
 import sys
 import time
-from math import comb
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codegen import Coder, Task, add_codegen_flags, check_codegen_flags, read_tasks
-from files import InputError, check_folder, file_sha256, run_script, write_json, write_jsonl
-from processes import only_one
-from sandbox import SECONDS, isolation, run_programs
+from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil.codegen.coder import Coder, add_codegen_flags, codegen_options
+from distil.codegen.judge import pass_at_k
+from distil.codegen.sandbox import SECONDS, isolation, run_programs
+from distil.codegen.tasks import Task, read_tasks
+from distil.files import check_folder, file_sha256, write_json, write_jsonl
+from distil.models import resolve
+from distil.processes import only_one
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument_group("models and tasks").add_argument
     add("--model_dir", nargs="+", default=[], help="one or more of: base model, model folder, adapter folder")
     add("--references", action="store_true", help="run the tasks' own solutions, which must all pass, and stop")
     add("--data", default="data/codegen_validation.jsonl", help="JSONL of tasks with tests (%(default)s)")
-    add("--limit", type=int, help="only the first so many tasks")
+    add("--limit", type=int, help="only this many first tasks")
     add("--mode", choices=("direct", "plan", "both"), default="both", help="of writing an answer (%(default)s)")
     add("--n", type=int, default=1, help="answers to each task (%(default)s)")
     add("--k", type=int, nargs="+", default=[1], help="of pass@k, each at most --n (%(default)s)")
@@ -40,73 +44,58 @@ def build_parser() -> argparse.ArgumentParser:
     add("--report_dir", help="write metrics.json and every answer with what became of it")
     add("--json", action="store_true", help="print metrics.json instead of the table")
     add_codegen_flags(parser)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_debug_flag(parser)
     return parser
 
 
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that one of k answers drawn from n is right. Source: Chen et al. 2021, section 2.1."""
-    return 1.0 - comb(n - right, k) / comb(n, k)
-
-
-def measure(outcomes: np.ndarray, parsed: np.ndarray, tokens: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
-    """Metrics of [tasks, n] arrays; intervals: 95 % percentile bootstrap over tasks."""
-    tasks, n = outcomes.shape
-    weights = np.random.default_rng(0).multinomial(tasks, np.full(tasks, 1 / tasks), size=args.bootstrap) / tasks
+def measure(lines: list[dict], n: int, ks: Sequence[int], resamples: int) -> dict[str, Any]:
+    """Return metrics of `n` answers to each task, in order; intervals: 95 % percentile bootstrap over tasks."""
+    outcomes = np.array([line["passed"] for line in lines]).reshape(-1, n)
+    tasks = len(outcomes)
+    weights = np.random.default_rng(0).multinomial(tasks, np.full(tasks, 1 / tasks), size=resamples) / tasks
     result: dict[str, Any] = {"tasks": tasks, "n": n}
-    for k in args.k:
+    for k in ks:
         each = np.array([pass_at_k(n, int(right), k) for right in outcomes.sum(axis=1)])
         result[f"pass@{k}"] = float(each.mean())
         result[f"pass@{k}_interval_95"] = np.percentile(weights @ each, [2.5, 97.5]).tolist()
-    return result | {"parse_rate": float(parsed.mean()), "tokens": float(tokens.mean())}
+    parse_rate, tokens = (float(np.mean([line[key] for line in lines])) for key in ("parses", "tokens"))
+    return result | {"parse_rate": parse_rate, "tokens": tokens}
 
 
-def evaluate(
-    coder: Coder, name: str, mode: str, tasks: list[Task], args: argparse.Namespace
-) -> tuple[dict, list[dict]]:
-    """(metrics, one line per answer) of one model in one mode."""
-    start = time.perf_counter()
-    prompts = [task.prompt for task in tasks for _ in range(args.n)]
-    answers = coder.answers(prompts, mode == "plan", f"{name} {mode}")
-    seconds = time.perf_counter() - start
-    asked = [task for task in tasks for _ in range(args.n)]
-    jobs = [(task.program(answer["code"]), task.tests) for task, answer in zip(asked, answers, strict=True)]
-    outcomes = run_programs(jobs, args.seconds)
+def answer_all(coder: Coder, tasks: list[Task], mode: str, seconds: float, title: str) -> tuple[list[dict], float]:
+    """Return one line per answer, with what became of it, and the seconds that writing one took.
+    seconds: wall time of an answer and its tests."""
+    samples, start = [task for task in tasks for _ in range(coder.options.n)], time.perf_counter()
+    answers = coder.answers([task.prompt for task in samples], mode == "plan", title)
+    spent = (time.perf_counter() - start) / len(samples)
+    jobs = [(task.program(answer["code"]), task.tests) for task, answer in zip(samples, answers, strict=True)]
     lines = [
         {"task_id": task.name} | answer | {"passed": outcome.passed, "problem": outcome.problem}
-        for task, answer, outcome in zip(asked, answers, outcomes, strict=True)
+        for task, answer, outcome in zip(samples, answers, run_programs(jobs, seconds), strict=True)
     ]
-    table = {
-        key: np.array([line[key] for line in lines]).reshape(-1, args.n) for key in ("passed", "parses", "tokens")
-    }
-    result = {"model": name, "mode": mode} | measure(table["passed"], table["parses"], table["tokens"], args)
-    return result | {"seconds_per_answer": round(seconds / len(prompts), 3)}, lines
+    return lines, round(spent, 3)
 
 
-def check_references(tasks: list[Task], args: argparse.Namespace) -> int:
-    """Run the tasks' own solutions; exit status 0 where all pass."""
-    known = [task for task in tasks if task.reference]
-    if not known:
-        raise InputError(f"{args.data}: no task has a solution (reference, solution, code or canonical_solution)")
-    outcomes = run_programs([(task.program(task.reference), task.tests) for task in known], args.seconds)
-    for task, outcome in zip(known, outcomes, strict=True):
-        if not outcome.passed:
-            print(f"{task.name}: {outcome.problem}")
-    passed = sum(outcome.passed for outcome in outcomes)
-    print(f"{passed} of {len(known)} solutions pass their tests")
-    return 0 if passed == len(known) else 1
+def check_references(tasks: list[Task], source: str, seconds: float) -> int:
+    """Run the tasks' own solutions; return 0 where all pass, else 1. Raises InputError where there are none."""
+    solved = [task for task in tasks if task.reference]
+    if not solved:
+        raise InputError(f"{source}: no task has a solution (reference, solution, code or canonical_solution)")
+    outcomes = run_programs([(task.program(task.reference), task.tests) for task in solved], seconds)
+    problems = [f"{t.name}: {o.problem}" for t, o in zip(solved, outcomes, strict=True) if not o.passed]
+    print(*problems, f"{len(solved) - len(problems)} of {len(solved)} solutions pass their tests", sep="\n")
+    return 1 if problems else 0
 
 
-def print_table(results: list[dict], args: argparse.Namespace, out: Any) -> None:
-    width = max(len(result["model"]) for result in results)
-    heads = "".join(f"{f'pass@{k}':<24}" for k in args.k)
-    print(f"{results[0]['tasks']} tasks, {args.n} answers each; 95 % intervals by bootstrap of tasks", file=out)
+def print_table(results: list[dict], ks: Sequence[int], out: Any) -> None:
+    """Print pass@k with intervals, one line per model and mode."""
+    tasks, n, width = results[0]["tasks"], results[0]["n"], max(len(result["model"]) for result in results)
+    heads = "".join(f"{f'pass@{k}':<24}" for k in ks)
+    print(f"{tasks} tasks, {n} answers each; 95 % intervals by bootstrap of tasks", file=out)
     print(f"{'model':<{width}}  {'mode':<8}{heads}parses  tokens  seconds an answer", file=out)
     for r in results:
-        cells = ""
-        for k in args.k:
-            low, high = r[f"pass@{k}_interval_95"]
-            cells += f"{r[f'pass@{k}']:.4f} [{low:.4f}, {high:.4f}] "
+        values = [(r[f"pass@{k}"], *r[f"pass@{k}_interval_95"]) for k in ks]
+        cells = "".join(f"{value:.4f} [{low:.4f}, {high:.4f}] " for value, low, high in values)
         last = f"{r['parse_rate']:.3f}   {r['tokens']:<8.1f}{r['seconds_per_answer']:.2f}"
         print(f"{r['model']:<{width}}  {r['mode']:<8}{cells}{last}", file=out)
 
@@ -114,7 +103,7 @@ def print_table(results: list[dict], args: argparse.Namespace, out: Any) -> None
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     only_one("evaluation of code")
-    check_codegen_flags(args)
+    codegen = codegen_options(args)
     if not all(1 <= k <= args.n for k in args.k):
         raise InputError(f"--k {args.k}: each from 1 to --n {args.n}")
     if args.bootstrap < 1 or args.seconds <= 0 or (args.limit is not None and args.limit < 1):
@@ -125,31 +114,27 @@ def main(argv: list[str] | None = None) -> int:
         check_folder(args.report_dir)
     tasks = read_tasks(args.data)[: args.limit]
     if args.references:
-        return check_references(tasks, args)
+        return check_references(tasks, args.data, args.seconds)
+    refs = [resolve(name) for name in args.model_dir]
     closed = "own namespaces, no network" if isolation() else "no unshare here: an audit hook and limits alone"
     print(f"sandbox: {closed}", file=sys.stderr)
-    results, written = [], []
-    for name in args.model_dir:
-        coder = Coder.load(name, args)
+    measured = []
+    for ref in refs:
+        coder = Coder.load(ref, codegen)
         for mode in ("direct", "plan") if args.mode == "both" else (args.mode,):
             if too_long := [task.name for task in tasks if not coder.fits(task.prompt, mode == "plan")]:
-                raise InputError(
-                    f"{args.data}: {len(too_long)} tasks do not fit the context of {name} ({too_long[0]} ...); lower "
-                    "--max_new_tokens, or --mode direct"
-                )
-            result, lines = evaluate(coder, name, mode, tasks, args)
-            results.append(result)
-            written.append(lines)
-    summary = {
-        "data": {"file": args.data, "sha256": file_sha256(args.data), "tasks": len(tasks)},
-        "temperature": args.temperature,
-        "models": results,
-    }
-    print_table(results, args, sys.stderr if args.json else sys.stdout)
+                number = f"{len(too_long)} tasks ({too_long[0]} ...) exceed the context of {ref.name}"
+                raise InputError(f"{args.data}: {number}; lower --max_new_tokens, or --mode direct")
+            lines, spent = answer_all(coder, tasks, mode, args.seconds, f"{ref.name} {mode}")
+            result = {"model": ref.name, "mode": mode} | measure(lines, args.n, args.k, args.bootstrap)
+            measured.append((result | {"seconds_per_answer": spent}, lines))
+    results = [result for result, _ in measured]
+    data = {"file": args.data, "sha256": file_sha256(args.data), "tasks": len(tasks)}
+    summary = {"data": data, "temperature": codegen.temperature, "models": results}
+    print_table(results, args.k, sys.stderr if args.json else sys.stdout)
     if args.report_dir:
         folder = Path(args.report_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (result, lines) in enumerate(zip(results, written, strict=True)):
+        for number, (result, lines) in enumerate(measured):
             name = f"{number}_{Path(result['model']).resolve().name}_{result['mode']}.jsonl"
             write_jsonl(folder / name, lines)
         write_json(folder / "metrics.json", summary)

@@ -15,136 +15,123 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common import LabelScorer, PromptEncoder
-from files import InputError, check_folder, read_jsonl, run_script, write_json
-from models import adapter_config, base_of, check_model_name, load_model, model_fingerprint, run_record
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
-
-from processes import only_one
+from common import InputError, PromptEncoder
+from distil.cli import add_debug_flag, new_parser, run_script
+from distil.files import check_folder, read_jsonl, write_json
+from distil.models import LoadOptions, ModelRef, load, model_fingerprint, resolve
+from distil.processes import only_one
+from distil.runs import run_record
+from distil.scoring import FastLabelScorer
 
 FIELDS = ("input|prompt", "output|teacher_output|chosen")  # of the data of any of the trainers
-MOST_LABELS = 10  # answers of a sample that differ less are labels; the others are compared by their likelihood
+MOST_LABELS = 10  # a sample with at most this many different answers is a label task; others are compared by NLL
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--model_dir", required=True, help="adapter folder")
     add("--save_dir", required=True, help="model folder to write")
-    add(
-        "--sample",
-        help='JSONL of {"input", "output"}, or other training rows, to compare on (default: those of its training)',
-    )
+    rows = 'JSONL of {"input", "output"}, or other training rows, to compare on (default: those of its training)'
+    add("--sample", help=rows)
     add("--rows", type=int, default=200, help="first rows of it to compare; 0: none (%(default)s)")
     add("--batch_size", type=int, default=32, help="rows scored in one forward (%(default)s)")
     add("--overwrite", action="store_true", help="replace an earlier export in --save_dir")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug_flag(parser)
     return parser
 
 
-def read_sample(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(input, answer) of each row. Raises InputError where there are none."""
-    if not args.rows:
+def read_sample(ref: ModelRef, sample: str | None, count: int) -> list[tuple[str, str]]:
+    """Return (input, answer) of the first `count` rows of a file, by default of the adapter's training data. Raises
+    InputError where the data are missing."""
+    if not count:
         return []
-    source = args.sample or run_record(args.model_dir).get("data", {}).get("file", "")
-    if not args.sample and not Path(source).is_file():
-        raise InputError(f"{args.model_dir}: its training data are not here; name rows with --sample, or --rows 0")
-    rows = read_jsonl(source, FIELDS)[: args.rows]
+    source = sample or run_record(ref.adapter).get("data", {}).get("file", "")
+    if not sample and not Path(source).is_file():
+        raise InputError(f"{ref.name}: its training data are not here; give rows with --sample, or --rows 0")
+    rows = read_jsonl(source, FIELDS)[:count]
     first, second = ([next(row[n] for n in names.split("|") if n in row) for row in rows] for names in FIELDS)
     return list(zip(first, second, strict=True))
 
 
-def sample_scores(model_dir: str, quantization: str, rows: list[tuple[str, str]], batch_size: int) -> np.ndarray:
-    """Mean log-probability per token [N, labels] of the sample's labels, or [N, 1] of each row's own answer."""
-    import numpy as np
-
-    model, tokenizer = load_model(model_dir, quantization, "bfloat16")
+def sample_scores(ref: ModelRef, quantization: str, rows: list[tuple[str, str]], batch_size: int) -> np.ndarray:
+    """Return the mean log-probability per token of the sample's labels [N, labels], or of each own answer [N, 1]."""
+    gc.collect()  # of the model before, which may be in a circle
+    model, tokenizer = load(ref, LoadOptions(quantization, "bfloat16"))
     encoder, answers = PromptEncoder(tokenizer), sorted({answer for _, answer in rows})
-    if len(answers) <= MOST_LABELS and len(answers) < len(rows):  # all different: texts, not labels
-        scorer = LabelScorer(model, encoder, {a: [a] for a in answers}, batch_size=batch_size)
-        scores = scorer.raw_scores([prompt for prompt, _ in rows], Path(model_dir).name)
-    else:
-        own = ((LabelScorer(model, encoder, {"answer": [answer]}), prompt) for prompt, answer in rows)
-        scores = np.concatenate([scorer.raw_scores([prompt]) for scorer, prompt in own])
-    del model
-    gc.collect()
-    return scores
+    if len(answers) <= MOST_LABELS and len(answers) < len(rows):  # if all differ they are texts, not labels
+        scorer = FastLabelScorer(model, encoder, {a: [a] for a in answers}, batch_size=batch_size)
+        return scorer.raw_scores([prompt for prompt, _ in rows], Path(ref.name).name)
+    own = ((FastLabelScorer(model, encoder, {"answer": [answer]}), prompt) for prompt, answer in rows)
+    return np.concatenate([scorer.raw_scores([prompt]) for scorer, prompt in own])
 
 
-def difference(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """Of scores [N, labels]: the largest and the mean difference, and the share of rows with the same best label."""
-    import numpy as np
-
-    report = {"largest": float(np.abs(after - before).max()), "mean": float(np.abs(after - before).mean())}
-    if before.shape[1] > 1:
-        report["same_label"] = float((before.argmax(axis=1) == after.argmax(axis=1)).mean())
-    return {name: round(value, 4) for name, value in report.items()}
-
-
-def merge(model_dir: str, folder: Path) -> None:
-    """Write the merged model and its tokenizer into a folder; all of it is computed in bf16."""
-    model, tokenizer = load_model(model_dir, "none", "bfloat16", trainable=True)
+def merge(ref: ModelRef, folder: Path) -> None:
+    """Write the merged model, computed in bf16, and its tokenizer into a folder."""
+    model, tokenizer = load(ref, LoadOptions("none", "bfloat16"), trainable=True)
     merged: Any = model.merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def check_target(save_dir: Path, args: argparse.Namespace) -> None:
-    """Raises InputError where the export would take the place of anything but an earlier export."""
-    for name, folder in (("adapter", args.model_dir), ("base", base_of(args.model_dir))):
+def check_target(ref: ModelRef, save_dir: Path, overwrite: bool) -> None:
+    """Raise InputError where the export would replace anything but an earlier export."""
+    for name, folder in (("adapter", ref.name), ("base", ref.base)):
         if save_dir.resolve() == Path(folder).resolve():
             raise InputError(f"--save_dir {save_dir} is the {name} itself; choose another folder")
     if not save_dir.exists() or (save_dir.is_dir() and not any(save_dir.iterdir())):
         check_folder(save_dir.parent)
     elif not (save_dir / "export.json").is_file():
-        raise InputError(f"{save_dir}: is no earlier export; choose another folder")
-    elif not args.overwrite:
+        raise InputError(f"{save_dir}: is not an earlier export; choose another folder")
+    elif not overwrite:
         raise InputError(f"{save_dir}: an export is here; replace it with --overwrite or choose another folder")
 
 
-def compare(args: argparse.Namespace, merged: str, rows: list[tuple[str, str]]) -> dict[str, Any]:
-    """Differences between the merged model's scores of the rows and those of the adapter on either base."""
-    report: dict[str, Any] = {"adapter": args.model_dir, "fingerprint": model_fingerprint(args.model_dir)}
+def compare(ref: ModelRef, merged: str, rows: list[tuple[str, str]], batch_size: int) -> dict[str, Any]:
+    """Return how the merged model's scores of the rows differ from the adapter's on either base: largest and mean
+    difference, and the share of rows with the same best label."""
+    report: dict[str, Any] = {"adapter": ref.name, "fingerprint": model_fingerprint(ref)}
     if rows:
-        after = sample_scores(merged, "none", rows, args.batch_size)
+        after = sample_scores(resolve(merged), "none", rows, batch_size)
         report["rows"] = len(rows)
-        for name, quantization in (("adapter on bf16 base", "none"), ("adapter on NF4 base", "nf4")):
-            before = sample_scores(args.model_dir, quantization, rows, args.batch_size)
-            report[f"change from {name}"] = difference(before, after)
+        for name, quantization in (("bf16", "none"), ("NF4", "nf4")):
+            before = sample_scores(ref, quantization, rows, batch_size)
+            gap = np.abs(after - before)
+            change = {"largest": float(gap.max()), "mean": float(gap.mean())}
+            if after.shape[1] > 1:
+                change["same_label"] = float((before.argmax(axis=1) == after.argmax(axis=1)).mean())
+            report[f"change from adapter on {name} base"] = {key: round(value, 4) for key, value in change.items()}
     return report
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     only_one("the export")
-    check_model_name(args.model_dir)
-    if not adapter_config(args.model_dir):
+    ref = resolve(args.model_dir)
+    if not ref.adapter:
         raise InputError(f"{args.model_dir}: not an adapter folder; there is nothing to merge")
     if args.rows < 0 or args.batch_size < 1:
         raise InputError("--rows is at least 0, --batch_size at least 1")
     save_dir = Path(args.save_dir)
-    check_target(save_dir, args)
-    rows = read_sample(args)
-
+    check_target(ref, save_dir, args.overwrite)
+    rows = read_sample(ref, args.sample, args.rows)
     save_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=save_dir.parent, prefix=save_dir.name + ".") as folder:
         new = Path(folder) / "new"
-        merge(args.model_dir, new)
-        report = compare(args, str(new), rows)
+        merge(ref, new)
+        report = compare(ref, str(new), rows, args.batch_size)
         write_json(new / "export.json", report)
         if save_dir.exists():
             save_dir.rename(Path(folder) / "old")
         new.rename(save_dir)
     print(json.dumps(report, indent=2))
-    print(
-        f"{save_dir}: written; calibrate it anew (--quantization none) before its probabilities are used",
-        file=sys.stderr,
-    )
+    note = "written; calibrate it again (--quantization none) before its probabilities are used"
+    print(f"{save_dir}: {note}", file=sys.stderr)
     return 0
 
 

@@ -14,13 +14,15 @@ import argparse
 import random
 import re
 import sys
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-from decoding import checked_validator, pointer_of
-from files import InputError, hash_share, read_json, read_jsonl, run_script, write_parts
-from idp import compact_json, expected_of, idp_prompt
+from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil.files import read_json, read_jsonl
+from distil.idp.documents import compact_json, expected_of, idp_prompt
+from distil.idp.schema import checked_validator, pointer_of
+from distil.idp.values import leaves
+from distil.splits import hash_share, write_parts
 
 CURRENCY = (
     r"(?:[A-Z]{0,2}[$€£¥₹₩₺₽₫฿₱₪]|RM|kr\.?|zł|Kč|Ft|Fr\.?|SFr\.?|Rs\.?|Rp\.?|AED|ARS|AUD|BGN|BRL|CAD|CHF|CLP|CNY|COP|CZK|DKK|"
@@ -35,34 +37,28 @@ AMOUNT = re.compile(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--src", required=True, help='JSONL of {"document", "expected"}; expected: an object, or JSON text of one')
     add("--schema", required=True, help="JSON Schema of the answers")
     add("--group", help="field of the line or of its answer whose documents stay together (default: the document)")
     add("--val_share", type=float, default=0.3, help="share of groups for validation (%(default)s)")
     add("--split_seed", type=int, default=0, help="which groups those are (%(default)s)")
-    add(
-        "--broken_copies",
-        type=int,
-        default=0,
-        help="further copies of a training document, values broken (%(default)s)",
-    )
+    add("--broken_copies", type=int, default=0, help="of a training document, values broken (%(default)s)")
     add("--outdir", required=True, help="folder of idp_sft.jsonl and idp_validation.jsonl; they are replaced")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug_flag(parser)
     return parser
 
 
 def number_in(text: str) -> Decimal | None:
-    """The number that a text is, a currency beside it or not; None where it is none, or could be several.
-
-    A comma stands before groups of three digits (1,007.50) or, where these it cannot be, before decimals (1,50;
-    1.007,50; 0,125). Brackets, or a minus on either side, make it negative."""
-    found = AMOUNT.fullmatch(text.replace("\xa0", " ").replace("\u2212", "-").strip())
-    minus = [found[name] for name in ("bracket", "before", "inside", "after") if found[name]] if found else []
-    if not found or len(minus) > 1 or bool(found["bracket"]) != bool(found["closing"]):
+    """Return the number that a text is, with or without a currency; None where it is not a number or could be several.
+    A comma is read as the mark of thousands (1,007.50) or, where it cannot be that, of decimals (1,50; 1.007,50;
+    0,125). Brackets, or a minus on either side, make the number negative."""
+    amount = AMOUNT.fullmatch(text.replace("\xa0", " ").replace("\u2212", "-").strip())
+    minus = [amount[name] for name in ("bracket", "before", "inside", "after") if amount[name]] if amount else []
+    if not amount or len(minus) > 1 or bool(amount["bracket"]) != bool(amount["closing"]):
         return None
-    digits = re.sub("[ ']", "", found["digits"])
+    digits = re.sub("[ ']", "", amount["digits"])
     if re.fullmatch(r"(\d*\.)?\d+|[1-9]\d{0,2}(,\d{3})+(\.\d+)?", digits):
         digits = digits.replace(",", "")
     elif re.fullmatch(r"0,\d+|\d+,(\d{1,2}|\d{4,})|[1-9]\d{0,2}(\.\d{3})+,\d+|[1-9]\d{0,2}(\.\d{3}){2,}", digits):
@@ -73,7 +69,7 @@ def number_in(text: str) -> Decimal | None:
 
 
 def in_schema_form(value: Any, schema: Any) -> Any:
-    """The answer with the schema's order of keys and types of numbers; what cannot be converted stays as it is."""
+    """Return the answer with the schema's key order and number types; what cannot be converted stays as it is."""
     if not isinstance(schema, dict):
         return value
     if isinstance(value, dict):
@@ -94,33 +90,16 @@ def in_schema_form(value: Any, schema: Any) -> Any:
     return int(number) if number == int(number) else float(number)
 
 
-def texts_of(value: Any) -> Iterator[str]:
-    """The strings in an answer."""
-    if isinstance(value, str):
-        yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from texts_of(item)
-
-
 def broken_copy(document: str, answer: Any, choose: random.Random) -> str:
-    """The document with the values of several words that stand on one line broken there, each with a chance of 1/2."""
-    for text in texts_of(answer):
+    """Return the document with values of several words on one line broken over two, each with a chance of 1/2."""
+    for text in (value for _, value in leaves(answer) if isinstance(value, str)):
         words = [re.escape(word) for word in re.findall(r"\w+", text)]
-        found = re.search(r"([^\w\n]+)".join(words), document, re.IGNORECASE) if len(words) > 1 else None
-        if found and choose.random() < 0.5:
+        match = re.search(r"([^\w\n]+)".join(words), document, re.IGNORECASE) if len(words) > 1 else None
+        if match and choose.random() < 0.5:
             gap = choose.randrange(1, len(words))
-            between = re.sub(r"\s+", "\n", found[gap], count=1)
-            document = document[: found.start(gap)] + between + document[found.end(gap) :]
+            between = re.sub(r"\s+", "\n", match[gap], count=1)
+            document = document[: match.start(gap)] + between + document[match.end(gap) :]
     return document
-
-
-def prepared_row(row: dict, where: str, schema: Any, validator: Any) -> tuple[str, Any]:
-    """(document, answer in the schema's form). Raises InputError that names the line and what is wrong with it."""
-    answer = in_schema_form(expected_of(row, where), schema)
-    problem = next(iter(validator.iter_errors(answer)), None)
-    if problem is not None:
-        raise InputError(f'{where}: "expected" breaks the schema at {pointer_of(problem)}: {problem.message[:150]}')
-    return row["document"], answer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,19 +112,22 @@ def main(argv: list[str] | None = None) -> int:
     groups: dict[str, set[str]] = {"sft": set(), "validation": set()}
     choose = random.Random(args.split_seed)
     for number, row in enumerate(read_jsonl(args.src, ("document",)), 1):
-        document, answer = prepared_row(row, f"{args.src}: row {number}", schema, validator)
+        document, where = row["document"], f"{args.src}: row {number}"
+        answer = in_schema_form(expected_of(row, where), schema)
+        if flaw := next(validator.iter_errors(answer), None):
+            raise InputError(f'{where}: "expected" breaks the schema at {pointer_of(flaw)}: {flaw.message[:150]}')
         name = row.get(args.group, answer.get(args.group)) if args.group else document
         if name is None:
-            raise InputError(f"{args.src}: row {number}: no {args.group!r} in the line or its answer")
+            raise InputError(f"{where}: no {args.group!r} in the line or its answer")
         group = " ".join(re.findall(r"\w+", str(name).casefold()))
         copies = {broken_copy(document, answer, choose) for _ in range(args.broken_copies)} - {document}
         part = "validation" if hash_share(group, args.split_seed) < args.val_share else "sft"
         groups[part].add(group)
-        if part == "sft":
-            for text in (document, *sorted(copies)):
-                parts[part].append({"input": idp_prompt(text), "output": compact_json(answer)})
-        else:
+        if part == "validation":
             parts[part].append({"document": document, "expected": answer})
+            continue
+        for text in (document, *sorted(copies)):
+            parts[part].append({"input": idp_prompt(text), "output": compact_json(answer)})
     note = {name: getattr(args, name) for name in ("split_seed", "val_share", "broken_copies")}
     write_parts(args.outdir, "idp", parts, args.src, note)
     print("groups: " + ", ".join(f"{len(names)} in {part}" for part, names in groups.items()), file=sys.stderr)

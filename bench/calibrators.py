@@ -1,36 +1,37 @@
 """How many calibration customers each calibrator needs before it does more good than harm.
 
-A model scores validation rows once. Some of their customers, drawn again and again, are what a calibrator is chosen
-and fitted on; all others are what its negative log-likelihood is measured on, as the difference to no calibration.
-`likeliest` takes the calibrator with the best likelihood of calibration rows, `auto` the simplest one within a
-standard error of it, as `eval_creditmix.py --fit --calibration auto` does.
+A model scores validation rows once. A calibrator is chosen and fitted on some of their customers, drawn repeatedly;
+its NLL is measured on all others, as the difference to no calibration. `lowest` takes the calibrator with the lowest
+NLL on the rows to fit, `auto` the simplest one within a standard error of it, as `eval_creditmix.py --fit
+--calibration auto` does.
 
-    python bench/calibrators.py --model_dir runs/creditmix_sft runs/creditmix_kd
+    python -m bench.calibrators --model_dir runs/creditmix_sft runs/creditmix_kd
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from tqdm import tqdm
 
-import eval_creditmix
-from common import likeliest, row_losses
-from creditmix import LABELS, CreditModel, read_creditmix
-from files import InputError, run_script
+from common import InputError
+from distil.calibration import candidates, choose_method, row_losses
+from distil.cli import add_debug_flag, new_parser, run_script
+from distil.creditmix.evaluation import EvalOptions, draw_samples
+from distil.creditmix.model import CreditModel
+from distil.creditmix.rows import LABELS, read_creditmix
+from distil.models import resolve
+from distil.scoring import ScoringOptions
 
-WAYS = ("contextual", "fitted", "likeliest", "auto")
+WAYS = ("contextual", "fitted", "lowest", "auto")
+SCORING = ScoringOptions({label: [label] for label in LABELS}, (0.0,) * len(LABELS), "contextual")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--model_dir", nargs="+", required=True, help="adapters or base models")
     parser.add_argument("--data", default="data/creditmix_dataset.json", help="raw rows (%(default)s)")
     parser.add_argument("--val_per_class", type=int, default=1500, help="validation rows a class (%(default)s)")
@@ -39,54 +40,50 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--repeats", type=int, default=40, help="draws of each number of customers (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_debug_flag(parser)
     return parser
 
 
 def changes(
     raw: np.ndarray, contextual: np.ndarray, answers: np.ndarray, customers: np.ndarray, own: np.ndarray
 ) -> dict[str, float]:
-    """{way: negative log-likelihood on the other rows less that of no calibration}, calibrated on the `own` rows
-    (boolean, [N])."""
-    found, losses = eval_creditmix.calibrators(raw[own], contextual, answers[own], customers[own], "likelihood")
-    measured = {name: float(row_losses(c.probabilities(raw[~own]), answers[~own]).mean()) for name, c in found.items()}
+    """Return {way: NLL on the other rows less that of no calibration}, calibrated on the `own` rows (boolean, [N])."""
+    methods, losses = candidates(raw[own], contextual, answers[own], customers[own], "likelihood")
+    measured = {n: float(row_losses(c.probabilities(raw[~own]), answers[~own]).mean()) for n, c in methods.items()}
     means = {name: loss.mean() for name, loss in losses.items()}
-    chosen = {
-        "likeliest": min(means, key=means.__getitem__),
-        "auto": likeliest(losses, customers[own]),
-    }
+    chosen = {"lowest": min(means, key=means.__getitem__), "auto": choose_method(losses, customers[own])}
     return {way: measured[chosen.get(way, way)] - measured["none"] for way in WAYS}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    flags = ["--data", args.data, "--val_per_class", str(args.val_per_class), "--model_dir", *args.model_dir]
-    settings = eval_creditmix.build_parser().parse_args([*flags, "--calibration", "contextual"])
-    rows, _, _ = eval_creditmix.draw_samples(read_creditmix(args.data)[0], settings)
+    refs = [resolve(name) for name in args.model_dir]
+    options = EvalOptions(args.data, "", SCORING, val_per_class=args.val_per_class)
+    rows, _, _ = draw_samples(read_creditmix(args.data)[0], options)
     answers = np.array([LABELS.index(row.label) for row in rows])
     customers = np.array([row.customer for row in rows])
     names = np.unique(customers)
     if not 5 <= min(args.customers) <= max(args.customers) < len(names) or args.repeats < 1:
         raise InputError(f"--customers are at least 5 and less than the {len(names)} drawn; --repeats at least 1")
     output: dict[str, Any] = {}
-    for model_dir in args.model_dir:
-        model = CreditModel.load(model_dir, settings)
-        raw = model.raw_scores([row.features for row in rows], model_dir)
+    for ref in refs:
+        model = CreditModel.load(ref, SCORING)
+        raw = model.raw_scores([row.features for row in rows], ref.name)
         rng = np.random.default_rng(0)
-        output[model_dir] = {}
+        output[ref.name] = {}
         for count in tqdm(args.customers, desc="calibrators", leave=False):
             drawn = []
             for _ in range(args.repeats):
                 own = np.isin(customers, rng.choice(names, count, replace=False))
                 drawn.append(changes(raw, model.calibration.prior, answers, customers, own))
             values = {way: [one[way] for one in drawn] for way in WAYS}
-            output[model_dir][count] = {
+            output[ref.name][count] = {
                 way: {"mean": float(np.mean(v)), "worst": max(v), "best": min(v)} for way, v in values.items()
             }
     if args.json:
         print(json.dumps(output))
         return 0
-    print(f"negative log-likelihood above no calibration: mean (worst) of {args.repeats} draws of customers")
+    print(f"NLL above no calibration: mean (worst) of {args.repeats} draws of customers")
     for model_dir, table in output.items():
         print(f"\n{model_dir}\ncustomers  " + "".join(f"{way:<18}" for way in WAYS).rstrip())
         for count, ways in table.items():

@@ -7,8 +7,8 @@ leave what was there whole, an older run that --overwrite replaces included. Wit
 two-layer one, and all of it takes a few minutes. Processes are forked from one that has the libraries loaded, so that
 the kills fall into the work, not into imports.
 
-    python bench/chaos.py
-    python bench/chaos.py --base smollm2-135m --only sft dpo --json
+    python -m bench.chaos
+    python -m bench.chaos --base smollm2-135m --only sft dpo --json
 """
 
 from __future__ import annotations
@@ -33,21 +33,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import InputError
+from distil.cli import run_script
+from distil.files import write_jsonl
 
-from files import InputError, run_script, write_jsonl
-
-LIBRARIES = (
-    "training",
-    "sft_train",
-    "kd_train",
-    "dpo_train",
-    "kd_prepare",
-    "teachers",
-    "infer_creditmix",
-    "creditmix",
-)
+LIBRARIES = ("sft_train", "kd_train", "dpo_train", "kd_prepare", "infer_creditmix", "distil.training.run")
+LIBRARIES += ("distil.training.loss", "distil.teachers.local", "distil.teachers.endpoint", "distil.creditmix.model")
 LIBRARIES += ("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "bitsandbytes", "peft", "openai", "scipy.special")
 LIBRARIES += ("matplotlib.figure", "sklearn.metrics", "sklearn.compose", "sklearn.pipeline", "sklearn.model_selection")
 LIBRARIES += ("pandas", "sklearn.linear_model")
@@ -83,7 +74,7 @@ def run_child(script: str, argv: list[str], log: str, file_limit: int | None) ->
 
 
 def save_base(folder: str) -> None:
-    from conftest import build_tokenizer, save_random_model
+    from distil.testing import build_tokenizer, save_random_model
 
     save_random_model(Path(folder), build_tokenizer(), "qwen2")
 
@@ -110,7 +101,7 @@ class Runner:
         return process.exitcode
 
     def one_line(self, script: str) -> str | None:
-        """The last line of the log, if it is the script's own and no traceback stands there."""
+        """The last line of the log, if it is the script's own and no traceback follows."""
         text = self.log.read_text(errors="replace")
         last = text.strip().splitlines()[-1] if text.strip() else ""
         return last if last.startswith(f"{script}.py: ") and "Traceback" not in text else None
@@ -167,8 +158,8 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def make_jobs(base: str, folder: Path, url: str) -> dict[str, Job]:
-    from conftest import credit_rows
-    from creditmix import creditmix_prompt
+    from distil.creditmix.rows import creditmix_prompt
+    from distil.testing import credit_rows
 
     raw = [row["question"] for row in credit_rows(customers=600, months=1)]
     prompts = [creditmix_prompt(question) for question in raw]
@@ -210,7 +201,7 @@ def undisturbed(job: Job, runner: Runner, folder: Path) -> tuple[dict[str, str],
 
 
 def killed(job: Job, runner: Runner, folder: Path, moment: float) -> bool:
-    """Kill a run after so many seconds; False where it was over by then."""
+    """Kill a run after some seconds; return False where it had ended by then."""
     process = runner.start(job.script, job.argv(folder))
     process.join(moment)
     process.kill()
@@ -333,7 +324,7 @@ def table(found: dict[str, dict[str, Any]], out: Any) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from test_kd_prepare import Endpoint
+    from distil.testing import Endpoint
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without taking its disks away
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ The real rows are not part of the project: get the test part of the Kaggle data 
 give its path.
 
 Example:
-  python bench/creditmix_realism.py --real test.csv --embedded data/creditmix_dataset.json
+  python -m bench.creditmix_realism --real test.csv --embedded data/creditmix_dataset.json
 """
 
 import argparse
@@ -22,22 +22,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from creditmix import (
-    LABELS,
-    UNKNOWN,
-    CreditRow,
-    balanced_sample,
-    parse_features,
-    read_creditmix,
-    tabular_features,
-)
-from files import InputError, run_script, split_of
+from common import InputError
+from distil.cli import run_script
+from distil.creditmix.rows import LABELS, UNKNOWN, CreditRow, balanced_sample, parse_features, read_creditmix
+from distil.creditmix.tabular import tabular_features
+from distil.splits import split_of
 
 METRICS = ("accuracy", "macro_f1", "standard_recall", "nll")
 TRIALS = (("embedded", "real"), ("real", "real"), ("embedded", "embedded"))  # trained on, tested on

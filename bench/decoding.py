@@ -1,33 +1,31 @@
-"""Seconds to decode invoices under a schema, beside plain generation of as many tokens by the same model.
+"""Compare the time to decode invoices under a schema with plain generation of as many tokens by the same model.
 
-Three ways, in turns over the same batches: our loop (tokens that the schema forces cost no forward of their own),
-`generate` without any constraint, and `generate` with llguidance as a logits processor, which one would write first.
+Three ways take turns over the same batches: our loop (tokens that the schema forces cost no forward each), `generate`
+without a constraint, and `generate` with llguidance as a logits processor, the obvious implementation.
 
-    python bench/decoding.py --model_dir runs/idp_sft
+    python -m bench.decoding --model_dir runs/idp_sft
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bench.report import report
 from common import PromptEncoder
-from decoding import JsonDecoder, SchemaGrammar, compile_schema
-from files import read_json, read_jsonl, run_script
-from idp import idp_prompt
-from models import load_model
-from report import report
-
-ROOT = Path(__file__).resolve().parents[1]
+from distil.cli import add_debug_flag, new_parser, run_script
+from distil.files import read_json, read_jsonl
+from distil.idp.decoder import JsonDecoder
+from distil.idp.documents import idp_prompt
+from distil.idp.schema import SchemaGrammar, compile_schema
+from distil.testing import ROOT, load_named
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--model_dir", default="smollm2-135m", help="base model or adapter (%(default)s)")
     add("--data", default=str(ROOT / "data/idp_validation.jsonl"), help="documents (%(default)s)")
@@ -36,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, nargs="+", default=[1, 8], help="(%(default)s)")
     add("--max_new_tokens", type=int, default=256, help="(%(default)s)")
     add("--json", action="store_true", help="print one JSON object on standard output")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug_flag(parser)
     return parser
 
 
@@ -73,61 +71,72 @@ def padded(decoder: JsonDecoder, prompts: list[list[int]]):
     return ids, mask
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def generate_freely(
+    decoder: JsonDecoder, prompts: list[list[int]], max_new_tokens: int, min_new_tokens: int = 0, processor=None
+) -> None:
+    """Run `generate` greedily over the prompts, with a logits processor if given."""
     import torch
     from transformers import GenerationConfig
 
-    decoder = JsonDecoder(*load_model(args.model_dir))
+    ids, mask = padded(decoder, prompts)
+    config = GenerationConfig(
+        min_new_tokens=min_new_tokens or None,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        pad_token_id=decoder.tokenizer.pad_token_id,
+        eos_token_id=decoder.tokenizer.eos_token_id,
+    )
+    with torch.inference_mode():
+        decoder.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=[processor] if processor else [],
+        )
+
+
+def seconds(work: Callable, *args) -> tuple[float, Any]:
+    """Return (seconds, result) of work(*args)."""
+    start = time.perf_counter()
+    result = work(*args)
+    return time.perf_counter() - start, result
+
+
+def compare(
+    decoder: JsonDecoder, grammar: SchemaGrammar, prompts: list[list[int]], size: int, max_new_tokens: int
+) -> dict[str, object]:
+    """Return the figures of batches of `size`: seconds of our loop relative to the two other ways, tokens a second."""
+    free, processed, written, ours_total = [], [], 0, 0.0
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        ours, drafts = seconds(decoder.generate, batch, [grammar] * len(batch), max_new_tokens)
+        tokens = max(len(draft.tokens) for draft in drafts)
+        written += sum(len(draft.tokens) for draft in drafts)
+        ours_total += ours
+        free.append(ours / seconds(generate_freely, decoder, batch, tokens, tokens)[0])
+        mask = GrammarProcessor(decoder, grammar, len(batch), max(map(len, batch)))
+        processed.append(ours / seconds(generate_freely, decoder, batch, max_new_tokens, 0, mask)[0])
+    result: dict[str, object] = {}
+    for name, ratios in (("unconstrained", free), ("logits_processor", processed)):
+        low, high = (statistics.quantiles(ratios, n=10)[i] for i in (0, -1)) if len(ratios) > 1 else ratios * 2
+        result[f"batch_{size}_seconds_vs_{name}"] = round(statistics.median(ratios), 3)
+        result[f"batch_{size}_seconds_vs_{name}_p10_p90"] = [round(low, 3), round(high, 3)]
+    result[f"batch_{size}_tokens_per_second"] = round(written / ours_total, 1)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    decoder = JsonDecoder(*load_named(args.model_dir))
     encoder = PromptEncoder(decoder.tokenizer)
     grammar = compile_schema(read_json(args.schema), decoder.grammar_tokenizer)
     rows = read_jsonl(args.data, ("document",))[: args.documents]
     prompts = sorted((encoder.prompt(idp_prompt(row["document"])) for row in rows), key=len)
-
-    def plain(batch: list[list[int]], tokens: int, processor=None) -> None:
-        ids, mask = padded(decoder, batch)
-        fixed = {"min_new_tokens": tokens, "max_new_tokens": tokens} if processor is None else {}
-        config = GenerationConfig(
-            **({"max_new_tokens": args.max_new_tokens} | fixed),
-            do_sample=False,
-            repetition_penalty=1.0,
-            pad_token_id=decoder.tokenizer.pad_token_id,
-            eos_token_id=decoder.tokenizer.eos_token_id,
-        )
-        with torch.inference_mode():
-            decoder.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=[processor] if processor else [],
-            )
-
-    def seconds(work) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
     result: dict[str, object] = {"model": args.model_dir, "documents": len(prompts)}
     decoder.generate(prompts[:1], [grammar], 32)  # first calls pack weights and build tables
     for size in args.batch_size:
-        free, processed, tokens_written, ours_total = [], [], 0, 0.0
-        for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            drafts: list = []
-            ours = seconds(
-                lambda b=batch, d=drafts: d.extend(decoder.generate(b, [grammar] * len(b), args.max_new_tokens))
-            )
-            tokens = max(len(draft.tokens) for draft in drafts)
-            tokens_written += sum(len(draft.tokens) for draft in drafts)
-            ours_total += ours
-            free.append(ours / seconds(lambda b=batch, t=tokens: plain(b, t)))
-            mask = GrammarProcessor(decoder, grammar, len(batch), max(map(len, batch)))
-            processed.append(ours / seconds(lambda b=batch, m=mask: plain(b, 0, m)))
-        for name, ratios in (("unconstrained", free), ("logits_processor", processed)):
-            low, high = (statistics.quantiles(ratios, n=10)[i] for i in (0, -1)) if len(ratios) > 1 else ratios * 2
-            result[f"batch_{size}_seconds_vs_{name}"] = round(statistics.median(ratios), 3)
-            result[f"batch_{size}_seconds_vs_{name}_p10_p90"] = [round(low, 3), round(high, 3)]
-        result[f"batch_{size}_tokens_per_second"] = round(tokens_written / ours_total, 1)
+        result |= compare(decoder, grammar, prompts, size, args.max_new_tokens)
     report(result, args.json)
     return 0
 

@@ -1,11 +1,11 @@
 """Whether scoring a file costs as much a row, and as much memory, at 1,000 rows as at 20,000.
 
-infer_creditmix.py runs as its own process on files of one row, of --few and of --many (rows of --data, repeated);
-the time of one row, which is that of loading, is taken off the others. --layers cuts the model: what is not the model,
-and could grow with the file, then has a larger share.
+infer_creditmix.py runs as a separate process on files of one row, of --few and of --many (rows of --data, repeated);
+the time of one row, which is that of loading, is subtracted from the others. --layers cuts the model: what is not the
+model, and could grow with the file, then has a larger share.
 
-    python bench/linear.py --few 1000 --many 20000
-    python bench/linear.py --layers 4 --json
+    python -m bench.linear --few 1000 --many 20000
+    python -m bench.linear --layers 4 --json
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from creditmix import read_creditmix
-from files import InputError, run_script, write_jsonl
-from models import adapter_config, load_model
-from report import report
+from bench.report import report
+from common import InputError
+from distil.cli import new_parser, run_script
+from distil.creditmix.rows import read_creditmix
+from distil.files import write_jsonl
+from distil.models import adapter_config
+from distil.testing import load_named
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--model_dir", default="smollm2-135m", help="base, folder or adapter (%(default)s)")
     add("--data", default=str(ROOT / "data/creditmix_dataset.json"), help="raw rows (%(default)s)")
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def cut(model_dir: str, layers: int, folder: Path) -> str:
     """A model folder of the first layers of a base, with its own embeddings and head."""
-    model, tokenizer = load_model(model_dir, "none")
+    model, tokenizer = load_named(model_dir, "none")
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = len(model.model.layers)
     if getattr(model.config, "layer_types", None):
@@ -55,7 +56,7 @@ def cut(model_dir: str, layers: int, folder: Path) -> str:
 
 
 def run(model_dir: str, features: list[str], rows: int, folder: Path) -> tuple[float, float]:
-    """(seconds, peak resident memory in MB) of infer_creditmix.py on so many rows."""
+    """(seconds, peak resident memory in MB) of infer_creditmix.py on this number of rows."""
     source, output = folder / f"{rows}.jsonl", folder / f"{rows}.scored.jsonl"
     write_jsonl(source, [{"features": text} for text in itertools.islice(itertools.cycle(features), rows)])
     command = [sys.executable, str(ROOT / "infer_creditmix.py"), "--model_dir", model_dir, "--calibration", "none"]
@@ -78,10 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.layers and adapter_config(args.model_dir):
         raise InputError(f"--model_dir {args.model_dir}: --layers cuts a base model, not an adapter")
     with tempfile.TemporaryDirectory() as folder:
-        if args.layers:
-            args.model_dir = cut(args.model_dir, args.layers, Path(folder) / "cut")
+        model = cut(args.model_dir, args.layers, Path(folder) / "cut") if args.layers else args.model_dir
         (load, _), (few, few_mb), (many, many_mb) = (
-            run(args.model_dir, features, rows, Path(folder)) for rows in (1, args.few, args.many)
+            run(model, features, rows, Path(folder)) for rows in (1, args.few, args.many)
         )
     rates = [(args.few - 1) / (few - load), (args.many - 1) / (many - load)]
     result = {

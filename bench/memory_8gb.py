@@ -1,17 +1,17 @@
-"""Peak memory of real SFT, KD and DPO steps and of scoring, beside the estimate that the trainers print and refuse by.
+"""Peak memory of real SFT, KD and DPO steps and of scoring, compared with the estimate that trainers refuse by.
 
 The models have the shapes of Qwen2.5-3B-Instruct and SmolLM2-135M-Instruct and random weights in NF4, so nothing is
 downloaded. Each point runs the trainer's own script, from its flags to an optimiser step of two micro-batches, a short
 one and the one that is measured; only the loading of weights and the saving are replaced, and the optimiser's moments
-are there beforehand, so that the step has everything in memory that one of a long run has. On CUDA the peak is that of
+exist beforehand, so that the step has everything in memory that one of a long run has. On CUDA the peak is that of
 PyTorch's allocator, on a CPU that of live tensor storage (StorageTracker); the split by kind is the tracker's.
-"with_allowance" adds what libraries or a CUDA context take beside tensors.
+"with_allowance" adds what libraries or a CUDA context take in addition to tensors.
 
 --unfilled, which --quick implies, leaves the arithmetic out: the script, TRL and autograd run as always and tensors
 are allocated and freed as always, but large ones hold no values. The peak stays within half a percent
-(tests/test_memory.py).
+(tests/test_training_memory.py).
 
-    python bench/memory_8gb.py --points 3b
+    python -m bench.memory_8gb --points 3b
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import bitsandbytes  # noqa: F401 (registers the operators that StorageTracker looks for)
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -41,10 +40,12 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 import dpo_train
 import kd_train
 import sft_train
-import training
-from common import SCORING_TILE, LabelScorer, PromptEncoder
-from files import InputError, run_script, write_jsonl
-from models import EMBEDDED_MODEL, keep_autograd_kernels, local_or_hub
+from common import SCORING_TILE, InputError, PromptEncoder
+from distil.cli import new_parser, run_script
+from distil.files import write_jsonl
+from distil.models import EMBEDDED_MODEL, local_or_hub
+from distil.scoring import FastLabelScorer
+from distil.training import memory, run
 
 # Values of the models' config.json files.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -81,17 +82,17 @@ POINTS += [("3b", "score", batch, 105, 2) for batch in (8, 16, 32, 64)]
 POINTS += [("135m", task, batch, 98, 2) for task, batch in (("sft", 16), ("kd", 16), ("dpo", 8), ("score", 32))]
 SCRIPTS = {"sft": sft_train, "kd": kd_train, "dpo": dpo_train}
 KINDS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits")
-# Columns of the tiles in which TRL's fused head and LabelScorer go through the vocabulary.
-TILES = (training.FUSED_TILE, SCORING_TILE)
+# Columns of the tiles in which TRL's fused head and FastLabelScorer go through the vocabulary.
+TILES = (memory.FUSED_TILE, SCORING_TILE)
 
 # Elements of a tensor from which on its values may be left out.
 SMALL = 1024
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", default="", help='those whose name has this in it, such as "3b dpo" (all)')
-    parser.add_argument("--layers", type=int, help="so many layers in place of the model's own")
+    parser = new_parser(__doc__)
+    parser.add_argument("--points", default="", help='those whose name contains this, such as "3b dpo" (all)')
+    parser.add_argument("--layers", type=int, help="number of layers in place of the model's own")
     parser.add_argument(
         "--unfilled", action="store_true", help="allocate and free as the step does, but leave out its arithmetic"
     )
@@ -106,10 +107,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class StorageTracker(TorchDispatchMode):
-    """Bytes of live tensor storage by kind, while it is on, and how they were at the peak.
+    """Bytes of live tensor storage by kind, while it is on, and those at the peak.
 
-    Each storage counts once, whatever tensors look at it, from the operation that returns it until it is freed. Kinds
-    are given by `mark`; what no mark knows is "logits" where one of its sides is in `widths`, else "activations".
+    Each storage counts once, whatever tensors view it, from the operation that returns it until it is freed. Kinds
+    are given by `mark`; without a mark a storage is "logits" where one of its sides is in `widths`, else
+    "activations".
 
     filled=False: operations that return new floating-point tensors of some size allocate them and leave them
     unfilled. Allocations, their order and their life are those of the real step, for a fraction of its time.
@@ -139,9 +141,9 @@ class StorageTracker(TorchDispatchMode):
         if not self._filled and not any(v.alias_info for v in (*func._schema.returns, *func._schema.arguments)):
             with contextlib.suppress(NotImplementedError, RuntimeError):  # where the shape depends on values
                 shapes = func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
-                found = [t for t in tree_leaves(shapes) if isinstance(t, torch.Tensor)]
-                real = [t for t in found if t.is_meta and t.is_floating_point()]
-                if found and len(found) == len(real) and max(t.numel() for t in found) > SMALL:
+                outputs = [t for t in tree_leaves(shapes) if isinstance(t, torch.Tensor)]
+                real = [t for t in outputs if t.is_meta and t.is_floating_point()]
+                if outputs and len(outputs) == len(real) and max(t.numel() for t in outputs) > SMALL:
                     return tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device=device), shapes)
         return func(*args, **kwargs)
 
@@ -181,8 +183,8 @@ def weights_of(model: Any) -> Iterator[torch.Tensor]:
 
 
 def random_model(config: Any, tokenizer: Any) -> Any:
-    """A model of this configuration as `models.load_model` returns one to train in NF4, on the process's device. Each
-    layer is a copy of one random layer, so no more than one is ever unquantised."""
+    """Return a model of this configuration as `common.load_model` returns one to train in NF4, on the process's
+    device. Each layer is a copy of one random layer, so no more than one is ever unquantised."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.quantizers.auto import AutoHfQuantizer
@@ -197,6 +199,7 @@ def random_model(config: Any, tokenizer: Any) -> Any:
             if isinstance(linear, torch.nn.Linear):
                 packed = Linear4bit(linear.in_features, linear.out_features, compute_dtype=dtype, device="meta")
                 packed.bias = linear.bias
+                packed.support_avx512bf16_for_cpu = False  # as common.load_model sets it
                 packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=packed)
                 setattr(module, name, packed)
     layer.to(device)  # quantises
@@ -214,7 +217,6 @@ def random_model(config: Any, tokenizer: Any) -> Any:
     model.config.update({"quantization_config": quantization, "pad_token_id": tokenizer.pad_token_id})
     model.hf_quantizer = AutoHfQuantizer.from_config(quantization)
     model.is_loaded_in_4bit = model.is_quantized = True
-    keep_autograd_kernels(model)
     return model.requires_grad_(False).train()
 
 
@@ -281,7 +283,7 @@ def training_point(
     """(peak bytes by kind, the script's estimate in GB) of one optimiser step of a trainer's own script."""
     from safetensors.torch import save_file
 
-    script, found = SCRIPTS[task], {}
+    script, result = SCRIPTS[task], {}
     encoder = PromptEncoder(tokenizer)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -296,12 +298,12 @@ def training_point(
         def load(*args, **kwargs):
             return random_model(copy.deepcopy(config), tokenizer), tokenizer
 
-        def steps(trainer, args, method, student, rows, estimate):
-            found.update(peak=run_step(trainer, filled), estimate=estimate)
+        def steps(trainer, method, options, ref, data, estimate):
+            result.update(peak=run_step(trainer, filled), estimate=estimate)
 
-        with mock.patch.object(script, "load_model", load), mock.patch.object(training, "train_and_save", steps):
+        with mock.patch.object(script, "load", load), mock.patch.object(run, "train_and_save", steps):
             script.main([str(flag) for flag in [*argv, *flags]])
-    return found["peak"], found["estimate"]
+    return result["peak"], result["estimate"]
 
 
 def scoring_point(
@@ -316,28 +318,49 @@ def scoring_point(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with tracker, contextlib.suppress(FloatingPointError):  # unfilled memory may hold no numbers
-        scorer = LabelScorer(model, encoder, forms, batch_size=batch, shared_by=[turns[0], turns[-1]])
+        scorer = FastLabelScorer(model, encoder, forms, batch_size=batch, shared_by=[turns[0], turns[-1]])
         scorer.raw_scores(turns)
     longest = max(len(encoder.prompt(turn)) for turn in turns) - len(scorer.prefix)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        return tracker.peak, training.estimate_scoring_memory(folder, batch, longest, len(scorer.prefix))
+        return tracker.peak, estimate_scoring_memory(folder, batch, longest, len(scorer.prefix))
 
 
-def measure(shape: str, task: str, batch: int, tokens: int, answer: int, args: argparse.Namespace) -> dict[str, Any]:
+def estimate_scoring_memory(path: str, batch_size: int, longest: int, shared: int = 0) -> dict[str, float]:
+    """Return the expected peak in GB by kind of label scoring in NF4 and bfloat16.
+
+    longest: tokens of a row after the `shared` ones, whose keys and values all rows reuse.
+    """
+    size, tokens = memory.Sizes.of(path), batch_size * longest
+    cache = 4 * size.layers * size.keys * (shared + (shared > 0) * (shared * batch_size + tokens))
+    mask = tokens * (shared + longest)
+    forward = size.forward("nf4", 2, tokens) + cache + mask
+    head = 4 * SCORING_TILE * (size.hidden + 2 * batch_size)
+    gb = {
+        "weights": size.weights("nf4", 2),
+        "activations": forward if forward > head else 0,
+        "logits": 0 if forward > head else head,
+    }
+    gb = {kind: value / 1e9 for kind, value in gb.items()} | {"libraries": memory.LIBRARIES_GB}
+    return {**gb, "total": sum(gb.values())}
+
+
+def measure(
+    shape: str, task: str, batch: int, tokens: int, answer: int, layers: int | None = None, filled: bool = True
+) -> dict[str, Any]:
     """One point: GB by kind at the peak, their sum with the allowance, the estimate and its ratio to the peak."""
     from transformers import AutoConfig, AutoTokenizer
 
     started = time.monotonic()
-    config = AutoConfig.for_model(**SHAPES[shape] | ({"num_hidden_layers": args.layers} if args.layers else {}))
+    config = AutoConfig.for_model(**SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {}))
     tokenizer = AutoTokenizer.from_pretrained(local_or_hub(EMBEDDED_MODEL))  # both vocabularies have its ids
     tokenizer.pad_token = "<|endoftext|>"
     if task == "score":
-        kinds, estimate = scoring_point(config, tokenizer, batch, tokens, not args.unfilled)
+        kinds, estimate = scoring_point(config, tokenizer, batch, tokens, filled)
     else:
         # A student with fewer layers would otherwise count as a small one.
         flags = ["--gradient_checkpointing", "on", "--lora_dropout", 0.05] if shape == "3b" else []
-        kinds, estimate = training_point(task, config, tokenizer, batch, tokens, answer, flags, not args.unfilled)
+        kinds, estimate = training_point(task, config, tokenizer, batch, tokens, answer, flags, filled)
     peak = sum(kinds.values()) / 1e9
     result = {"point": f"{shape} {task} {batch} x {tokens}", "device": "cpu"}
     if torch.cuda.is_available():
@@ -359,24 +382,23 @@ def measure(shape: str, task: str, batch: int, tokens: int, answer: int, args: a
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.quick:
-        args.unfilled, args.points = True, args.points or "3b"
-    points = [point for point in POINTS if args.points in "{} {} {} x {}".format(*point)]
+    filled, name = not (args.unfilled or args.quick), args.points or ("3b" if args.quick else "")
+    points = [point for point in POINTS if name in "{} {} {} x {}".format(*point)]
     if args.quick:
         points = [point for point in points if point[3] == 1024 or point[1:3] == ("score", 32)]
     if not points:
-        raise InputError(f"--points {args.points}: no point's name has this in it")
+        raise InputError(f"--points {name}: no point's name has this in it")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     results = []
     for point in points:
         with contextlib.redirect_stdout(sys.stderr):  # where the trainers log their steps
-            results.append(measure(*point, args))
+            results.append(measure(*point, args.layers, filled))
         line = "{point:<18} peak {peak_gb:.2f} GB, with allowance {with_allowance_gb:.2f}, estimate / peak {ratio:.3f}"
         parts = ", ".join(f"{kind} {value:.2f}" for kind, value in results[-1]["kinds_gb"].items() if value)
         print(f"{line.format(**results[-1])} ({parts})", file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
         worst = max(results, key=lambda result: abs(result["ratio"] - 1))["ratio"]
-        print(json.dumps({"filled": not args.unfilled, "worst_ratio": worst, "points": results}))
+        print(json.dumps({"filled": filled, "worst_ratio": worst, "points": results}))
     return 0
 
 

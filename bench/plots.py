@@ -2,29 +2,27 @@
 
 Memory and scoring; bench/train.py draws its loss curves itself.
 
-    python bench/memory_8gb.py --unfilled --json > docs/results/performance/memory.json
-    python bench/scoring.py --json > docs/results/performance/scoring.json
-    python bench/plots.py
+    python -m bench.memory_8gb --unfilled --json > docs/results/performance/memory.json
+    python -m bench.scoring --json > docs/results/performance/scoring.json
+    python -m bench.plots
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from matplotlib.figure import Figure
 
-from files import read_json, run_script
+from distil.cli import run_script
+from distil.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 ALTERNATIVES = {"six_forwards": "six forwards\na row", "lm_eval": "lm-evaluation-\nharness", "limit": "bare forward"}
 
 
 def draw_memory(found: dict, path: Path) -> None:
-    """Peak by kind of each point, the allowance, and what the trainers' estimate says."""
+    """Draw the peak by kind of each point, the allowance, and the estimate."""
     points = found["points"][::-1]
     names = [point["point"] for point in points]
     figure = Figure(figsize=(9, 0.42 * len(points) + 1.3), layout="constrained")
@@ -44,7 +42,7 @@ def draw_memory(found: dict, path: Path) -> None:
 
 
 def draw_scoring(found: dict, path: Path) -> None:
-    """How many times as many rows a second as each alternative, with the range over the rounds."""
+    """Draw rows a second relative to each alternative, with the range over the rounds."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
     names = {"none": f"{found['compute_dtype']}, not quantised", "nf4": "NF4"}

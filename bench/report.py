@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from models import machine
+from distil.runs import machine
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:

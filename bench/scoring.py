@@ -1,4 +1,4 @@
-"""Rows per second of label scoring beside what one would use instead, in turns in one run, with the ratios' spread.
+"""Rows per second of label scoring against what one would use instead, in turns in one run, with the spread of ratios.
 
 - six_forwards: what a plain script does, six full forwards a row at batch 1: each of the three labels with and without
   a leading space, with logits at every position. A quarter of the rows, as it is so slow.
@@ -13,8 +13,8 @@ gains on as many rows as they stand in the file, where several of one customer b
 Label agreement with the harness leaves ties out. The harness adds up the log-probabilities of a label's tokens
 (its `acc`); here labels are one token each, so that sum and mean are the same.
 
-    python bench/scoring.py --quick
-    python bench/scoring.py --rows 96 --repeats 3 --quantization none
+    python -m bench.scoring --quick
+    python -m bench.scoring --rows 96 --repeats 3 --quantization none
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 
-from common import LabelScorer, PromptEncoder
-from creditmix import LABELS, creditmix_prompt, read_creditmix
-from files import InputError, cache_dir, run_script, write_jsonl
-from models import adapter_config, dtype_name, load_model, local_or_hub
-from report import report
+from bench.report import report
+from common import InputError, PromptEncoder, dtype_name
+from distil.cli import run_script
+from distil.creditmix.rows import LABELS, creditmix_prompt, read_creditmix
+from distil.files import cache_dir, write_jsonl
+from distil.models import adapter_config, local_or_hub
+from distil.scoring import FastLabelScorer
+from distil.testing import load_named
 
 ROOT = Path(__file__).resolve().parents[1]
 LM_EVAL = "0.4.13"
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=("none", "nf4"),
         default=["none", "nf4"],
-        help='those after the first come beside it, as "nf4_vs_limit" (none nf4)',
+        help='those after the first are added, as "nf4_vs_limit" (none nf4)',
     )
     parser.add_argument(
         "--compute_dtype",
@@ -176,10 +177,10 @@ def agreement(ours: np.ndarray, theirs: np.ndarray, tie: float) -> dict[str, flo
 def measure(args: argparse.Namespace, prompts: list[str], in_file: list[str], quantization: str) -> dict[str, object]:
     import torch
 
-    model, tokenizer = load_model(args.model_dir, quantization, args.compute_dtype)
+    model, tokenizer = load_named(args.model_dir, quantization, args.compute_dtype)
     encoder = PromptEncoder(tokenizer)
     shared = [creditmix_prompt("Age: 1"), creditmix_prompt("-")]
-    scorer = LabelScorer(model, encoder, {label: [label] for label in LABELS}, "max", args.batch_size, shared)
+    scorer = FastLabelScorer(model, encoder, {label: [label] for label in LABELS}, "max", args.batch_size, shared)
     ids = [encoder.prompt(prompt) for prompt in prompts]
     unshared = [row[len(scorer.prefix) :] for row in ids]
     few = prompts[:: 4 if len(prompts) >= 16 else 1]
@@ -195,8 +196,8 @@ def measure(args: argparse.Namespace, prompts: list[str], in_file: list[str], qu
     texts = [tokenizer.decode(row) for row in ids]
     if not args.no_lm_eval and [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] != ids:
         raise InputError(f"{args.model_dir}: prompts as text have other tokens than ours; use --no_lm_eval")
-    beside = contextlib.nullcontext() if args.no_lm_eval else harness(args, texts, quantization, threads)
-    with beside as lm_eval:
+    opened = contextlib.nullcontext() if args.no_lm_eval else harness(args, texts, quantization, threads)
+    with opened as lm_eval:
         six_forwards(model, encoder, prompts[:2])  # warm-up
         scorer.raw_scores(prompts[: args.batch_size])
         if lm_eval:

@@ -1,9 +1,9 @@
-"""The server under load beside the offline scorer: throughput, latency, health checks, memory, restart.
+"""The server under load next to the offline scorer: throughput, latency, health checks, memory, restart.
 
 64 clients ask for rows of all four variants; the same rows are scored offline by the same model, variant by variant.
 The clients run in this process, on the same cores as the server. Ratios come from one run, on one machine.
 
-    python bench/serve.py --requests 2000
+    python -m bench.serve --requests 2000
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 
-from creditmix import LABELS, CreditModel, creditmix_prompt, read_creditmix
-from files import run_script
-from models import load_model, lora_config
-from report import report
-from serve_creditmix import build_parser as server_parser
-from serving import VARIANTS
+from bench.report import report
+from common import lora_config
+from distil.cli import run_script
+from distil.creditmix.model import CreditModel
+from distil.creditmix.rows import LABELS, creditmix_prompt, read_creditmix
+from distil.models import LoadOptions, resolve
+from distil.scoring import ScoringOptions
+from distil.serving.engine import VARIANTS
+from distil.testing import load_named
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,7 +58,7 @@ def random_adapters(base: str, folder: Path) -> None:
     from peft import get_peft_model
 
     for seed, variant in enumerate(VARIANTS[1:]):
-        model, _ = load_model(base, "none", "float32")
+        model, _ = load_named(base, "none", "float32")
         model = get_peft_model(model, lora_config(dropout=0.0))
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():
@@ -135,7 +136,7 @@ class Client:
 
 
 async def load(port: int, jobs: list[tuple[str, str]], clients: int) -> dict:
-    """All jobs (variant, features) by so many clients, with health checks beside them."""
+    """All jobs (variant, features) by this many clients, with health checks at the same time."""
     answers: list[dict | None] = [None] * len(jobs)
     waiting, done = iter(range(len(jobs))), asyncio.Event()
     statuses: list[int] = []
@@ -178,7 +179,7 @@ async def one_by_one(port: int, jobs: list[tuple[str, str]]) -> list[float]:
 
 
 def bare_forwards(model: CreditModel, texts: list[str]) -> list[float]:
-    """Seconds of one forward over each whole prompt, with nothing else."""
+    """Return the seconds of one forward over each complete prompt, with nothing else."""
     import torch
 
     network, encoder, seconds = model.scorer.model, model.scorer.encoder, []
@@ -226,11 +227,14 @@ def main(argv: list[str] | None = None) -> int:
         server = Server(args, folder, VARIANTS)  # now with priors on disk
         times = asyncio.run(one_by_one(server.port, [("sft", text) for text in texts[:10]]))
         result["first_vs_tenth_request"] = round(times[0] / times[9], 3)
-        flags = server_parser().parse_args([])
-        for name in ("quantization", "compute_dtype", "calibration"):
-            setattr(flags, name, getattr(args, name))
+        options = ScoringOptions(
+            forms={label: [label] for label in LABELS},
+            bias=(0.0,) * len(LABELS),
+            calibration=args.calibration,
+            load=LoadOptions(args.quantization, args.compute_dtype),
+        )
         names = {v: str(folder / f"creditmix_{v}") for v in VARIANTS[1:]} | {"base": args.base}
-        models = {variant: CreditModel.load(names[variant], flags) for variant in VARIANTS}
+        models = {variant: CreditModel.load(resolve(names[variant]), options) for variant in VARIANTS}
         bare_forwards(models["sft"], texts[:4])
         ratios = []
         for start in range(0, 30, 10):  # in turns

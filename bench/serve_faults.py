@@ -4,7 +4,7 @@ Against a real server process (by default on a random two-layer model, so that 2
 huge bodies, invalid UTF-8, NaN, clients that leave, 5,000 requests that schemathesis makes up from the OpenAPI schema,
 kill -9 under load with a restart, and a long run with a look at resident memory.
 
-    python bench/serve_faults.py --requests 20000
+    python -m bench.serve_faults --requests 20000
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from files import run_script
-from serve import Client, Server, load, random_adapters
-from serving import VARIANTS
+from bench.serve import Client, Server, load, random_adapters
+from distil.cli import run_script
+from distil.serving.engine import VARIANTS
 
 TEXT = "Age: 23, Occupation: Scientist, Annual Income: 19100, Outstanding Debt: 810"
 
@@ -97,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if not args.base:
-            from conftest import build_tokenizer, save_random_model
+            from distil.testing import build_tokenizer, save_random_model
 
             args.base = save_random_model(folder / "base", build_tokenizer(), "qwen2")
         random_adapters(args.base, folder)

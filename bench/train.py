@@ -1,14 +1,14 @@
-"""Examples per second and peak memory of sft_train.py and dpo_train.py beside TRL's own command line.
+"""Examples per second and peak memory of sft_train.py and dpo_train.py compared with TRL's own command line.
 
-Each run is a process of its own (`sft_train.py` or `trl sft`, `dpo_train.py` or `trl dpo`), and they take turns. Both
+Each run is a separate process (`sft_train.py` or `trl sft`, `dpo_train.py` or `trl dpo`), and they take turns. Both
 have the same base in the same precision, LoRA, rows in the same order, tokens, batch, optimiser, learning rate and
 seed. TRL gets the finished prompt as plain text, which it tokenises to the ids that our prompts have. The clock runs
 from the log line of the first step to that of the last, so that loading, tokenising and the first step are left out;
 memory is the largest resident set of the process, loading included (not that of a GPU). "loss_difference" is the
-largest between the logged losses, beside "loss_fell", by how much ours fell.
+largest between the logged losses, and "loss_fell" how much ours fell.
 
-    python bench/train.py --quick
-    python bench/train.py --steps 60 --repeats 3 --json > train.json
+    python -m bench.train --quick
+    python -m bench.train --steps 60 --repeats 3 --json > train.json
 """
 
 from __future__ import annotations
@@ -21,23 +21,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common import PromptEncoder
-from creditmix import LABELS, creditmix_prompt, read_creditmix
-from files import InputError, run_script, write_jsonl
-from models import dtype_name, local_or_hub, lora_config
-from report import report
+from bench.report import report
+from common import InputError, PromptEncoder, dtype_name, lora_config
+from distil.cli import new_parser, run_script
+from distil.creditmix.rows import LABELS, creditmix_prompt, read_creditmix
+from distil.files import write_jsonl
+from distil.models import local_or_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE = {"sft": 1e-3, "dpo": 1e-4}  # the recipe for small students
 LOG_EVERY = 10  # steps; our trainers log the first step and then as often as this
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What both trainings of a round share."""
+
+    student: str
+    quantization: str
+    compute_dtype: str
+    steps: int
+    batch_size: int
+    grad_accum: int
+    seed: int
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--student", default="smollm2-135m", help="base model (%(default)s)")
     add("--data", default=str(ROOT / "data/creditmix_dataset.json"), help="raw rows (%(default)s)")
@@ -57,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def write_data(rows: list, encoder: PromptEncoder, folder: Path) -> None:
-    """Ours in <folder>/<method>.jsonl, the same rows for TRL in <folder>/<method>/train.jsonl.
+    """Write our rows to <folder>/<method>.jsonl and the same rows for TRL to <folder>/<method>/train.jsonl.
 
     Raises InputError where TRL would make other tokens of a prompt than we do."""
     ours: dict[str, list[dict]] = {"sft": [], "dpo": []}
@@ -79,49 +92,49 @@ def write_data(rows: list, encoder: PromptEncoder, folder: Path) -> None:
         write_jsonl(folder / method / "train.jsonl", theirs[method])
 
 
-def our_command(args: argparse.Namespace, method: str, folder: Path, output: Path) -> list[str]:
+def our_command(setup: Setup, method: str, folder: Path, output: Path) -> list[str]:
     return [
-        *(sys.executable, str(ROOT / f"{method}_train.py"), "--student", args.student, "--save_dir", str(output)),
-        *("--data", str(folder / f"{method}.jsonl"), "--quantization", args.quantization, "--lora_dropout", "0"),
-        *("--compute_dtype", args.compute_dtype, "--gradient_checkpointing", "off", *shared_flags(args, method)),
-        *("--batch_size", str(batch_of(args, method)), "--grad_accum", str(args.grad_accum)),
+        *(sys.executable, str(ROOT / f"{method}_train.py"), "--student", setup.student, "--save_dir", str(output)),
+        *("--data", str(folder / f"{method}.jsonl"), "--quantization", setup.quantization, "--lora_dropout", "0"),
+        *("--compute_dtype", setup.compute_dtype, "--gradient_checkpointing", "off", *shared_flags(setup, method)),
+        *("--batch_size", str(batch_of(setup, method)), "--grad_accum", str(setup.grad_accum)),
     ]
 
 
-def trl_command(args: argparse.Namespace, method: str, folder: Path, output: Path) -> list[str]:
+def trl_command(setup: Setup, method: str, folder: Path, output: Path) -> list[str]:
     import torch
 
     config = lora_config(dropout=0.0)
     flags = {
-        **{"model_name_or_path": local_or_hub(args.student), "dataset_name": folder / method, "output_dir": output},
-        **{"dtype": args.compute_dtype, "bf16": args.compute_dtype == "bfloat16"},
+        **{"model_name_or_path": local_or_hub(setup.student), "dataset_name": folder / method, "output_dir": output},
+        **{"dtype": setup.compute_dtype, "bf16": setup.compute_dtype == "bfloat16"},
         **{"use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": False},
         **{"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout},
-        **{"per_device_train_batch_size": batch_of(args, method), "gradient_accumulation_steps": args.grad_accum},
+        **{"per_device_train_batch_size": batch_of(setup, method), "gradient_accumulation_steps": setup.grad_accum},
         **{"gradient_checkpointing": False, "optim": "adamw_torch", "lr_scheduler_type": "linear"},
         **{"logging_steps": LOG_EVERY, "logging_first_step": True, "save_strategy": "no", "report_to": "none"},
     }
-    command = [str(Path(sys.executable).with_name("trl")), method, "--use_peft", *shared_flags(args, method)]
-    if args.quantization == "nf4":
+    command = [str(Path(sys.executable).with_name("trl")), method, "--use_peft", *shared_flags(setup, method)]
+    if setup.quantization == "nf4":
         command += ["--load_in_4bit", "--use_bnb_nested_quant"]
     command += ["--lora_target_modules", *sorted(config.target_modules)]
     return command + [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def shared_flags(args: argparse.Namespace, method: str) -> list[str]:
+def shared_flags(setup: Setup, method: str) -> list[str]:
     """Flags that both have under one name."""
-    values = {"learning_rate": LEARNING_RATE[method], "warmup_steps": min(5, args.steps // 2)}
-    values |= {"max_steps": args.steps, "seed": args.seed} | ({"beta": 0.1} if method == "dpo" else {})
+    values = {"learning_rate": LEARNING_RATE[method], "warmup_steps": min(5, setup.steps // 2)}
+    values |= {"max_steps": setup.steps, "seed": setup.seed} | ({"beta": 0.1} if method == "dpo" else {})
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def batch_of(args: argparse.Namespace, method: str) -> int:
-    return args.batch_size if method == "sft" else max(1, args.batch_size // 2)
+def batch_of(setup: Setup, method: str) -> int:
+    return setup.batch_size if method == "sft" else max(1, setup.batch_size // 2)
 
 
 def train(command: list[str], threads: int) -> dict:
     """{"seconds": first to last log line, "peak_gb", "loss": [of each log line]} of a training process."""
-    # `trl` goes through `accelerate launch`, which would take one thread if it were not told.
+    # `trl` goes through `accelerate launch`, which would take one thread by default.
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     times, losses = [], []
     with tempfile.TemporaryFile("w+") as log:
@@ -153,29 +166,28 @@ def plot_losses(path: Path, curves: dict[str, dict]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.quick:
-        args.steps, args.repeats = LOG_EVERY, 2
-    if args.steps < LOG_EVERY or args.steps % LOG_EVERY:
-        raise InputError(f"--steps {args.steps}: a multiple of {LOG_EVERY} is needed, the trainers log so often")
+    steps, repeats = (LOG_EVERY, 2) if args.quick else (args.steps, args.repeats)
+    if steps < LOG_EVERY or steps % LOG_EVERY:
+        raise InputError(f"--steps {steps}: a multiple of {LOG_EVERY}, the steps between log lines")
     import torch
     from transformers import AutoTokenizer
 
-    args.compute_dtype = dtype_name(args.compute_dtype)
+    batch, dtype = (args.batch_size, args.grad_accum), dtype_name(args.compute_dtype)
+    setup = Setup(args.student, args.quantization, dtype, steps, *batch, args.seed)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(local_or_hub(args.student)))
-    rows = read_creditmix(args.data)[0][: args.steps * args.batch_size * args.grad_accum]
-    result = {name: getattr(args, name) for name in ("student", "quantization", "compute_dtype", "steps", "repeats")}
-    result |= {"batch_size": args.batch_size, "grad_accum": args.grad_accum, "threads": torch.get_num_threads()}
+    rows = read_creditmix(args.data)[0][: steps * args.batch_size * args.grad_accum]
+    result = asdict(setup) | {"repeats": repeats, "threads": torch.get_num_threads()}
     curves = {}
     with tempfile.TemporaryDirectory() as scratch:
         write_data(rows, encoder, Path(scratch))
         for method in args.methods:
             runs: dict[str, list[dict]] = {"ours": [], "trl": []}
-            for turn in range(args.repeats):
+            for turn in range(repeats):
                 for name, command in (("ours", our_command), ("trl", trl_command)):
-                    print(f"{method}: {name}, round {turn + 1} of {args.repeats}", file=sys.stderr)
-                    words = command(args, method, Path(scratch), Path(scratch) / f"{method}_{name}_{turn}")
+                    print(f"{method}: {name}, round {turn + 1} of {repeats}", file=sys.stderr)
+                    words = command(setup, method, Path(scratch), Path(scratch) / f"{method}_{name}_{turn}")
                     runs[name].append(train(words, torch.get_num_threads()))
-            examples = (args.steps - 1) * batch_of(args, method) * args.grad_accum
+            examples = (steps - 1) * batch_of(setup, method) * args.grad_accum
             ratios = [t["seconds"] / o["seconds"] for o, t in zip(runs["ours"], runs["trl"], strict=True)]
             result[f"{method}_vs_trl"] = round(statistics.median(ratios), 3)
             result[f"{method}_vs_trl_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
@@ -186,8 +198,8 @@ def main(argv: list[str] | None = None) -> int:
                 result[f"{key}_examples_per_second"] = round(examples / seconds, 2)
                 result[f"{key}_peak_gb"] = round(peak[name], 3)
                 result[f"{key}_final_loss"] = runs[name][0]["loss"][-1]
-            steps = [1, *range(LOG_EVERY, args.steps + 1, LOG_EVERY)]
-            curves[method] = {"steps": steps, **{name: runs[name][0]["loss"] for name in runs}}
+            logged = [1, *range(LOG_EVERY, steps + 1, LOG_EVERY)]
+            curves[method] = {"steps": logged, **{name: runs[name][0]["loss"] for name in runs}}
             ours, theirs = curves[method]["ours"], curves[method]["trl"]
             difference = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
             result[f"{method}_loss_difference"] = round(difference, 4)

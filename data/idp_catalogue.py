@@ -1,8 +1,8 @@
 """Words of the synthetic invoices: countries, vendors, customers, goods and labels. Read by make_idp.py.
 
-Every vendor and customer is invented; a name that some firm bears is an accident. Each distinctive part of a vendor's
-name occurs in one vendor alone, so a vendor kept for validation shares with the others no more than words of its
-trade ("Joinery", "Ltd").
+Every vendor and customer is invented; a match with the name of a firm is a coincidence. Each distinctive part of a
+vendor's name occurs in one vendor alone, so a validation vendor shares with the others no more than words of its trade
+("Joinery", "Ltd").
 """
 
 from dataclasses import dataclass
@@ -928,8 +928,8 @@ class Vendor:
 
 
 def vendors() -> list[Vendor]:
-    """All vendors, in fixed order: each distinctive part with a trade of its country's language and a legal form."""
-    found = []
+    """Return all vendors in fixed order: each distinctive part with a trade of its country's language, legal form."""
+    result = []
     for country, stems in STEMS.items():
         spec = COUNTRIES[country]
         trades = list(TRADES[spec.language])
@@ -940,5 +940,5 @@ def vendors() -> list[Vendor]:
             form = spec.forms[i % len(spec.forms)]
             if "&" in form and "&" in name:
                 form = ""
-            found.append(Vendor(f"{name} {form}".strip(), country, trade))
-    return found
+            result.append(Vendor(f"{name} {form}".strip(), country, trade))
+    return result

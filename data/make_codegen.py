@@ -24,7 +24,7 @@ jail for hostile code.
 A tenth of the tasks is held out for validation, see `is_held_out`.
 
 Example:
-  python data/make_codegen.py --outdir data
+  python -m data.make_codegen --outdir data
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from codegen import codegen_plan_prompt, codegen_prompt, plan_answer
-from files import InputError, hash_share, read_text, run_script, write_jsonl
+from common import InputError
+from distil.cli import run_script
+from distil.codegen.tasks import codegen_plan_prompt, codegen_prompt, plan_answer
+from distil.files import read_text, write_jsonl
+from distil.splits import hash_share
 
 KINDS = ("fails", "slow", "syntax")
 MIN_TESTS = 4
@@ -169,7 +170,7 @@ def parse_block(topic: str, name: str, lines: list[str]) -> Task:
         raise ValueError(f"parts {sorted(parts)}, expected {sorted(wanted)}")
     text = {part: "\n".join(found).strip("\n").rstrip() for part, found in parts.items()}
     if kind not in KINDS or not why or not all(text.values()):
-        raise ValueError("an empty part, or a rejected answer that is none of " + ", ".join(KINDS))
+        raise ValueError("an empty part, or a rejected answer of another kind than " + ", ".join(KINDS))
     return Task(
         topic=topic,
         name=name,

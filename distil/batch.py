@@ -1,0 +1,203 @@
+"""JSONL in, JSONL out, resumable: one output line per input line for the infer scripts, answers as they come for the
+scripts that ask a model for training data.
+
+Results go to <output>.part, which is renamed at the end; an interrupted run resumes from it if input, model and flags
+are the same. Of several processes each writes one stretch of the lines into its own .part file; the first joins them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from common import InputError
+from distil.files import check_folder, parse_json, read_json, write_json
+from distil.processes import gather, own_share, rank_and_world
+
+
+def failed_line(row: dict, code: str, message: str) -> dict:
+    """Return the output object of a line that cannot be processed."""
+    return {**row, "error": {"code": code, "message": message}}
+
+
+def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
+    """Return (object, text of the first of `fields` that it has), or (object with its error, None)."""
+    if not line.strip():
+        return failed_line({}, "not_json", "the line is empty"), None
+    if any("\ud800" <= sign <= "\udfff" for sign in line):  # what `_lines` makes of bytes that are not UTF-8
+        return failed_line({}, "not_utf8", "the line is not UTF-8 text"), None
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return failed_line({}, "not_json", f"the line is not JSON: {reason}"[:300]), None
+    if not isinstance(row, dict):
+        return failed_line({}, "not_an_object", f"an object is needed, found {type(row).__name__}"), None
+    row.pop("error", None)  # of an earlier run, whose error lines were corrected
+    text = next((row[field] for field in fields if field in row), None)
+    if not isinstance(text, str) or not text.strip():
+        wanted = f'"{fields[0]}"' + "".join(f' (or "{other}")' for other in fields[1:])
+        return failed_line(row, f"no_{fields[0]}", f"a non-empty string {wanted} is needed"), None
+    return row, text
+
+
+def check_files(source: Path, output: Path, overwrite: bool) -> int:
+    """Return the number of input lines. Raises InputError for a missing or empty input, or an existing output."""
+    if not source.is_file():
+        raise InputError(f"{source}: no such file")
+    if source.suffix.lower() == ".csv":
+        raise InputError(f"{source}: JSONL is needed, one object a line (the server's page takes CSV files)")
+    if output.exists() and output.samefile(source):
+        raise InputError(f"{output}: is the --input; choose another --output")
+    check_output(output, overwrite)
+    if overwrite:
+        _part(output).unlink(missing_ok=True)
+    total = sum(1 for _ in _lines(source))
+    if not total:
+        raise InputError(f"{source}: empty")
+    return total
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise InputError where the output is not writable, or exists without an interrupted run that may replace it."""
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder, a file is needed")
+    check_folder(output.parent)
+    if output.exists() and not overwrite and not _part(output).exists():
+        raise InputError(f"{output}: exists; --overwrite replaces it")
+
+
+def run_file(
+    source: Path, output: Path, total: int, settings: dict[str, Any], chunk: int, work: Callable[[list[str]], list]
+) -> int:
+    """Write work(lines) of each `chunk` lines; return how many carry an "error" (in the first process: of all lines).
+    settings: everything that decides the results; a run resumes only with equal ones, else InputError is raised."""
+    from tqdm import tqdm
+
+    part, stat, mine = _part(output), source.stat(), own_share(total)
+    settings = settings | {"input_size": stat.st_size, "input_time": stat.st_mtime_ns}
+    if done := _resume_point(part, settings, together=chunk):
+        print(f"{part}: resuming after {done} rows", file=sys.stderr)
+    failed = sum('"error"' in line and "error" in json.loads(line) for line in _lines(part)) if done else 0
+    bar = tqdm(total=len(mine), initial=done, unit="row", file=sys.stderr)
+    with open(part, "a", encoding="utf-8") as out, bar:
+        rest = islice(_lines(source), mine.start + done, mine.stop)
+        while lines := list(islice(rest, chunk)):
+            rows = work(lines)
+            failed += sum("error" in row for row in rows)
+            _append(out, rows)
+            bar.update(len(lines))
+    failed = sum(gather(failed))
+    rank, world = rank_and_world()
+    if rank == 0:
+        if world > 1:
+            part = output.with_name(output.name + ".joined")  # a .part file that grew could not be resumed
+            with open(part, "wb") as out:
+                for i in range(world):
+                    with open(_part(output, i, world), "rb") as lines:
+                        shutil.copyfileobj(lines, out)
+        part.replace(output)
+        _remove_parts(output)
+        if failed:
+            print(f"{output}: {failed} of {total} lines carry an error", file=sys.stderr)
+    return failed
+
+
+def _append(out: TextIO, rows: list[dict]) -> None:
+    """Write rows at once, so that a kill costs at most half a line."""
+    out.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    out.flush()
+
+
+def _remove_parts(output: Path) -> None:
+    """Remove the .part files of any number of processes: a later run would take the output for an interrupted one."""
+    for path in output.parent.iterdir():
+        if re.fullmatch(re.escape(output.name) + r"(\.\d+of\d+)?\.part(\.json|\.lock)?", path.name):
+            path.unlink(missing_ok=True)
+
+
+def _part(output: Path, rank: int | None = None, world: int = 1) -> Path:
+    """Return the .part file of a process, of this one by default."""
+    if rank is None:
+        rank, world = rank_and_world()
+    return output.with_name(f"{output.name}.part" if world == 1 else f"{output.name}.{rank}of{world}.part")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        yield from lines
+
+
+def _resume_point(part: Path, settings: dict, answering: str = "model", together: int = 1) -> int:
+    """Return the lines already complete in an interrupted run's .part file, and truncate it there.
+    Half-written lines go, and incomplete groups of `together` lines, which must be in one batch again to get the same
+    digits. Raises InputError where that run had other settings: its lines must not be mixed with these."""
+    note = part.with_name(part.name + ".json")
+    if not part.exists():
+        write_json(note, settings)
+        return 0
+    before = read_json(note) if note.exists() else {}
+    if before != settings:
+        changed = sorted(k for k in before | settings if before.get(k, ...) != settings.get(k, ...))
+        other = ", ".join(changed) if before else f"{note.name} is missing"
+        what = f"another {answering}, input or flags ({other})"
+        raise InputError(f"{part}: left by a run with {what}; --overwrite starts again")
+    done = size = end = 0
+    with open(part, "r+b") as lines:
+        for number, line in enumerate(lines, 1):
+            end += len(line)
+            if line.endswith(b"\n") and number % together == 0:
+                done, size = number, end
+        lines.truncate(size)  # in place: a kill here must not cost complete lines
+    return done
+
+
+class AnswerFile:
+    """Answers as they come, in <output>.part; a killed run's are read back, but for a last group under `together`."""
+
+    def __init__(self, output: str, settings: dict[str, Any], overwrite: bool, together: int = 1):
+        self.output, self.settings = Path(output), settings
+        self.path = _part(self.output)
+        self.answers: dict[int, dict[str, Any]] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Locked until the process ends: a second run would send the same prompts.
+        self._lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT | os.O_WRONLY)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{self.path}: another run is writing it; wait until it ends, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+        if overwrite:
+            self.path.unlink(missing_ok=True)
+        if _resume_point(self.path, settings, "teacher", together):
+            for number, line in enumerate(_lines(self.path), 1):
+                try:
+                    answer = parse_json(line)
+                    self.answers[answer.pop("row")] = answer
+                except (ValueError, KeyError, AttributeError, TypeError):
+                    fix = "remove it, and its prompt is sent again"
+                    raise InputError(f"{self.path}: line {number} is damaged; {fix}") from None
+            print(f"{self.path}: resuming after {len(self.answers)} answers", file=sys.stderr)
+
+    def collect(self, answers: Iterator[tuple[int, dict[str, Any]]], total: int, name: str) -> None:
+        """Write each answer at once, with a progress bar."""
+        from tqdm import tqdm
+
+        bar = tqdm(total=total, initial=len(self.answers), desc=name, unit="row", file=sys.stderr)
+        with open(self.path, "a", encoding="utf-8") as out, bar:
+            for number, answer in answers:
+                _append(out, [{"row": number} | answer])
+                self.answers[number] = answer
+                bar.update()
+
+    def remove(self) -> None:
+        _remove_parts(self.output)

@@ -1,0 +1,193 @@
+"""All of calibration.json: fit a calibration, choose one, write it, read it, apply it.
+
+A calibration (common.Calibration) turns raw label scores into calibrated scores and probabilities. Four methods:
+none; contextual (the prior of content-free prompts is subtracted, Zhao et al. 2021); batch (the mean raw score of the
+rows is subtracted, Zhou et al. 2023); fitted (bias per label and temperature, Guo et al. 2017). NLL is the mean
+negative log-likelihood of the right labels, in nats; lower is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import Calibration, InputError
+from distil.files import read_json, write_json
+from distil.models import ModelRef, model_fingerprint
+from distil.scoring import ScoringOptions
+
+BASE_FOLDER = Path("runs/creditmix_base")  # where the calibration of a base model is kept
+
+
+def uncalibrated(labels: int) -> Calibration:
+    """Return the calibration 'none' for this number of labels."""
+    return Calibration("none", np.zeros(labels), np.zeros(labels))
+
+
+def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calibration:
+    """Return bias per label and temperature with the lowest NLL of the right answers.
+    raw: [N, labels]; prior: [labels]; answers: [N] label indices. Convex in (bias / T, 1 / T), so the start does not
+    matter; the biases are centred, since a common shift changes nothing. Temperatures stay within 1/20 to 20 and
+    biases within 50, for rows that a model answers all right or all alike. Source: Guo et al. 2017, with biases."""
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax
+
+    centred = raw - prior
+
+    def loss(parameters: np.ndarray) -> float:
+        logits = centred * np.exp(parameters[0]) + np.append(parameters[1:], 0.0)
+        return -log_softmax(logits, axis=1)[np.arange(len(answers)), answers].mean()
+
+    bounds = [(-np.log(20), np.log(20)), *[(-50, 50)] * (raw.shape[1] - 1)]
+    best = minimize(loss, np.zeros(raw.shape[1]), method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12}).x
+    temperature = float(np.exp(-best[0]))
+    bias = np.append(best[1:], 0.0) * temperature
+    return Calibration("fitted", prior, bias - bias.mean(), temperature)
+
+
+def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calibration:
+    """Return `fit_calibration` with biases moved until each label is predicted as often as it occurs on these rows.
+    The lowest NLL alone lets a label that is often second best be predicted too rarely: its recall falls below its
+    precision. Matching the shares has one answer and less noise than a search for the best F1 on few rows."""
+    fitted = fit_calibration(raw, prior, answers)
+    actual = np.bincount(answers, minlength=raw.shape[1])
+    best = bias = fitted.bias
+    least = np.inf
+    for _ in range(300):
+        predicted = np.bincount((raw - prior + bias).argmax(axis=1), minlength=raw.shape[1])
+        if (gap := np.abs(actual - predicted).sum()) < least:
+            best, least = bias, gap
+        bias = bias + 0.05 * fitted.temperature * np.log((actual + 1) / (predicted + 1))
+    return replace(fitted, bias=best - best.mean())
+
+
+FIT_BIAS = {"likelihood": fit_calibration, "shares": fit_shares}  # --fit_bias
+
+
+def cross_fitted_probabilities(
+    raw: np.ndarray, prior: np.ndarray, answers: np.ndarray, groups: Sequence[str], fit: Callable = fit_calibration
+) -> np.ndarray:
+    """Return probabilities [N, labels] by fitted calibrations that did not see the row's group, in five folds.
+    They can be compared with those of calibrations that have nothing to fit."""
+    from sklearn.model_selection import GroupKFold
+
+    probabilities = np.empty_like(raw)
+    for train, test in GroupKFold(5).split(raw, answers, groups):
+        probabilities[test] = fit(raw[train], prior, answers[train]).probabilities(raw[test])
+    return probabilities
+
+
+def row_losses(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """Return the negative log-likelihood (natural log) of each row, [N]."""
+    return -np.log(probabilities[np.arange(len(answers)), answers].clip(1e-12))
+
+
+def choose_method(losses: dict[str, np.ndarray], groups: Sequence[str]) -> str:
+    """Return the simplest method whose NLL is within one standard error of the lowest.
+    losses: {method: negative log-likelihoods [N]}, the simplest first; groups: [N] customer of each row, at least two
+    different. The standard error is that of the difference over groups: what few rows seem to gain is mostly noise
+    (the one-standard-error rule, Breiman et al. 1984)."""
+    best = min(losses.values(), key=np.mean)
+    _, group_index = np.unique(groups, return_inverse=True)
+
+    def close_to_best(loss: np.ndarray) -> bool:
+        excess = np.bincount(group_index, loss - best)
+        return excess.sum() <= excess.std(ddof=1) * np.sqrt(len(excess))
+
+    return next(name for name, loss in losses.items() if close_to_best(loss))
+
+
+def candidates(
+    raw: np.ndarray, contextual: np.ndarray, answers: np.ndarray, customers: Sequence[str], fit_bias: str
+) -> tuple[dict[str, Calibration], dict[str, np.ndarray]]:
+    """Return ({method: calibration}, {method: negative log-likelihoods [N]}) on calibration rows, the simplest first.
+    raw: [N, labels]; contextual: prior [labels] of content-free prompts. The losses of 'fitted' are those of fits
+    that did not see the row's customer."""
+    none, fit = uncalibrated(raw.shape[1]), FIT_BIAS[fit_bias]
+    priors = {"contextual": contextual, "batch": raw.mean(axis=0)}
+    methods = {"none": none} | {name: replace(none, method=name, prior=prior) for name, prior in priors.items()}
+    losses = {name: row_losses(c.probabilities(raw), answers) for name, c in methods.items()}
+    methods["fitted"] = fit(raw, contextual, answers)
+    losses["fitted"] = row_losses(cross_fitted_probabilities(raw, contextual, answers, customers, fit), answers)
+    return methods, losses
+
+
+def calibration_path(ref: ModelRef) -> Path:
+    """Return where a model's calibration is stored: next to the adapter, or in BASE_FOLDER for a base model."""
+    return (Path(ref.adapter) if ref.adapter else BASE_FOLDER) / "calibration.json"
+
+
+def write_fitted(
+    ref: ModelRef, chosen: Calibration, nll: dict[str, float], options: ScoringOptions, fitted_on: dict[str, Any]
+) -> Path:
+    """Store a model's calibration and return its path. nll: of each method; fitted_on: rows, data and split."""
+    prior, bias = (dict(zip(options.labels, x.tolist(), strict=True)) for x in (chosen.prior, chosen.bias))
+    record = {"calibration": chosen.method, "prior": prior, "bias": bias, "temperature": chosen.temperature}
+    record |= {"nll": nll, "labels": options.labels, "model": model_fingerprint(ref), **options.raw_settings()}
+    write_json(path := calibration_path(ref), record | {"fitted_on": fitted_on})
+    return path
+
+
+def read_fitted(ref: ModelRef, options: ScoringOptions) -> dict | None:
+    """Return the stored calibration of a model, None where there is none.
+    Raises InputError where it was fitted for another model or other scoring settings, or is damaged."""
+    path, again = calibration_path(ref), "fit again with eval_creditmix.py --fit"
+    if not path.is_file():
+        return None
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: not a calibration (an object is expected); {again}")
+    for name, value in {"model": model_fingerprint(ref), **options.raw_settings()}.items():
+        if (old := stored.get(name)) != value:
+            if name == "model" and not ref.adapter:
+                return None  # BASE_FOLDER serves one base at a time; another base simply has none
+            other = f"fitted with another {name} ({old}, now {value})"
+            raise InputError(f"{path}: {other}; {again}, or use --calibration contextual")
+    numbers = [stored.get("temperature")]
+    for table in (stored.get("prior"), stored.get("bias")):
+        numbers += table.values() if isinstance(table, dict) and set(table) == set(options.labels) else [None]
+    if not all(type(x) in (int, float) for x in numbers) or numbers[0] <= 0:
+        raise InputError(f"{path}: prior, bias or temperature is damaged; {again}")
+    return stored
+
+
+def fitted_calibration(ref: ModelRef, options: ScoringOptions) -> Calibration | None:
+    """Return the stored calibration that --calibration asks for, None where another is to be used.
+    Raises InputError where the one asked for is not stored."""
+    method = options.calibration
+    if method in ("none", "contextual"):
+        return None
+    stored = read_fitted(ref, options)
+    if method != "auto" and (stored or {}).get("calibration") != method:
+        fix = f"eval_creditmix.py --fit --calibration {method} writes it"
+        raise InputError(f"{calibration_path(ref)}: does not hold a {method} one; {fix}")
+    if not stored:
+        return None
+    prior, bias = (np.array([stored[key][label] for label in options.labels]) for key in ("prior", "bias"))
+    return Calibration(stored["calibration"], prior, bias, stored["temperature"])
+
+
+def unfitted_note(ref: ModelRef, fitted: Calibration | None, options: ScoringOptions) -> str | None:
+    """Return a note for users of an adapter without a stored calibration who chose none.
+    Training moves the scores away from what the prior of content-free prompts corrects (docs/calibration.md)."""
+    if options.calibration != "auto" or fitted or not ref.adapter:
+        return None
+    note = f"{ref.name} has no stored calibration: the prior of content-free prompts fits trained models badly; "
+    return note + "store the best with eval_creditmix.py --fit --calibration auto, or give --calibration none"
+
+
+def with_shares(calibration: Calibration, shares: np.ndarray) -> Calibration:
+    """Return the calibration for class proportions `shares` [labels] in place of equal ones.
+    The odds of each label change by its share (Saerens et al. 2002), in scores and probabilities alike."""
+    shift = calibration.temperature * np.log(shares * len(shares))
+    return replace(calibration, bias=calibration.bias + shift)
+
+
+def adjusted(calibration: Calibration, options: ScoringOptions) -> Calibration:
+    """Return the calibration with what --bias and --class_shares add."""
+    calibration = replace(calibration, bias=calibration.bias + np.array(options.bias))
+    return calibration if options.class_shares is None else with_shares(calibration, np.array(options.class_shares))

@@ -1,0 +1,159 @@
+"""What every script does alike on the command line: exit statuses, argument types, and the flags that scripts share.
+
+A flag that several scripts have is defined here once, with the function that turns it into options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from common import InputError
+from distil.models import LoadOptions
+from distil.scoring import METHODS, ScoringOptions, read_verbalizers
+
+
+def run_script(main: Callable[[list[str] | None], int | None]) -> None:
+    """Run a script's `main` and exit: 0 done, 1 failed while running, 2 wrong input; tracebacks only with --debug."""
+    message = None
+    try:
+        status = main(None) or 0
+        sys.stdout.flush()
+    except InputError as error:
+        status, message = 2, f"error: {error}"
+    except BrokenPipeError:
+        status, message = 1, "stopped: stdout was closed (`| head`)"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again at its end
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        status, message = _failure(error)
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # a process that ends with its group alive may abort (SIGABRT)
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """Return exit status and message of an exception that no script raises on purpose."""
+    if isinstance(error, ModuleNotFoundError):
+        fix = "source .venv/bin/activate (`make demo` makes it), or pip install -r requirements.txt"
+        return 2, f"error: the package {error.name} is missing: {fix}"
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
+        return 2, f"error: {error.filename or ''}: {error.strerror}; check the path and its rights"
+    text = " ".join(str(error).split())
+    if any(words in text for words in ("No space left", "unexpected pos", "PytorchStreamWriter")):  # torch's words
+        text = "the disk is full; free some space, then resume (trainers: --resume, others: the same command)"
+    return 1, f"failed: {type(error).__name__}: {text} (--debug shows the traceback)"
+
+
+def number_or_auto(text: str) -> int | str:
+    """Parse a flag that is a whole number or `auto`."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
+
+
+def seed_number(text: str) -> int:
+    """Parse a seed that all random number generators in use accept."""
+    if not (text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def gold_share(text: str) -> float:
+    """Parse --gold_share: a share above 0 and at most 1."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: a share above 0 and at most 1")
+    return float(text)
+
+
+def new_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose description is a script's module docstring, as it is written."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_debug_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --debug, which `run_script` looks for."""
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every script that loads a model to use it; `loading_options` reads them."""
+    add = parser.add_argument_group("model loading").add_argument
+    add("--quantization", choices=("nf4", "none"), default="nf4", help="of the base model (%(default)s)")
+    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
+    offload = os.environ.get("OFFLOAD_FOLDER")
+    add("--offload_folder", default=offload, help="for what does not fit the GPU ($OFFLOAD_FOLDER)")
+
+
+def loading_options(args: argparse.Namespace) -> LoadOptions:
+    """Return the options of `add_loading_flags`."""
+    return LoadOptions(args.quantization, args.compute_dtype, args.offload_folder)
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser, null_prompts: int) -> None:
+    """Add the flags of every script that scores label rows; null_prompts: how many the task has, the default."""
+    add = parser.add_argument_group("scoring").add_argument
+    stored = "of the scores; auto, the default: what eval_creditmix.py --fit stored, else contextual"
+    add("--calibration", choices=METHODS, default="auto", help=stored)
+    shares = "class proportions in use, such as Good=0.25,Standard=0.45,Bad=0.30"
+    add("--class_shares", metavar="LABEL=P,...", help=shares)
+    review = "flag rows for human review whose label has a lower probability"
+    add("--abstain_below", type=float, metavar="P", help=review)
+    add("--bias", metavar="LABEL=B,...", help="add to calibrated scores, such as Standard=0.3 (default: none)")
+    add("--null_prompts", type=int, default=null_prompts, help="content-free prompts for the prior (%(default)s)")
+    add("--verbalizers", metavar="FILE", help='JSON {"Standard": ["Standard", "Average"]}: surface forms of labels')
+    add("--aggregate", choices=("max", "mean", "logsumexp"), default="max", help="of surface forms (%(default)s)")
+    batch = "rows a forward, or auto: the fastest is found on the rows themselves, from 256 on (%(default)s)"
+    add("--batch_size", type=number_or_auto, default=32, help=batch)
+    add_loading_flags(parser)
+
+
+def scoring_options(args: argparse.Namespace, labels: Sequence[str], null_prompts: int) -> ScoringOptions:
+    """Return the checked options of `add_scoring_flags` for a task with these labels. Raises InputError."""
+    forms = read_verbalizers(args.verbalizers, labels)
+    bias = label_numbers(args.bias, "--bias", labels)
+    if args.batch_size != "auto" and args.batch_size < 1:
+        raise InputError(f"--batch_size {args.batch_size}: at least 1")
+    if args.abstain_below is not None and not 0 < args.abstain_below <= 1:
+        raise InputError(f"--abstain_below {args.abstain_below}: a probability above 0")
+    if not 1 <= args.null_prompts <= null_prompts:
+        raise InputError(f"--null_prompts {args.null_prompts}: 1 to {null_prompts} are available")
+    given = label_numbers(args.class_shares, "--class_shares", labels)
+    shares = [given.get(label, 0.0) for label in labels]
+    if given and (min(shares) <= 0 or abs(sum(shares) - 1) > 0.01):
+        raise InputError(f"--class_shares {args.class_shares}: a share above 0 for each label, 1 together")
+    names = ("calibration", "abstain_below", "null_prompts", "aggregate", "batch_size")
+    return ScoringOptions(
+        forms,
+        bias=tuple(bias.get(label, 0.0) for label in labels),
+        class_shares=tuple(share / sum(shares) for share in shares) if given else None,
+        load=loading_options(args),
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+def label_numbers(text: str | None, flag: str, labels: Sequence[str]) -> dict[str, float]:
+    """Parse 'Standard=0.3,Bad=-0.1' to {'Standard': 0.3, 'Bad': -0.1}. Raises InputError."""
+    pairs = {}
+    for part in text.split(",") if text else []:
+        label, _, number = part.partition("=")
+        label = label.strip()
+        try:
+            pairs[label] = float(number)
+        except ValueError:
+            raise InputError(f"{flag} {text}: {part!r} is not LABEL=NUMBER") from None
+        if label not in labels or not math.isfinite(pairs[label]):
+            raise InputError(f"{flag} {text}: labels are {', '.join(labels)}, numbers finite")
+    return pairs

@@ -1,0 +1,1 @@
+"""Python tasks: prompts, a model that writes code, a sandbox that runs it, judging."""

@@ -1,0 +1,115 @@
+"""A loaded model that writes code, directly or as a plan and then the code."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common import InputError, PromptEncoder
+from distil.cli import add_loading_flags, loading_options, seed_number
+from distil.codegen import tasks
+from distil.generation import Written, generate
+from distil.models import LoadOptions, ModelRef, load
+from distil.workarounds import pack_for_decoding
+
+TAG_TOKENS = 32  # room in the context for tags or an opening fence
+
+
+@dataclass(frozen=True)
+class CodegenOptions:
+    """How code is written. n: answers to each task; max_new_tokens: budget of a plan, and of the code."""
+
+    n: int = 1
+    max_new_tokens: int = 384
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int = 16
+    load: LoadOptions = field(default_factory=LoadOptions)
+
+
+def add_codegen_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every script that lets a model write code; `codegen_options` reads them and --n."""
+    add = parser.add_argument_group("generation").add_argument
+    add("--max_new_tokens", type=int, default=384, help="budget of a plan, and of the code (%(default)s)")
+    add("--temperature", type=float, help="0 is greedy (default: 0 for one sample, 0.8 for several)")
+    add("--seed", type=seed_number, default=0, help="of the samples (%(default)s)")
+    add("--batch_size", type=int, default=16, help="answers written together (%(default)s)")
+    add_loading_flags(parser)
+
+
+def codegen_options(args: argparse.Namespace) -> CodegenOptions:
+    """Return the checked options of `add_codegen_flags`. Raises InputError."""
+    if args.max_new_tokens < 1 or args.batch_size < 1 or args.n < 1:
+        raise InputError("--max_new_tokens, --batch_size and --n are at least 1")
+    if args.temperature is not None and not 0 <= args.temperature <= 5:
+        raise InputError("--temperature is from 0 to 5")
+    default = 0.0 if args.n == 1 else 0.8
+    temperature = default if args.temperature is None else args.temperature
+    if args.n > 1 and temperature == 0:
+        raise InputError("--n above 1 with --temperature 0 would give the same answer each time")
+    return CodegenOptions(args.n, args.max_new_tokens, temperature, args.seed, args.batch_size, loading_options(args))
+
+
+class Coder:
+    """A loaded model that writes code. The plan form has two stages: the plan, then the code after `</PLAN>`."""
+
+    def __init__(self, model: Any, tokenizer: Any, options: CodegenOptions):
+        pack_for_decoding(model)
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.encoder = PromptEncoder(tokenizer)
+        configured, vocabulary = model.generation_config.eos_token_id, tokenizer.get_added_vocab()
+        ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        named = [tokenizer.eos_token, self.encoder.end_of_turn, tokenizer.pad_token, "<|endoftext|>", "<|im_end|>"]
+        self.ends = sorted((ends | {vocabulary.get(token) for token in named}) - {None})
+        # A model without a chat template is not an assistant: an open code block shows it what to write.
+        self.opening = "" if tokenizer.chat_template else "```python\n"
+
+    @classmethod
+    def load(cls, ref: ModelRef, options: CodegenOptions) -> Coder:
+        """Load a resolved model. Raises InputError."""
+        return cls(*load(ref, options.load), options)
+
+    def fits(self, prompt: str, plan: bool) -> bool:
+        """Return whether a prompt and the code, with `plan` a plan before it too, fit the context."""
+        context = self.model.config.get_text_config().max_position_embeddings
+        turn = tasks.codegen_plan_prompt(prompt) if plan else tasks.codegen_prompt(prompt)
+        room = (2 if plan else 1) * self.options.max_new_tokens + TAG_TOKENS
+        return len(self.encoder.prompt(turn)) + room <= context
+
+    def answers(self, prompts: Sequence[str], plan: bool, progress: str | None = None) -> list[dict[str, Any]]:
+        """Return {"code", "parses", "tokens", with plan also "plan"} for each prompt, in order.
+        Repeat a prompt for samples. tokens: how many the model wrote, plan included. Raises InputError for a prompt
+        that does not fit."""
+        encode, turn_of = self.encoder.text, self.encoder.prompt
+        if not plan:
+            starts = [turn_of(tasks.codegen_prompt(prompt)) + encode(self.opening) for prompt in prompts]
+            results = self.write(starts, lambda text: tasks.code_ended(self.opening + text), progress)
+            return [_answer(self.opening + written.text, written.tokens) for written in results]
+        turns = [turn_of(tasks.codegen_plan_prompt(prompt)) for prompt in prompts]
+        starts = [turn + encode("<PLAN>\n") for turn in turns]
+        plans = self.write(starts, tasks.plan_ended, progress and f"{progress}: plans")
+        texts = [re.split(r"</?PLAN>|</?CODE>", written.text)[0].strip() for written in plans]
+        starts = [turn + encode(f"<PLAN>\n{text}\n</PLAN>\n<CODE>\n") for turn, text in zip(turns, texts, strict=True)]
+        codes = self.write(starts, tasks.code_ended, progress and f"{progress}: code")
+        return [
+            _answer(f"<CODE>\n{code.text}", code.tokens + first.tokens) | {"plan": text}
+            for code, text, first in zip(codes, texts, plans, strict=True)
+        ]
+
+    def write(self, starts: Sequence[list], stop: Callable[[str], bool], progress: str | None = None) -> list[Written]:
+        """Return what follows each start (token ids), to an end token, to where stop(text) is true, or the budget.
+        Raises InputError for a start that does not fit the context."""
+        import torch
+
+        options = self.options
+        torch.manual_seed(options.seed)
+        how = (options.max_new_tokens, self.ends, options.batch_size, options.temperature, stop, progress)
+        return generate(self.model, self.tokenizer, starts, *how, top_k=0, top_p=0.95)
+
+
+def _answer(text: str, tokens: int) -> dict[str, Any]:
+    code = tasks.extract_code(text)
+    return {"code": code, "parses": tasks.parses(code), "tokens": tokens}

@@ -1,0 +1,1 @@
+"""The CreditMix task: rows, prompts, tabular models, the scoring model, metrics and reports."""

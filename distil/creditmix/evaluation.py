@@ -1,0 +1,158 @@
+"""Evaluate models on customers that no training saw: draw the rows, refuse leaks, fit calibrations, measure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from common import Calibration, InputError
+from distil.calibration import adjusted, calibration_path, candidates, choose_method, uncalibrated, write_fitted
+from distil.creditmix.metrics import MeasureOptions, measure
+from distil.creditmix.model import CreditModel
+from distil.creditmix.rows import LABELS, CreditRow, balanced_sample
+from distil.files import read_json
+from distil.models import ModelRef
+from distil.processes import rank_and_world
+from distil.runs import run_record
+from distil.scoring import ScoringOptions
+from distil.splits import is_gold, split_of
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How models are evaluated; the fields are eval_creditmix.py's flags. data_sha256: of the file `data`."""
+
+    data: str
+    data_sha256: str
+    scoring: ScoringOptions
+    val_per_class: int | None = None
+    val_frac: float | None = None
+    fit: bool = False
+    fit_bias: str = "likelihood"
+    fit_per_class: int = 300
+    keep_base: bool = False
+    gold_share: float = 1.0
+    baselines: bool = False
+    bootstrap: int = 1000
+    seed: int = 0
+    split_seed: int = 0
+
+    @property
+    def measurement(self) -> MeasureOptions:
+        return MeasureOptions(self.bootstrap, self.seed, self.scoring.class_shares, self.scoring.abstain_below)
+
+
+def check_training(ref: ModelRef, options: EvalOptions) -> None:
+    """Raise InputError for an adapter trained under another split: its training rows would be validation rows.
+    Print a note where it was trained on other rows (whether those include these customers cannot be seen), or with
+    labels that --gold_share excludes."""
+    if not ref.adapter:
+        return
+    run = run_record(ref.adapter)
+    trained, seed = run.get("split_seed"), options.split_seed
+    if trained not in (None, seed):
+        raise InputError(f"{ref.name}: trained with --split_seed {trained}, evaluated with {seed}: rows would leak")
+    sources = run.get("sources") or [None]
+    others = [source["file"] for source in sources if source and source["sha256"] != options.data_sha256]
+    if others or None in sources or trained is None:
+        place = f"on rows of {', '.join(others)}, not of --data" if others else "on rows whose source is not recorded"
+        print(f"note: {ref.name} was trained {place}; they may be among the validation rows", file=sys.stderr)
+    share = run.get("gold_share")
+    if options.gold_share < 1 and (share is None or share > options.gold_share):
+        used = "a --gold_share that is not recorded" if share is None else f"--gold_share {share:g}"
+        print(f"note: {ref.name} was trained with {used}, not {options.gold_share:g}", file=sys.stderr)
+
+
+def check_fitted(ref: ModelRef, options: EvalOptions) -> None:
+    """Raise InputError for a stored calibration fitted under another split; print a note where it was fitted on other
+    rows or with labels that --gold_share excludes."""
+    path = calibration_path(ref)
+    stored = read_json(path) if path.is_file() else None
+    fitted_on = stored.get("fitted_on") if isinstance(stored, dict) else None
+    if not isinstance(fitted_on, dict):
+        return
+    fitted, seed = fitted_on.get("split_seed"), options.split_seed
+    if fitted != seed:
+        other = f"fitted with --split_seed {fitted}, evaluated with {seed}: its rows may be validation rows"
+        raise InputError(f"{path}: {other}; fit again with --fit, or use --calibration contextual")
+    if fitted_on.get("data_sha256") != options.data_sha256:
+        print(f"note: {path} was fitted on rows of {fitted_on.get('data')}, not of --data", file=sys.stderr)
+    if (share := fitted_on.get("gold_share", 1.0)) > options.gold_share:
+        print(f"note: {path} was fitted with --gold_share {share:g}, not {options.gold_share:g}", file=sys.stderr)
+
+
+def usable(rows: Sequence[CreditRow], split: str, options: EvalOptions) -> list[CreditRow]:
+    """Return the rows of one split whose labels may be used; --gold_share limits all but validation."""
+    seed, share = options.split_seed, 1.0 if split == "validation" else options.gold_share
+    return [row for row in rows if split_of(row.customer, seed) == split and is_gold(row.customer, share, seed)]
+
+
+def draw(rows: Sequence[CreditRow], split: str, per_class: int | None, options: EvalOptions) -> list[CreditRow]:
+    """Return a balanced sample of one split; `per_class` None: as many as the rarest class has. Raises InputError."""
+    pool = usable(rows, split, options)
+    rarest = min(sum(row.label == label for row in pool) for label in LABELS)
+    try:
+        return balanced_sample(pool, per_class or max(1, rarest), options.seed)
+    except InputError as error:
+        raise InputError(f"{options.data}: {split} rows: {error}") from None
+
+
+def draw_samples(rows: Sequence[CreditRow], options: EvalOptions) -> tuple[list[CreditRow], ...]:
+    """Return (validation, calibration, training) rows, balanced, each of customers of that split alone.
+    The last two are empty where --fit or --baselines does not ask for them. Raises InputError."""
+    per_class = options.val_per_class
+    if options.val_frac:
+        per_class = max(1, round(options.val_frac * len(rows) / len(LABELS)))
+    validation = draw(rows, "validation", per_class, options)
+    calibration = draw(rows, "calibration", None, options) if options.fit else []
+    if options.fit and len({row.customer for row in calibration}) < 5:
+        raise InputError(f"{options.data}: --fit needs calibration rows of at least 5 customers; leave it out")
+    if len(calibration) > options.fit_per_class * len(LABELS):
+        calibration = draw(rows, "calibration", options.fit_per_class, options)
+    return validation, calibration, draw(rows, "train", None, options) if options.baselines else []
+
+
+def fit(model: CreditModel, ref: ModelRef, rows: list[CreditRow], options: EvalOptions) -> tuple[Calibration, dict]:
+    """Find the calibration on calibration rows and store it; return it and all that were compared.
+    model: with the contextual calibration and no bias. A base's is not stored with `keep_base`."""
+    raw = model.raw_scores([row.features for row in rows], "calibration rows")
+    answers = np.array([LABELS.index(row.label) for row in rows])
+    customers = [row.customer for row in rows]
+    methods, losses = candidates(raw, model.calibration.prior, answers, customers, options.fit_bias)
+    method = options.scoring.calibration
+    chosen = methods[choose_method(losses, customers) if method == "auto" else method]
+    if rank_and_world()[0]:
+        return chosen, methods
+    nll = {name: float(loss.mean()) for name, loss in losses.items()}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in nll.items())
+    print(f"{ref.name}: NLL on calibration rows: {shown} -> {chosen.method}", file=sys.stderr)
+    if ref.adapter or not options.keep_base:
+        digest = hashlib.sha256(json.dumps([[row.features, row.label] for row in rows]).encode()).hexdigest()
+        fitted_on = {"rows": len(rows), "sha256": digest, "data": options.data, "data_sha256": options.data_sha256}
+        fitted_on |= {"split_seed": options.split_seed, "bias": options.fit_bias, "gold_share": options.gold_share}
+        print(f"wrote {write_fitted(ref, chosen, nll, options.scoring, fitted_on)}", file=sys.stderr)
+    return chosen, methods
+
+
+def evaluate_model(ref: ModelRef, rows: list[CreditRow], fit_rows: list[CreditRow], options: EvalOptions) -> dict:
+    """Score one model once and return its result (`measure`) with each calibration that it has. Raises InputError."""
+    if options.fit:
+        plain = replace(options.scoring, calibration="contextual", bias=(0.0,) * len(LABELS), class_shares=None)
+        model = CreditModel.load(ref, plain)
+        chosen, methods = fit(model, ref, fit_rows, options)
+        model = replace(model, calibration=adjusted(chosen, options.scoring))
+    else:
+        model = CreditModel.load(ref, options.scoring)
+        methods = {"none": uncalibrated(len(LABELS))}
+    raw = model.raw_scores([row.features for row in rows], ref.name)
+    used = model.calibration
+    methods = {name: adjusted(method, options.scoring) for name, method in methods.items()} | {used.method: used}
+    compared = {name: measure(rows, m.probabilities(raw), options.measurement) for name, m in methods.items()}
+    result = compared[used.method] | {"model": ref.name, "calibration": used.method, "responses": model.responses(raw)}
+    numbers = {name: {k: v for k, v in one.items() if isinstance(v, float)} for name, one in compared.items()}
+    return result | {"calibrations": numbers, "probabilities": used.probabilities(raw)}

@@ -1,0 +1,120 @@
+"""A loaded model that scores CreditMix rows: the same object in inference, evaluation and the server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from common import Calibration, InputError, PromptEncoder, add_adapters, dtype_name
+from distil.calibration import adjusted, fitted_calibration, uncalibrated, unfitted_note
+from distil.cli import add_scoring_flags, scoring_options
+from distil.creditmix.rows import LABELS, NULL_FEATURES, creditmix_prompt, null_prompts
+from distil.models import ModelRef, load, model_fingerprint
+from distil.processes import gather, own_share, rank_and_world
+from distil.scoring import BASE, FastLabelScorer, ScoringOptions, label_prior
+
+
+def add_credit_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every script that scores CreditMix rows; `credit_options` reads them."""
+    add_scoring_flags(parser, len(NULL_FEATURES))
+
+
+def credit_options(args: argparse.Namespace) -> ScoringOptions:
+    """Return the checked options of `add_credit_flags`. Raises InputError."""
+    return scoring_options(args, LABELS, len(NULL_FEATURES))
+
+
+def credit_scorer(model: Any, tokenizer: Any, options: ScoringOptions, adapters: Sequence = ()) -> FastLabelScorer:
+    """Return the scorer of CreditMix prompts, whose common beginning runs once."""
+    shared, encoder = [creditmix_prompt("Age: 1"), creditmix_prompt("-")], PromptEncoder(tokenizer)
+    return FastLabelScorer(model, encoder, options.forms, options.aggregate, options.batch_size, shared, adapters)
+
+
+@dataclass
+class CreditModel:
+    """A loaded model with its scorer and calibration. adapter: its name in the scorer, None for the only model."""
+
+    name: str
+    scorer: FastLabelScorer
+    calibration: Calibration
+    adapter: str | None = None
+    abstain_below: float | None = None
+
+    @classmethod
+    def load(cls, ref: ModelRef, options: ScoringOptions) -> CreditModel:
+        """Load a base or adapter with its calibration. Raises InputError."""
+        fitted = fitted_calibration(ref, options)
+        if (note := unfitted_note(ref, fitted, options)) and rank_and_world()[0] == 0:
+            print(f"note: {note}", file=sys.stderr)
+        before = model_fingerprint(ref)
+        return cls._calibrated(ref, before, credit_scorer(*load(ref, options.load), options), fitted, options)
+
+    @classmethod
+    def load_variants(
+        cls, refs: dict[str, ModelRef], fitted: dict[str, Calibration | None], options: ScoringOptions
+    ) -> dict[str, CreditModel]:
+        """Load one base and scorer for all of {variant: model}, the adapters on top of it.
+        refs: one without an adapter, all others adapters of it. fitted: `fitted_calibration` of each, read before
+        anything is loaded. Raises InputError."""
+        base = next(ref for ref in refs.values() if not ref.adapter)
+        before = {variant: model_fingerprint(ref) for variant, ref in refs.items()}
+        model, tokenizer = load(base, options.load)
+        if folders := {variant: ref.adapter for variant, ref in refs.items() if ref.adapter}:
+            model = add_adapters(model, folders)
+        names = {variant: variant if ref.adapter else BASE if folders else None for variant, ref in refs.items()}
+        scorer = credit_scorer(model, tokenizer, options, list(names.values()) if folders else [])
+        return {
+            variant: cls._calibrated(ref, before[variant], scorer, fitted[variant], options, names[variant])
+            for variant, ref in refs.items()
+        }
+
+    @classmethod
+    def _calibrated(
+        cls, ref: ModelRef, before: str, scorer: Any, fitted: Any, options: ScoringOptions, adapter: str | None = None
+    ) -> CreditModel:
+        """Return the model with its calibration. before: its fingerprint from before it was loaded, which it must
+        still have: the prior of a model that was replaced meanwhile would be stored as the new one's."""
+        if model_fingerprint(ref) != before:
+            raise InputError(f"{ref.name}: changed while it was loaded; start again when its training has ended")
+        calibration = fitted or uncalibrated(len(LABELS))
+        if not fitted and options.calibration != "none":
+            key = f"{before} {options.load.quantization} {dtype_name(options.load.compute_dtype)}"
+            prior = label_prior(scorer, key, null_prompts(options.null_prompts), adapter)
+            calibration = replace(calibration, method="contextual", prior=prior)
+        return cls(ref.name, scorer, adjusted(calibration, options), adapter, options.abstain_below)
+
+    def prompt(self, features: str, notes: Counter | None = None) -> list[int]:
+        """Return token ids of a feature string's prompt; `notes` counts what `canonical_features` fixed in it."""
+        return self.scorer.encoder.prompt(creditmix_prompt(features, notes))
+
+    def raw_scores(self, features: Sequence[str], progress: str | None = None) -> np.ndarray:
+        """Return raw scores [N, labels] of feature strings; of several processes each scores its share."""
+        share = own_share(len(features))
+        prompts = [self.prompt(text) for text in features[share.start : share.stop]]
+        return np.concatenate(gather(self.scorer.score(prompts, progress, [self.adapter] * len(prompts))))
+
+    def responses(self, raw: np.ndarray) -> list[dict]:
+        """Return the whitepaper's response (section 7) for each row of raw scores [N, labels].
+        With `abstain_below` it has {"extra": {"refer": whether a human should decide}} as well."""
+        scores, probabilities = self.calibration.scores(raw), self.calibration.probabilities(raw)
+        prior = _by_label(self.calibration.prior)
+        results = []
+        for row_scores, row_raw, row_probabilities in zip(scores, raw, probabilities, strict=True):
+            second, best = np.sort(row_scores)[-2:]
+            result = {"model_name": self.name, "prediction": LABELS[int(row_scores.argmax())]}
+            result |= {"scores": _by_label(row_scores), "raw_scores": _by_label(row_raw), "prior": prior}
+            result |= {"probabilities": _by_label(row_probabilities), "top2_margin": round(float(best - second), 6)}
+            if self.abstain_below is not None:
+                result["extra"] = {"refer": bool(row_probabilities.max() < self.abstain_below)}
+            results.append(result)
+        return results
+
+
+def _by_label(values: np.ndarray) -> dict[str, float]:
+    return {label: round(float(value), 6) for label, value in zip(LABELS, values, strict=True)}

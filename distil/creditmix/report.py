@@ -1,0 +1,106 @@
+"""Show results of an evaluation: tables on the terminal, and a folder with metrics, predictions and plots."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from distil.creditmix.metrics import coverage_curve
+from distil.creditmix.rows import LABELS, CreditRow
+from distil.files import write_json, write_jsonl
+
+TABLE = ("accuracy", "macro_f1", "recall_Standard")  # the table's columns with intervals
+
+
+def print_tables(results: list[dict], rows: list[CreditRow], out: TextIO, verbose: bool, compare: bool) -> None:
+    """Print the side-by-side table and the calibration of each model; with `compare` the differences to the reference
+    as well, with `verbose` the details of each model."""
+    width = max(len("model"), *(len(result["model"]) for result in results))
+    count = len(rows)
+    print(f"{count} validation rows, {count // len(LABELS)} a class; 95 % intervals by customer bootstrap", file=out)
+    print(f"{'model':<{width}}  {'accuracy':<24}{'macro-F1':<24}{'Standard recall':<24}NLL     ECE", file=out)
+    for result in results:
+        cells = ["{:.4f} [{:.4f}, {:.4f}]".format(result[name], *result["interval_95"][name]) for name in TABLE]
+        print(f"{result['model']:<{width}}  {'  '.join(cells)}  {result['nll']:.4f}  {result['ece']:.4f}", file=out)
+        if abstain := result.get("abstain"):
+            where = f"answered where the probability is at least {abstain['below']:g}"
+            right = f", {abstain['accuracy']:.4f} of these right" if abstain["coverage"] else ""
+            print(f"{'':<{width}}  {where}: {abstain['coverage']:.3f} of the rows{right}", file=out)
+    compared = [result for result in results if compare and "difference" in result]
+    if compared:
+        print(f"\nabove {compared[0]['difference']['to']} on the same rows, paired intervals", file=out)
+        print(f"{'model':<{width}}  {'accuracy':<27}{'macro-F1':<27}{'Standard recall':<27}NLL", file=out)
+    for result in compared:
+        cells = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*result["difference"][name]) for name in (*TABLE, "nll")]
+        print(f"{result['model']:<{width}}  {'  '.join(cells)}", file=out)
+    print("", file=out)
+    for result in results:
+        if "calibration" in result:
+            nll = ", ".join(f"{name} {metrics['nll']:.4f}" for name, metrics in result["calibrations"].items())
+            print(f"{result['model']:<{width}}  calibration {result['calibration']}; NLL: {nll}", file=out)
+    for result in results if verbose else []:
+        print_details(result, [row.label for row in rows], out)
+
+
+def print_details(result: dict[str, Any], answers: list[str], out: TextIO) -> None:
+    """Print scikit-learn's report, the confusion matrix (counts of rows, whatever they weigh) and a line for each
+    calibration of one model."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    print(f"\n{result['model']} ({result.get('calibration', 'baseline')})", file=out)
+    table = {"labels": LABELS, "sample_weight": result["weights"], "digits": 4, "zero_division": 0}
+    report = classification_report(answers, result["predicted"], **table)
+    # The support is a sum of weights, which scikit-learn prints with all its digits.
+    print(re.sub(r"(?m) +(\d+\.\d+)$", lambda match: f"{float(match[1]):>10.0f}", report), file=out)
+    print(f"confusion matrix (rows: truth, columns: prediction; {', '.join(LABELS)})", file=out)
+    print(confusion_matrix(answers, result["predicted"], labels=LABELS), file=out)
+    for name, metrics in result.get("calibrations", {}).items():
+        shown = ", ".join(f"{key} {metrics[key]:.4f}" for key in (*TABLE, "nll", "brier", "ece", "aurc"))
+        print(f"  calibration {name:<11}{shown}", file=out)
+
+
+def plots(result: dict[str, Any], answers: list[str], folder: Path) -> None:
+    """Write confusion_matrix.png (counts of rows), reliability.png and coverage.png (rows by weight) of one model."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    predicted, weights = result["predicted"], result["weights"]
+    confidence = result["probabilities"].max(axis=1)
+    right = np.array([a == p for a, p in zip(answers, predicted, strict=True)])
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    used = [bins == b for b in range(15) if (bins == b).any()]
+    names = ("confusion_matrix", "reliability", "coverage")
+    figures = {name: Figure(figsize=(4.5, 4), layout="constrained") for name in names}
+    confusion, reliability, coverage = (figure.subplots() for figure in figures.values())
+    style = {"labels": LABELS, "colorbar": False, "cmap": "Blues"}
+    ConfusionMatrixDisplay.from_predictions(answers, predicted, ax=confusion, **style)
+    confusion.set(title=result["model"])
+    reliability.plot([0, 1], [0, 1], color="tab:gray", linestyle=":")
+    reliability.plot(*([np.average(x[b], weights=weights[b]) for b in used] for x in (confidence, right)), marker="o")
+    reliability.set(title=f"{result['model']}, ECE {result['ece']:.3f}", ylabel="share right")
+    reliability.set(xlabel="probability of the predicted label")
+    coverage.plot(*coverage_curve(right, confidence, weights))
+    coverage.set(title=f"{result['model']}, AURC {result['aurc']:.3f}", ylabel="share right of these")
+    coverage.set(xlabel="share of rows answered, most confident first")
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def write_report(results: list[dict[str, Any]], rows: list[CreditRow], summary: dict, report_dir: Path) -> None:
+    """Write metrics.json (the summary) and, in a folder for each model, predictions.jsonl and plots."""
+    taken: Counter[str] = Counter()
+    answers = [row.label for row in rows]
+    for result in results:
+        name = Path(result["model"].replace(" ", "_")).resolve().name
+        taken[name] += 1
+        folder = report_dir / (name if taken[name] == 1 else f"{name}_{taken[name]}")  # runs/a/sft and runs/b/sft
+        folder.mkdir(parents=True, exist_ok=True)
+        plots(result, answers, folder)
+        responses = result.get("responses") or [{"prediction": label} for label in result["predicted"]]
+        lines = ({"features": r.features, "answer": r.label} | a for r, a in zip(rows, responses, strict=True))
+        write_jsonl(folder / "predictions.jsonl", lines)
+    write_json(report_dir / "metrics.json", summary)

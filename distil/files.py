@@ -1,0 +1,130 @@
+"""Read and write JSON and JSONL, atomically and with errors that name file and line; hashes; the cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import InputError
+
+
+@contextlib.contextmanager
+def atomic_writer(path: str | Path) -> Iterator[Any]:
+    """Open `path` for writing text under a temporary name in the same folder; rename it into place at the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(scratch, "w", encoding="utf-8") as handle:
+            yield handle
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with atomic_writer(path) as out:
+        json.dump(value, out, indent=1, ensure_ascii=False, allow_nan=False)
+        out.write("\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    with atomic_writer(path) as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_text(path: str | Path) -> str:
+    """Return a file's text (UTF-8, with or without a byte order mark). Raises InputError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise InputError where a folder can neither be written nor created."""
+    nearest = next(folder for folder in (Path(path), *Path(path).parents) if folder.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{nearest}: is a file, a folder is needed")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{nearest}: is not writable; choose another folder")
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError for anything else, and for what could not be written back:
+    NaN, infinity, numbers read as infinity (1e999), half a surrogate pair, nesting too deep for Python."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    if abs(value := float(text)) == float("inf"):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the value in a JSON file. Raises InputError if it cannot be read or is not JSON."""
+    try:
+        return parse_json(read_text(path))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
+    """Return the objects of a JSONL file, each with the `required` fields as non-empty strings; "a|b" is a or else b.
+    Raises InputError with file, line number, what is missing and what was found, for the first bad line, and a count
+    of the others. Blank lines are skipped."""
+    rows, problems = [], []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            problems.append(f"line {number} is not JSON ({error})")
+            continue
+        if not isinstance(row, dict):
+            problems.append(f"line {number} is {type(row).__name__}, not an object")
+            continue
+        for names in (fields.split("|") for fields in required):
+            field = next((name for name in names if name in row), names[0])
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                found = json.dumps(row[field])[:40] if field in row else f"fields {sorted(row)}"
+                wanted = " or ".join(f'"{name}"' for name in names)
+                problems.append(f"line {number} needs {wanted} as a non-empty string, found {found}")
+        rows.append(row)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise InputError(f"{path}: {problems[0]}{more}")
+    if not rows:
+        raise InputError(f"{path}: no rows; one JSON object a line with {', '.join(required)} is expected")
+    return rows
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def cache_dir() -> Path:
+    """Return the folder of what can be recreated (models, priors): $DISTIL_SLM_CACHE or ~/.cache/distil-slm."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("DISTIL_SLM_CACHE") or caches / "distil-slm")

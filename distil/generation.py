@@ -1,0 +1,85 @@
+"""Let a model write text for a batch of prompts: the one `generate` of teachers and code."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common import InputError
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after one prompt. text: without the end token; tokens: how many were written, an end token
+    included; ended: whether an end token came within the budget."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def check_room(model: Any, longest: int, max_new_tokens: int) -> None:
+    """Raise InputError where a prompt of `longest` tokens and the answer exceed the context."""
+    context = model.config.get_text_config().max_position_embeddings
+    if longest + max_new_tokens > context:
+        size = f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens}"
+        raise InputError(f"{size} exceed the model's context of {context}; lower it or shorten the prompts")
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    starts: Sequence[list[int]],
+    max_new_tokens: int,
+    ends: Sequence[int],
+    batch_size: int,
+    temperature: float = 0.0,
+    stop: Callable[[str], bool] | None = None,
+    progress: str | None = None,
+    sort: bool = True,
+    skip_special_tokens: bool = False,
+    **sampling: Any,
+) -> list[Written]:
+    """Return what follows each start (token ids), in order.
+
+    Writing of a row stops at an end token (`ends`), at the token with which stop(text) becomes true, or at the
+    budget. temperature 0 is greedy; `sampling` (top_k, top_p) goes to transformers otherwise. Seed torch before.
+    progress: title of a progress bar on stderr. sort: batch prompts of like length, which changes what a seed draws.
+    Raises InputError for a start that does not fit the context."""
+    import torch
+    from tqdm import tqdm
+    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+    check_room(model, max(map(len, starts), default=0), max_new_tokens)
+    how = {"do_sample": True, "temperature": temperature, **sampling} if temperature else {"do_sample": False}
+    how |= {"max_new_tokens": max_new_tokens, "eos_token_id": list(ends), "pad_token_id": tokenizer.pad_token_id}
+    config = GenerationConfig(repetition_penalty=1.0, **how)
+
+    class Stop(StoppingCriteria):
+        """Looks at the written text alone: transformers' stop strings may begin in the prompt."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            texts = tokenizer.batch_decode(input_ids[:, width:], clean_up_tokenization_spaces=False)
+            return torch.tensor([stop(text) for text in texts], device=input_ids.device)
+
+    criteria = StoppingCriteriaList([Stop()] if stop else [])
+    order = sorted(range(len(starts)), key=lambda i: len(starts[i]) if sort else 0)
+    results = [Written("", 0, False)] * len(starts)
+    bar = functools.partial(tqdm, desc=progress, unit="batch", disable=progress is None, file=sys.stderr)
+    for first in bar(range(0, len(order), batch_size)):
+        chosen = order[first : first + batch_size]
+        width = max(len(starts[i]) for i in chosen)
+        pads = [width - len(starts[i]) for i in chosen]
+        ids = torch.tensor([[tokenizer.pad_token_id] * pad + starts[i] for pad, i in zip(pads, chosen, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+        batch = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        with torch.inference_mode():
+            output = model.generate(**batch, generation_config=config, stopping_criteria=criteria)
+        for i, row in zip(chosen, output[:, width:].tolist(), strict=True):
+            end = next((k for k, token in enumerate(row) if token in ends), len(row))
+            text = tokenizer.decode(row[:end], skip_special_tokens, clean_up_tokenization_spaces=False)
+            results[i] = Written(text, min(end + 1, len(row)), end < len(row))
+    return results

@@ -1,0 +1,1 @@
+"""Documents to JSON (IDP): the prompt, values, schemas, constrained decoding, and the extractor that uses them."""

@@ -1,0 +1,266 @@
+"""Decode JSON that a schema allows, in batches, and close documents before their budget ends.
+
+llguidance determines which tokens the schema allows next; the model chooses among them. Departures from `generate`
+with a logits processor: tokens that the schema forces are appended without a forward each, and a document is closed
+by a search before its budget ends, never cut.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import Any
+
+from distil.idp.schema import SchemaGrammar, grammar_tokenizer
+from distil.workarounds import pack_for_decoding
+
+EXPANSIONS = 800  # states that a best-first search for an ending may look at
+
+
+class Closer:
+    """Finds short valid endings of half-written documents; llguidance has no such call. tokenizer: its LLTokenizer."""
+
+    def __init__(self, tokenizer: Any):
+        texts = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+        plain = [token for token, text in enumerate(texts) if text and not tokenizer.is_special_token(token)]
+        # Candidates, best first: tokens that end something (the longest first), words, single characters.
+        ends = sorted((t for t in plain if not texts[t].strip(b'"]}')), key=lambda t: -len(texts[t]))
+        words = [t for t in plain if texts[t] in (b"null", b"true", b"false")]
+        order = b'0123456789-":,./@_ aAbcdefghijklmnopqrstuvwxyzBCDEFGHIJKLMNOPQRSTUVWXYZ[{+()'
+        single = [t for t in plain if len(texts[t]) == 1 and 32 <= texts[t][0] < 127]
+        single.sort(key=lambda t: order.find(texts[t]) % 1000)
+        quotes = [t for t in ends if texts[t].startswith(b'"')]
+        # Long words first: a string with a minimum length is full after few tokens. One of each length.
+        lengths = {len(texts[t]): t for t in plain if re.fullmatch(rb"[a-z]{2,}", texts[t])}
+        long = [lengths[length] for length in sorted(lengths, reverse=True)]
+        self._in_string = [*quotes, *long, *(t for t in single if texts[t] not in b'"')]
+        opening = [t for t in quotes if not texts[t].strip(b'"')]  # more would be the string's content
+        self._outside = [*(t for t in ends if t not in quotes), *words, *opening, *single]
+        self._letters = [t for t in single if texts[t].isalpha() and texts[t] not in b"tfneE"]
+        self._signs = [t for sign in b"@/:-_." for t in single if texts[t][0] == sign]
+        self._one = next((t for t in single if texts[t] == b"1"), None)
+        self.kinds = {t: self._kind(texts[t]) for t in {*self._in_string, *self._outside}}
+
+    @staticmethod
+    def _kind(text: bytes) -> str:
+        if not text.strip(b'"]}'):
+            return "quote" if text.startswith(b'"') else "brace"
+        return "digit" if text.isdigit() else "letter" if text.isalpha() else text.decode("latin-1")
+
+    def close(self, matcher: Any, limit: int) -> list[int] | None:
+        """Return at most `limit` tokens after which the document is complete, or None. The matcher is not changed.
+        First comes the best candidate at every step, which is mostly short; where that is too long, a best-first
+        search in which second choices cost, and so does text, which could continue for ever."""
+        ways = ((self._one, ()), (None, ()), (self._one, self._signs))
+        dives = (self._dive(matcher.deep_copy(), limit, *way) for way in ways)
+        return next((tokens for tokens in dives if tokens is not None), None) or self._search(matcher, limit)
+
+    def _dive(self, state: Any, limit: int, digit: int | None, signs: Sequence[int]) -> list[int] | None:
+        """Return the tokens of the best candidate at every step, or None.
+        digit: a token to prefer among digits; 1111-11-11 is a date, 0000-00-00 is not. signs: tokens to try once in
+        each string before words, for formats that need them: an e-mail address ends only after @ and a dot."""
+        tokens, left = [], list(signs)
+        while True:
+            forced = state.compute_ff_tokens()
+            if len(tokens) + len(forced) > limit or (forced and not state.consume_tokens(forced)):
+                return None
+            tokens += forced
+            if state.is_accepting():
+                return tokens
+            in_string, choices = self._choices(state, 1)
+            kind = self.kinds.get(choices[0]) if choices else None
+            left = left if in_string else list(signs)
+            preferred = [digit] if kind == "digit" and digit is not None else []
+            preferred += left if in_string and kind != "quote" else []
+            if preferred:
+                mask = state.compute_bitmask()
+                choices = [t for t in preferred if _allows(mask, t)] or choices
+                if choices[0] in left:  # signs later in the list may be needed again after it: the dot after an @
+                    behind = signs.index(choices[0]) + 1
+                    left = [*(t for t in left if t in signs[: behind - 1]), *signs[behind:]]
+            if not choices or not state.consume_token(choices[0]):
+                return None
+            tokens.append(choices[0])
+
+    def _search(self, matcher: Any, limit: int) -> list[int] | None:
+        ticket = count()
+        heap: list[tuple[float, int, list[int], Any]] = [(0.0, next(ticket), [], matcher.deep_copy())]
+        for _ in range(EXPANSIONS):
+            if not heap:
+                break
+            cost, _, tokens, state = heapq.heappop(heap)
+            forced = state.compute_ff_tokens()
+            if len(tokens) + len(forced) > limit or (forced and not state.consume_tokens(forced)):
+                continue
+            tokens = [*tokens, *forced]
+            if state.is_accepting():
+                return tokens
+            if len(tokens) >= limit:
+                continue
+            in_string, choices = self._choices(state)
+            for extra, token in enumerate(choices):
+                following = state.deep_copy()
+                if following.consume_token(token):
+                    step = (0.1 if in_string else 0.01) + 0.5 * extra
+                    heapq.heappush(heap, (cost + step, next(ticket), [*tokens, token], following))
+        return None
+
+    def _choices(self, state: Any, width: int = 4) -> tuple[bool, list[int]]:
+        """Return whether the state is inside a string, and the first allowed candidate of each of the first `width`
+        kinds, so that a loop in a pattern is left too."""
+        mask = state.compute_bitmask()
+        letters = sum(_allows(mask, token) for token in self._letters)
+        few = letters < 8  # not free text: first letters of names or of fixed values, which lead to different ends
+        chosen: dict[str | int, int] = {}
+        for token in self._in_string if letters else self._outside:
+            if _allows(mask, token):
+                chosen.setdefault(token if few and self.kinds[token] == "letter" else self.kinds[token], token)
+                if len(chosen) == width:
+                    break
+        # Where no candidate is allowed: the first token that is.
+        others = () if chosen else (token for token in range(len(mask) * 8) if _allows(mask, token))
+        return letters > 0, list(chosen.values()) or list(islice(others, 1))
+
+
+def _allows(mask: bytes, token: int) -> int:
+    return mask[token >> 3] >> (token & 7) & 1
+
+
+@dataclass
+class Draft:
+    """One document that is being written.
+    pending: tokens the model has not seen; safe: tokens of a complete document, found when the draft had `looked`
+    tokens; look_at: length at which to search again; text: None where no valid ending fits the budget."""
+
+    matcher: Any
+    pending: list[int]
+    tokens: list[int] = field(default_factory=list)
+    safe: list[int] = field(default_factory=list)
+    looked: int = 0
+    look_at: int = 0
+    done: bool = False
+    truncated: bool = False
+    text: str | None = None
+
+
+class JsonDecoder:
+    """Decodes batches of prompts into JSON texts, each row under its own schema; greedy at temperature 0.
+    model, tokenizer: as `distil.models.load` returns them. tokens: `grammar_tokenizer` of this tokenizer and the
+    model's vocabulary, where it was built before the model was loaded."""
+
+    def __init__(self, model: Any, tokenizer: Any, tokens: Any = None):
+        pack_for_decoding(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.vocabulary = model.config.get_text_config().vocab_size  # logits are often wider than the tokenizer
+        self.grammar_tokenizer = tokens or grammar_tokenizer(tokenizer, self.vocabulary)
+        self.closer = Closer(self.grammar_tokenizer)
+
+    def generate(
+        self, ids: list[list[int]], grammars: list[SchemaGrammar], budget: int, temperature: float = 0, seed: int = 0
+    ) -> list[Draft]:
+        """Return a finished draft for each prompt (its token ids) and grammar, in order. budget: tokens of a draft."""
+        import torch
+        from llguidance import LLMatcher
+        from transformers import DynamicCache
+
+        matchers = [LLMatcher(self.grammar_tokenizer, grammar.grammar) for grammar in grammars]
+        drafts = [Draft(matcher, list(prompt)) for prompt, matcher in zip(ids, matchers, strict=True)]
+        for draft in drafts:
+            self._look(draft, budget)
+            self._force(draft, budget)
+        device, filler = self.model.device, self.tokenizer.pad_token_id
+        random = torch.Generator(device="cpu").manual_seed(seed)
+        cache, lengths = DynamicCache(), [0] * len(drafts)
+        mask = torch.zeros(len(drafts), 0, dtype=torch.long, device=device)
+        with torch.inference_mode():
+            while not all(draft.done for draft in drafts):
+                # After the prompts no row is padded for the forced tokens of others: each takes as many as all have.
+                waiting = [len(draft.pending) for draft in drafts if not draft.done]
+                width = min(waiting) if any(lengths) else max(waiting)
+                rows, new, places = [], [], []
+                for i, draft in enumerate(drafts):
+                    now, draft.pending = draft.pending[:width], draft.pending[width:]
+                    pad = width - len(now)
+                    rows.append([filler] * pad + now)
+                    new.append([0] * pad + [1] * len(now))
+                    places.append([0] * pad + list(range(lengths[i], lengths[i] + len(now))))
+                    lengths[i] += len(now)
+                mask = torch.cat([mask, torch.tensor(new, device=device)], dim=1)
+                inputs = {"input_ids": torch.tensor(rows, device=device), "attention_mask": mask, "cache": cache}
+                inputs |= {"position_ids": torch.tensor(places, device=device), "use_cache": True, "logits_to_keep": 1}
+                logits = self.model(**inputs).logits[:, -1].float().cpu()
+                for draft, scores in zip(drafts, logits, strict=True):
+                    if not draft.done and not draft.pending:
+                        self._advance(draft, scores, budget, temperature, random)
+        for draft in drafts:
+            if draft.text is not None:
+                draft.text = self.tokenizer.decode(draft.tokens, clean_up_tokenization_spaces=False)
+        return drafts
+
+    def _look(self, draft: Draft, budget: int) -> None:
+        """Search for an ending from here; where none fits any more, close the document where one last did.
+        A search costs as much as several forwards, so the next one comes when half of the tokens to spare are used:
+        the closer the end, the more often."""
+        length = len(draft.tokens)
+        ending = self.closer.close(draft.matcher, budget - length)
+        if ending is not None:
+            draft.safe, draft.looked = draft.tokens + ending, length
+            draft.look_at = length + max(1, (budget - len(draft.safe)) // 2)
+        elif draft.safe:
+            self._close(draft, budget)
+        else:  # no ending was found, but the model may still write one
+            draft.look_at = length + max(8, (budget - length) // 2)
+
+    def _close(self, draft: Draft, budget: int) -> None:
+        """End the document, keeping as much of it as can be closed: bisection back to the last search."""
+        written, beyond = draft.looked, len(draft.tokens)
+        while draft.safe and beyond - written > 1:
+            middle = (written + beyond) // 2
+            trial = draft.matcher.deep_copy()
+            trial.rollback(len(draft.tokens) - middle)
+            ending = self.closer.close(trial, budget - middle)
+            if ending is None:
+                beyond = middle
+            else:
+                draft.safe, written = draft.tokens[:middle] + ending, middle
+        draft.done = True
+        if draft.safe:
+            draft.tokens, draft.text, draft.truncated = draft.safe, "", True
+
+    def _force(self, draft: Draft, budget: int) -> None:
+        """Append the tokens that the schema forces."""
+        forced = draft.matcher.compute_ff_tokens()
+        if len(draft.tokens) + len(forced) > budget:
+            return self._close(draft, budget)
+        draft.matcher.consume_tokens(forced)
+        draft.tokens += forced
+        draft.pending += forced
+        if draft.matcher.is_stopped():
+            draft.done, draft.text = True, ""
+        elif len(draft.tokens) >= draft.look_at:
+            self._look(draft, budget)
+
+    def _advance(self, draft: Draft, scores: Any, budget: int, temperature: float, random: Any) -> None:
+        """Choose the next token among those allowed. scores: a tensor of logits (vocabulary,)."""
+        import numpy as np
+        import torch
+
+        bits = np.unpackbits(np.frombuffer(draft.matcher.compute_bitmask(), np.uint8), bitorder="little")
+        allowed = torch.from_numpy(bits[: self.vocabulary].astype(bool))
+        scores = scores[: self.vocabulary].masked_fill(~allowed, -torch.inf)
+        if temperature > 0:
+            token = int(torch.multinomial(torch.softmax(scores / temperature, dim=-1), 1, generator=random))
+        else:
+            token = int(scores.argmax())
+        if token in self.grammar_tokenizer.eos_tokens:
+            draft.done, draft.text = True, ""
+        elif len(draft.tokens) == budget:
+            self._close(draft, budget)
+        else:
+            draft.matcher.consume_token(token)
+            draft.tokens.append(token)
+            draft.pending = [token]
+            self._force(draft, budget)

@@ -1,0 +1,144 @@
+"""The extractor: a loaded model that answers documents with JSON of one schema, and its options and flags."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from common import InputError, PromptEncoder
+from distil.cli import add_loading_flags, loading_options, seed_number
+from distil.files import file_sha256, parse_json, read_json
+from distil.idp.decoder import JsonDecoder
+from distil.idp.documents import idp_prompt, joined, pages_of
+from distil.idp.schema import SchemaGrammar, broken_rule, compile_schema, grammar_tokenizer
+from distil.models import LoadOptions, ModelRef, load
+
+RETRY_TEMPERATURE = 0.7
+LEAST_PAGE = 64  # tokens; with less room --chunk would read a document word by word
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """How documents are turned into JSON. schema: its value; schema_name and schema_sha256: of the file it is from;
+    the other fields are those of `add_extraction_flags`."""
+
+    schema: Any
+    schema_name: str = "schema"
+    schema_sha256: str = ""
+    chunk: bool = False
+    max_new_tokens: int = 512
+    retries: int = 3
+    seed: int = 0
+    batch_size: int = 8
+    load: LoadOptions = field(default_factory=LoadOptions)
+
+
+def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every script that turns documents into JSON; `extract_options` reads them."""
+    add = parser.add_argument_group("schema and decoding").add_argument
+    add("--schema", default="data/idp_schema.json", help="JSON Schema of the answer (%(default)s)")
+    add("--chunk", action="store_true", help="read documents longer than the context page by page")
+    add("--max_new_tokens", type=int, default=512, help="budget of an answer; it is closed within it (%(default)s)")
+    add("--retries", type=int, default=3, help="further tries where only jsonschema can check a rule (%(default)s)")
+    add("--seed", type=seed_number, default=0, help="of the retries, which sample (%(default)s)")
+    add("--batch_size", type=int, default=8, help="documents decoded together (%(default)s)")
+    add_loading_flags(parser)
+
+
+def extract_options(args: argparse.Namespace) -> ExtractOptions:
+    """Return the checked options of `add_extraction_flags`, with the schema read. Raises InputError."""
+    if args.max_new_tokens < 1 or args.retries < 0 or args.batch_size < 1:
+        raise InputError("--max_new_tokens and --batch_size are at least 1, --retries 0 or more")
+    flags = {name: getattr(args, name) for name in ("chunk", "max_new_tokens", "retries", "seed", "batch_size")}
+    schema, sha256 = read_json(args.schema), file_sha256(args.schema)
+    return ExtractOptions(schema, args.schema, sha256, **flags, load=loading_options(args))
+
+
+class Extractor:
+    """A model with the grammar of one schema. Raises InputError where the context has no room for a document."""
+
+    def __init__(self, decoder: JsonDecoder, grammar: SchemaGrammar, options: ExtractOptions):
+        self.decoder, self.grammar, self.options = decoder, grammar, options
+        self.encoder = PromptEncoder(decoder.tokenizer)
+        self.room = _room_for_document(self.encoder, decoder.model.config, options)
+
+    @classmethod
+    def load(cls, ref: ModelRef, options: ExtractOptions) -> Extractor:
+        """Compile the schema with the model's tokenizer, then load the model. Raises InputError."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        config, tokenizer = AutoConfig.from_pretrained(ref.path), AutoTokenizer.from_pretrained(ref.path)
+        encoder = PromptEncoder(tokenizer)
+        tokenizer.eos_token = encoder.end_of_turn  # as loading sets it: the token that ends a document
+        tokens = grammar_tokenizer(tokenizer, config.get_text_config().vocab_size)
+        grammar = compile_schema(options.schema, tokens, options.schema_name)
+        _room_for_document(encoder, config, options)
+        return cls(JsonDecoder(*load(ref, options.load), tokens), grammar, options)
+
+    def extract(self, documents: Sequence[str]) -> list[dict[str, Any]]:
+        """Return {"json", "truncated"} or {"error": {"code", "message"}} for each document, in order.
+        With `chunk` a document longer than the context is read page by page."""
+        options = self.options
+        prompts = [self.encoder.prompt(idp_prompt(document)) for document in documents]
+        results: list[dict[str, Any]] = [{} for _ in documents]
+        for i, prompt in enumerate(prompts):
+            if len(prompt) > self.room and options.chunk:
+                pages = self.pages(documents[i])
+                results[i] = self.merged(self.extract(pages), pages)
+            elif len(prompt) > self.room:
+                budget = options.max_new_tokens
+                numbers = f"{len(prompt)} tokens and {budget} for the answer, context {self.room + budget}"
+                results[i] = _failed("too_long", f"the document does not fit: {numbers}; --chunk reads pages")
+        waiting = sorted((i for i, result in enumerate(results) if not result), key=lambda i: len(prompts[i]))
+        for attempt in range(options.retries + 1):
+            how = (options.max_new_tokens, RETRY_TEMPERATURE if attempt else 0.0, options.seed + attempt)
+            for start in range(0, len(waiting), options.batch_size):
+                batch = waiting[start : start + options.batch_size]
+                drafts = self.decoder.generate([prompts[i] for i in batch], [self.grammar] * len(batch), *how)
+                for i, draft in zip(batch, drafts, strict=True):
+                    results[i] = self.checked(draft.text, draft.truncated)
+            waiting = [i for i in waiting if results[i].get("error", {}).get("code") == "invalid"]
+        return results
+
+    def checked(self, text: str | None, truncated: bool) -> dict[str, Any]:
+        """Return the answer where the text parses, validates and can be written as JSON, else an error."""
+        if text is None:
+            return _failed("no_close", "no valid ending fits the token budget; raise --max_new_tokens")
+        try:
+            value = parse_json(text)
+        except ValueError as error:
+            return _failed("invalid", f"the answer is not JSON: {error}")
+        if problem := broken_rule(self.grammar.validator, value):
+            return _failed("invalid", f"the answer {problem}; raise --retries")
+        return {"json": value, "truncated": truncated}
+
+    def pages(self, document: str) -> list[str]:
+        """Return the pages of a document that fit the context one by one."""
+        return pages_of(document, lambda text: len(self.encoder.prompt(idp_prompt(text))) <= self.room)
+
+    def merged(self, answers: Sequence[dict[str, Any]], pages: Sequence[str]) -> dict[str, Any]:
+        """Return one answer of those to the pages, or the error of a page or of the joined answer."""
+        for number, answer in enumerate(answers, 1):
+            if error := answer.get("error"):
+                return _failed(error["code"], f"page {number} of {len(answers)}: {error['message']}")
+        value = joined([answer["json"] for answer in answers], pages)
+        if problem := broken_rule(self.grammar.validator, value):
+            return _failed("pages", f"the joined answers of {len(pages)} pages: the result {problem}")
+        return {"json": value, "truncated": any(answer["truncated"] for answer in answers)}
+
+
+def _failed(code: str, message: str) -> dict[str, Any]:
+    return {"error": {"code": code, "message": message}}
+
+
+def _room_for_document(encoder: PromptEncoder, config: Any, options: ExtractOptions) -> int:
+    """Return how many tokens a prompt may have. Raises InputError where that leaves no room for a document."""
+    context = config.get_text_config().max_position_embeddings
+    budget = options.max_new_tokens
+    left = context - budget - len(encoder.prompt(idp_prompt("")))
+    if left < (LEAST_PAGE if options.chunk else 1):
+        left_of = f"leave {max(left, 0)} tokens of the context of {context}"
+        raise InputError(f"--max_new_tokens {budget} {left_of} for a document; lower it")
+    return context - budget

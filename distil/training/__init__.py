@@ -1,0 +1,1 @@
+"""What the three trainers share: flags, data, loss, pairs, memory and the run folder."""

@@ -1,0 +1,169 @@
+"""Training data: rows with their origin, token ids with the labels that the loss supervises, batches.
+Nothing heavy is imported at the top: trainers read their data before they import PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common import InputError, PromptEncoder
+from distil.files import file_sha256, read_jsonl
+from distil.runs import run_record
+from distil.splits import preparation
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows of a data file, the file's hash, the note of its preparation ({} without one) and, where training continues
+    from an adapter, that adapter's run.json."""
+
+    file: str
+    rows: list[dict]
+    sha256: str
+    note: dict[str, Any]
+    start: dict[str, Any] | None = None
+
+    def sources(self) -> list[dict | None]:
+        """Return the raw files of the data, then those of the adapter to continue from; None for an unknown one."""
+        return [self.note.get("source"), *([] if self.start is None else self.start.get("sources", [None]))]
+
+    def gold_share(self) -> float | None:
+        """Return the larger --gold_share of data and adapter; None where one is not known."""
+        shares = [note.get("gold_share") for note in (self.note, self.start) if note is not None]
+        return None if None in shares else max(shares)
+
+    def split_seed(self, flag: int | None, adapter: str | None = None) -> int | None:
+        """Return the split that the data was prepared with, as given by --split_seed or noted; None if unknown.
+        Raises InputError where note, flag and adapter differ: validation rows could have been trained on."""
+        if flag is None and "changed" in self.note:
+            changed = f"{self.file}: changed since {self.note['changed']} was written"
+            raise InputError(f"{changed}; prepare it again, or specify with --split_seed how its rows were split")
+        noted, before = self.note.get("split_seed"), (self.start or {}).get("split_seed")
+        seed = noted if flag is None else flag
+        if noted not in (None, seed):
+            raise InputError(f"--split_seed {seed}: {self.file} was prepared with {noted}; leave the flag out")
+        if None not in (before, seed) and before != seed:
+            trained = f"--adapter {adapter} was trained with --split_seed {before}"
+            raise InputError(f"{trained}, {self.file} has {seed}; prepare the data with the adapter's")
+        return seed
+
+
+def read_data(path: str, required: Sequence[str], adapter: str | None = None) -> TrainingData:
+    """Return a JSONL file's rows with the `required` fields; adapter: folder to continue from. Raises InputError."""
+    rows, sha256 = read_jsonl(path, required), file_sha256(path)
+    return TrainingData(path, rows, sha256, preparation(path, sha256), run_record(adapter) if adapter else None)
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """What the memory of a step depends on in its rows. lengths: tokens of each row's sequence; answer: tokens of the
+    longest answer; shared: tokens that all rows begin with; pairs: two sequences a row; prompt_once: they share the
+    prompt in one; label_probs: the loss has a KL term."""
+
+    lengths: tuple[int, ...]
+    answer: int
+    shared: int = 0
+    pairs: bool = False
+    prompt_once: bool = False
+    label_probs: bool = False
+
+
+def load_tokenizer(path: str) -> Any:
+    """Return a base model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def completion_dataset(
+    data: TrainingData, answer: str, encoder: PromptEncoder, max_length: int
+) -> tuple[Dataset, RowSizes]:
+    """Return token ids and labels (-100 on the prompt) of rows with `input` and `answer`, tokenised as scoring does,
+    and their sizes. Raises InputError for rows longer than `max_length` (cutting them would cut the answer) and for an
+    answer whose tokens are not all supervised, its end-of-turn token included."""
+    from datasets import Dataset
+
+    examples, too_long = [], []
+    end = encoder.tokenizer.convert_tokens_to_ids(encoder.end_of_turn)
+    for number, row in enumerate(data.rows, 1):
+        prompt, completion = encoder.prompt(row["input"]), encoder.completion(row[answer])
+        ids, labels = prompt + completion, [-100] * len(prompt) + completion
+        supervised = sum(label != -100 for label in labels)
+        if len(ids) > max_length:
+            too_long.append((len(ids), number))
+        elif not 1 < supervised < len(labels) or labels[-1] != end:
+            raise InputError(f"{data.file}: row {number}: {supervised} of {len(labels)} tokens supervised")
+        examples.append({"input_ids": ids, "labels": labels})
+    if too_long:
+        length, number = max(too_long)
+        problem = f"{len(too_long)} rows are longer than --max_length {max_length} tokens (row {number}: {length})"
+        raise InputError(f"{data.file}: {problem}; raise --max_length or shorten them")
+    dataset = Dataset.from_list(examples)
+    return dataset, row_sizes(dataset)
+
+
+def label_probabilities(data: TrainingData) -> tuple[list[str], list[list[float]]]:
+    """Return (labels, [rows, labels] probabilities) of the rows' `label_probs`; both are empty where no row has them.
+    Raises InputError where only some rows have them, labels differ, or values are not probabilities."""
+    if not any("label_probs" in row for row in data.rows):
+        return [], []
+    labels, probabilities = list(data.rows[0].get("label_probs") or {}), []
+    for number, row in enumerate(data.rows, 1):
+        probs, place = row.get("label_probs"), f'{data.file}: row {number}: "label_probs"'
+        if not isinstance(probs, dict) or len(labels) < 2 or set(probs) != set(labels):
+            raise InputError(f"{place} with labels {labels} needed in every row or in none")
+        values = [probs[label] for label in labels]
+        if any(type(p) not in (int, float) or not 0 <= p <= 1 for p in values) or abs(sum(values) - 1) > 0.01:
+            raise InputError(f"{place} are not probabilities that add up to 1: {probs}")
+        probabilities.append([float(p) for p in values])
+    return labels, probabilities
+
+
+def first_tokens(encoder: PromptEncoder, labels: list[str]) -> list[int]:
+    """Return the first token id of each label, where KD compares them. Raises InputError where two labels share it."""
+    ids = [encoder.label(label)[0] for label in labels]
+    if len(set(ids)) < len(ids):
+        raise InputError(f"labels {labels} do not differ in their first token; leave label_probs out of the data")
+    return ids
+
+
+def row_sizes(dataset: Dataset) -> RowSizes:
+    """Return the sizes of a completion dataset."""
+    ids, labels = list(dataset["input_ids"]), list(dataset["labels"])
+    lengths, answer = tuple(map(len, ids)), max(sum(label != -100 for label in row) for row in labels)
+    first, last = min(ids), max(ids)  # a beginning that these two share is shared by all
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return RowSizes(lengths, answer, min(shared, max(lengths) - answer - 1))
+
+
+def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """Return a function that makes right-padded batches: under causal attention no real token sees the padding."""
+    import torch
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in rows], batch_first=True, padding_value=value
+        )
+
+    def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+        ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
+        batch = {"input_ids": padded(ids, pad_token_id), "labels": padded(labels, -100)}
+        batch["attention_mask"] = padded([[1] * len(row) for row in ids], 0)
+        if "label_probs" in examples[0]:
+            batch["label_probs"] = torch.tensor([example["label_probs"] for example in examples])
+        return batch
+
+    return collate
+
+
+def batch_order(lengths: Sequence[int]) -> str:
+    """Return how the Trainer's sampler orders rows of these lengths (tokens): at random, or rows of similar length
+    together where random batches would be mostly padding. Rows of nearly one length stay at random: sorting them could
+    sort them by their content."""
+    return "group_by_length" if max(lengths) > 1.5 * sum(lengths) / len(lengths) else "random"

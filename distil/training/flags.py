@@ -1,0 +1,157 @@
+"""The flags that all trainers share, the options they become, and the defaults that depend on the student's size.
+A trainer has its own flags in a subclass of TrainOptions. Nothing heavy is imported here, as `--help` needs it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from common import InputError
+from distil.cli import number_or_auto, seed_number
+from distil.models import DEFAULT_STUDENT, LoadOptions, ModelRef, adapter_config, parameter_count
+from distil.training.data import TrainingData
+
+Limit = tuple[str, Callable[[float], bool]]
+SMALL_STUDENT = 1e9  # parameters; smaller ones learn well with larger steps
+LORA = {"lora_r": 16, "lora_alpha": 32}  # the whitepaper's section 3
+# Limits of flags: what an error says is allowed, and the check.
+AT_LEAST_0: Limit = ("at least 0", lambda value: 0 <= value < math.inf)
+AT_LEAST_1: Limit = ("at least 1", lambda value: 1 <= value < math.inf)
+ABOVE_0: Limit = ("above 0", lambda value: 0 < value < math.inf)
+SHARE: Limit = ("from 0 to 1", lambda value: 0 <= value <= 1)
+_LORA_KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Every flag of a trainer under its own name, as run.json records them. Fields without a default depend on the
+    student's size. `fit_to_memory` replaces 'auto' by a number. A subclass adds its flags and their LIMITS."""
+
+    LIMITS: ClassVar[dict[str, Limit]] = {
+        **dict.fromkeys(("epochs", "max_steps", "learning_rate", "warmup_steps"), AT_LEAST_0),
+        **dict.fromkeys(("batch_size", "grad_accum", "max_length", "lora_r", "lora_alpha", "save_steps"), AT_LEAST_1),
+        "lora_dropout": ("from 0 to below 1", lambda value: 0 <= value < 1),
+        "max_memory_gb": ("above 0", lambda value: value > 0),
+    }
+    data: str
+    save_dir: str
+    student: str | None = None
+    quantization: str = "nf4"
+    compute_dtype: str = "auto"
+    epochs: float
+    max_steps: int = 0
+    learning_rate: float
+    warmup_steps: int = 30
+    batch_size: int | str
+    grad_accum: int
+    max_length: int = 1024
+    optimizer: str = "adamw_torch"
+    gradient_checkpointing: str = "auto"
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    seed: int = 0
+    split_seed: int | None = None
+    save_steps: int = 100
+    resume: bool = False
+    overwrite: bool = False
+    report_to: str = "none"
+    max_memory_gb: float | None = None
+    dry_run: bool = False
+    debug: bool = False
+
+    @property
+    def load(self) -> LoadOptions:
+        """Return how the student is loaded."""
+        return LoadOptions(self.quantization, self.compute_dtype)
+
+
+Options = TypeVar("Options", bound=TrainOptions)
+
+
+def add_training_flags(
+    parser: argparse.ArgumentParser, small: dict, large: dict, task: str, rows: str, adapter: bool = True
+) -> None:
+    """Add the flags of a trainer; `train_options` reads them. small, large: recipes by flag, below SMALL_STUDENT
+    parameters and from there on. task: default name of data file and run folder. rows: fields of the data's rows.
+    adapter: training can continue from an adapter."""
+
+    def recipe(name: str) -> str:
+        same = small[name] == large[name]
+        return f"({small[name]:g})" if same else f"({small[name]:g} below 1 B parameters, else {large[name]:g})"
+
+    add = parser.add_argument_group("model and data").add_argument
+    student = "base model: hub id, local folder or smollm2-135m"
+    if adapter:
+        add("--student", help=f"{student} (default: the adapter's, or the 3B student)")
+        add("--adapter", help="adapter folder to continue from, such as runs/creditmix_sft (default: a new adapter)")
+    else:
+        add("--student", default=DEFAULT_STUDENT, help=f"{student} (%(default)s)")
+    add("--data", default=f"data/{task}.jsonl", help=f"JSONL of {rows} (%(default)s)")
+    add("--save_dir", default=f"runs/{task}", help="adapter folder to write (%(default)s)")
+    add("--quantization", choices=("nf4", "none"), default="nf4", help="of the frozen base (%(default)s)")
+    add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=float, help=f"passes over the data {recipe('epochs')}")
+    add("--max_steps", type=int, default=0, help="optimiser steps; 0: as --epochs says (%(default)s)")
+    add("--learning_rate", type=float, help=f"peak {recipe('learning_rate')}")
+    add("--warmup_steps", type=int, default=30, help="steps of rising rate, before linear decay (%(default)s)")
+    batch = f"rows a forward {recipe('batch_size')}; auto: the most that fit the memory, for the same rows a step"
+    add("--batch_size", type=number_or_auto, help=batch)
+    add("--grad_accum", type=int, help=f"forwards a step {recipe('grad_accum')}; with --batch_size auto: rows a step")
+    add("--max_length", type=int, default=1024, help="tokens; longer rows are refused, not cut (%(default)s)")
+    add("--optimizer", choices=("adamw_torch", "adamw_8bit", "sgd"), default="adamw_torch", help="(%(default)s)")
+    checkpointing = "recompute activations to save memory; auto: where it does not fit without (%(default)s)"
+    add("--gradient_checkpointing", choices=("auto", "on", "off"), default="auto", help=checkpointing)
+    add = parser.add_argument_group("adapter").add_argument
+    add("--lora_r", type=int, help=f"rank {recipe('lora_r')}")
+    add("--lora_alpha", type=int, help=f"scale is alpha / r {recipe('lora_alpha')}")
+    add("--lora_dropout", type=float, help=recipe("lora_dropout"))
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=seed_number, default=0, help="of adapter initialisation, row order and dropout (%(default)s)")
+    add("--split_seed", type=int, help="the split the data was prepared with (default: as noted next to it)")
+    add("--save_steps", type=int, default=100, help="steps between checkpoints (%(default)s)")
+    add("--resume", action="store_true", help="continue from the last checkpoint of a killed run")
+    add("--overwrite", action="store_true", help="replace a run that is in --save_dir")
+    add("--report_to", default="none", help="none, tensorboard, wandb ... as transformers takes it (%(default)s)")
+    add("--max_memory_gb", type=float, help="memory a run may need by estimate (default: what is free)")
+    add("--dry_run", action="store_true", help="print rows, tokens, steps, parameters and memory, then stop")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def train_options(
+    args: argparse.Namespace, small: dict, large: dict, ref: ModelRef, data: TrainingData, kind: type[Options]
+) -> Options:
+    """Return the checked options of `add_training_flags` as `kind`: TrainOptions or the trainer's subclass. Flags that
+    were not given come from the recipe for the student's size, LoRA's from the adapter to continue from, the split
+    from the note next to the data. Raises InputError with all problems at once."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    values, problems = {field.name: getattr(args, field.name) for field in fields(kind)}, []
+    config = adapter_config(ref.adapter) if ref.adapter else None
+    for flag, key in _LORA_KEYS.items() if config else ():
+        if values[flag] not in (None, config.get(key)):
+            problems.append(f"--{flag} {values[flag]}: {ref.adapter} has {config.get(key)}; leave it out")
+        values[flag] = config.get(key)
+    recipe = small if parameter_count(ref.path) < SMALL_STUDENT else large
+    if values["batch_size"] == "auto" and values["grad_accum"] is None:
+        values["grad_accum"] = recipe["batch_size"] * recipe["grad_accum"]
+    values |= {name: value for name, value in recipe.items() if values[name] is None}
+    if ref.adapter and Path(ref.adapter).resolve() == Path(args.save_dir).resolve():
+        problems.append(f"--save_dir {args.save_dir} is the --adapter to continue from; choose another --save_dir")
+    values["split_seed"] = data.split_seed(args.split_seed, ref.adapter)
+    numbers = {name: values[name] for name in kind.LIMITS if values[name] not in (None, "auto")}
+    wrong = [f"--{n} {value} ({kind.LIMITS[n][0]})" for n, value in numbers.items() if not kind.LIMITS[n][1](value)]
+    if values["epochs"] == 0 and not values["max_steps"]:
+        wrong.append("--epochs 0 without --max_steps")
+    problems += [f"out of range: {', '.join(wrong)}"] if wrong else []
+    trackers = ("none", *get_available_reporting_integrations())
+    if args.report_to not in trackers:
+        problems.append(f"--report_to {args.report_to}: not installed here; possible are: {', '.join(trackers)}")
+    if problems:
+        raise InputError("; ".join(problems))
+    return kind(**values)

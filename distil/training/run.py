@@ -1,0 +1,199 @@
+"""A training from its plan to its run folder: arguments for the Trainer, checkpoints and resume, run.json last."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from common import InputError, compute_dtype, lora_config
+from distil import runs
+from distil.files import write_json
+from distil.models import ModelRef, model_fingerprint
+from distil.processes import rank_and_world
+from distil.training.data import RowSizes, TrainingData
+from distil.training.flags import TrainOptions
+from distil.training.memory import check_memory
+from distil.workarounds import (
+    adapters_to_float32,
+    compute_fused_head_where_supervised,
+    refuse_kernels_without_gradient,
+)
+
+# Flags that do not decide a run's result: a resumed run may have others.
+_FREE_FLAGS = {"resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps"}
+
+
+def trainer_arguments(options: TrainOptions) -> dict[str, Any]:
+    """Return the keyword arguments that SFTConfig and DPOConfig share."""
+    same = ("learning_rate", "warmup_steps", "seed", "save_steps", "report_to")
+    return {name: getattr(options, name) for name in same} | {
+        "output_dir": str(Path(options.save_dir) / "checkpoints"),
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "lr_scheduler_type": "linear",
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.grad_accum,
+        "gradient_checkpointing": options.gradient_checkpointing == "on",
+        "optim": options.optimizer,
+        "logging_steps": min(10, options.max_steps or 10),  # the last step of a short run too
+        "logging_first_step": True,
+        "save_total_limit": 2,
+        "use_cpu": not torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # every adapter takes part in every forward
+        "bf16": compute_dtype(options.compute_dtype) == torch.bfloat16,
+        "dataloader_pin_memory": False,  # pinned memory is scarce under WSL2
+        "remove_unused_columns": False,
+        "max_length": None,  # rows that are too long were refused: cutting would cut the answer
+    }
+
+
+def adapter_trainer(
+    build: Callable[..., Any], config: Any, options: TrainOptions, model: Any, tokenizer: Any, dataset: Dataset
+) -> Any:
+    """Return the trainer that `build`, a class of TRL's, makes of `config` for a base model, which gets an adapter, or
+    for one that has its own. Adapters train in float32."""
+    compute_fused_head_where_supervised()
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
+    lora = None if weights else lora_config(options.lora_r, options.lora_alpha, options.lora_dropout)
+    trainer = build(model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    adapters_to_float32(trainer.model, weights)
+    return trainer
+
+
+def step_count(options: TrainOptions, rows: int) -> int:
+    """Return the optimiser steps of the run; the processes of a launcher share the rows."""
+    per_epoch = math.ceil(math.ceil(rows / (options.batch_size * rank_and_world()[1])) / options.grad_accum)
+    return options.max_steps or math.ceil(per_epoch * options.epochs)
+
+
+def run_settings(options: TrainOptions, ref: ModelRef, data: TrainingData) -> dict[str, Any]:
+    """Return what decides a run's result: flags, data and adapter hashes, processes (which share the rows)."""
+    settings = {name: value for name, value in asdict(options).items() if name not in _FREE_FLAGS}
+    settings |= {"data_sha256": data.sha256, "processes": rank_and_world()[1]}
+    return settings | ({"adapter_fingerprint": model_fingerprint(ref)} if ref.adapter else {})
+
+
+def train_and_save(
+    trainer: Any, method: str, options: TrainOptions, ref: ModelRef, data: TrainingData, estimate: dict[str, float]
+) -> None:
+    """Train (from the last complete checkpoint with --resume), then write the adapter folder, run.json last.
+    What --overwrite replaces is complete until then. Raises InputError where --resume would change settings."""
+    save_dir, started = Path(options.save_dir), time.monotonic()
+    main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
+    if options.overwrite and main:
+        shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
+    refuse_kernels_without_gradient()
+    if main and options.warmup_steps >= (steps := step_count(options, len(data.rows))):
+        note = f"note: all {steps} steps are warm-up (--warmup_steps {options.warmup_steps})"
+        print(f"{note}: the learning rate never reaches {options.learning_rate:g}", file=sys.stderr)
+    wait()  # of several processes the first removes what is old or half written; the others look when it has
+    settings = run_settings(options, ref, data)
+    if options.resume:
+        runs.check_settings(save_dir, settings)
+    if main:
+        runs.write_settings(save_dir, settings)
+    with trainer.accelerator.main_process_first():
+        checkpoint = runs.last_checkpoint(save_dir) if options.resume else None
+    if options.resume and not checkpoint and main:
+        print(f"{save_dir}: no checkpoint yet, training starts at the beginning", file=sys.stderr)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if bar := getattr(callback, "training_bar", None):
+                bar.close()  # it would be drawn once more, below the message
+        raise
+    # What was not logged yet is each process's own share of the loss.
+    loss = torch.tensor(result.metrics["train_loss"], device=trainer.accelerator.device)
+    result.metrics["train_loss"] = trainer.accelerator.reduce(loss, "mean").item()
+    if not main:
+        return
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    metrics = {**result.metrics, "steps": trainer.state.global_step, "last_loss": history[-1]["loss"]}
+    seconds, memory = round(time.monotonic() - started, 1), runs.peak_memory()
+    run = run_facts(method, options, ref, data) | {"metrics": metrics, "wall_seconds": seconds}
+    run["resumed_from"] = checkpoint and Path(checkpoint).name
+    run["memory"] = memory | {"estimated_gb": round(estimate["total"], 2)}
+    write_run(trainer, save_dir, run, history)
+    files = f"{save_dir}: adapter, tokenizer, run.json and training_curve.png written"
+    peak = f"peak memory {memory['peak_gb']:.2f} GB ({memory['device']})"
+    print(f"{files}; {metrics['steps']} steps in {seconds / 60:.1f} min, {peak}", file=sys.stderr)
+
+
+def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingData) -> dict[str, Any]:
+    """Return what run.json records apart from results: where the adapter comes from, with which flags and versions."""
+    facts = {"method": method, "base_model": ref.base, "flags": asdict(options)}
+    facts["data"] = {"file": data.file, "sha256": data.sha256, "rows": len(data.rows)}
+    facts |= {"sources": data.sources(), "split_seed": options.split_seed, "gold_share": data.gold_share()}
+    facts |= {"seed": options.seed, "packages": runs.package_versions(), "machine": runs.machine()}
+    return facts | {"processes": rank_and_world()[1]}
+
+
+def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[dict]) -> None:
+    """Write the run's files next to its checkpoints, move them into place, run.json last, remove the checkpoints."""
+    done = save_dir / "checkpoints" / "done"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.peft_config["default"].base_model_name_or_path = run["base_model"]  # the user's name, not a path
+    model.save_pretrained(done, selected_adapters=["default"], save_embedding_layers=False)
+    trainer.processing_class.save_pretrained(done)
+    (done / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, with this machine's paths
+    write_json(done / "training_curve.json", history)
+    plot_curve(done / "training_curve.png", history, f"{save_dir.name} ({run['method']})")
+    write_json(done / "run.json", run)
+    for name in ("run.json", "calibration.json"):  # of the run that this one replaces
+        (save_dir / name).unlink(missing_ok=True)
+    for path in sorted(done.iterdir(), key=lambda path: path.name == "run.json"):
+        path.replace(save_dir / path.name)  # needs no room on a full disk
+    shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
+
+
+def plot_curve(path: Path, history: list[dict], title: str) -> None:
+    """Draw the loss over steps, and the learning rate on a second axis."""
+    from matplotlib.figure import Figure
+
+    steps, losses, rates = ([entry[name] for entry in history] for name in ("step", "loss", "learning_rate"))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(steps, losses, color="tab:blue")
+    axis.set(xlabel="optimiser step", ylabel="training loss per supervised token", title=title)
+    rate = axis.twinx()
+    rate.plot(steps, rates, color="tab:gray", linestyle=":")
+    rate.set_ylabel("learning rate (dotted)")
+    figure.savefig(path, dpi=120)
+
+
+def print_plan(
+    options: TrainOptions, ref: ModelRef, data: TrainingData, sizes: RowSizes, estimate: dict[str, float]
+) -> int:
+    """Print what --dry_run reports and return its exit status: 2 where the run would be refused."""
+    tokens, rows, gb = sum(sizes.lengths), len(sizes.lengths), {k: f"{v:.2f}" for k, v in estimate.items()}
+    kinds = ("weights", "adapter", "gradients", "optimiser", "activations", "logits", "libraries")
+    print(f"rows                 {rows} from {options.data}")
+    print(f"tokens               {tokens} in an epoch; {tokens / rows:.0f} a sequence, longest {max(sizes.lengths)}")
+    print(f"steps                {step_count(options, rows)} of {options.batch_size} x {options.grad_accum} rows")
+    print(f"gradient checkpoints {options.gradient_checkpointing}")
+    print(f"learning rate        {options.learning_rate:g}, linear decay after {options.warmup_steps} warm-up steps")
+    print(f"trainable parameters {int(estimate['trainable_parameters']):,} (LoRA r={options.lora_r}, float32)")
+    print(f"estimated memory     {gb['total']} GB ({', '.join(f'{kind} {gb[kind]}' for kind in kinds)})")
+    print(f"would write          {options.save_dir}")
+    checks: list[tuple] = [(runs.claim_run_dir, options.save_dir, options.overwrite, options.resume)]
+    checks += [(check_memory, ref, options, estimate)]
+    if options.resume:
+        checks += [(runs.check_settings, options.save_dir, run_settings(options, ref, data))]
+    status = 0
+    for check, *arguments in checks:
+        try:
+            check(*arguments)
+        except InputError as error:
+            print(f"would be refused     {error}")
+            status = 2
+    return status

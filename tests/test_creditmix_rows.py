@@ -1,0 +1,379 @@
+"""CreditMix rows: canonical text, prompts, reading of the three raw formats, samples."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections import Counter
+
+import pytest
+from conftest import labelled_rows
+
+from common import InputError
+from distil.creditmix.rows import (
+    CREDIT_FIELDS,
+    LABELS,
+    NO_FIELD,
+    UNKNOWN,
+    CreditRow,
+    balanced_sample,
+    canonical_features,
+    canonical_number,
+    clean_field,
+    creditmix_prompt,
+    null_prompts,
+    parse_features,
+    read_creditmix,
+)
+from distil.testing import credit_rows
+
+# ------------------------------------------------------------------------------------------------------ canonical text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (809.98, "810"),
+        (19114.12, "19100"),
+        (35.03, "35"),
+        (35.27, "35"),
+        (0.3503, "0.35"),
+        (0.0, "0"),
+        (-0.0, "0"),
+        (7, "7"),
+        (9.994, "9.99"),
+        (9.996, "10"),
+        (99.96, "100"),
+        (999.6, "1000"),
+        (123456789, "123000000"),
+        (-3.14159, "-3.14"),
+        (0.000123456, "0.000123"),
+        (1e-20, "0"),
+    ],
+)
+def test_canonical_number(value, expected):
+    assert canonical_number(value) == expected
+    assert canonical_number(float(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("Age", "23.0", "23"),
+        ("Age", "23_", "23"),
+        ("Age", " 23 ", "23"),
+        ("Age", "-500", UNKNOWN),
+        ("Age", "8000", UNKNOWN),
+        ("Age", "8000_", UNKNOWN),
+        ("Age", "0", UNKNOWN),
+        ("Age", "110", "110"),
+        ("Age", "twenty", UNKNOWN),
+        ("Age", "1e999", UNKNOWN),
+        ("Occupation", "_______", UNKNOWN),
+        ("Occupation", "Media_Manager", "Media_Manager"),
+        ("Occupation", "", UNKNOWN),
+        ("Annual Income", "19114.12", "19100"),
+        ("Annual Income", "19114.12_", "19100"),
+        ("Annual Income", "19,114.12", "19100"),
+        ("Annual Income", "1.911412e4", "19100"),
+        ("Annual Income", "24198062.0", UNKNOWN),
+        ("Outstanding Debt", "809.98", "810"),
+        ("Annual Income", "$19,114.12", "19100"),
+        ("Outstanding Debt", "810 €", "810"),
+        ("Outstanding Debt", "$", UNKNOWN),
+        ("Credit Utilization Ratio", "35%", "35"),
+        ("Outstanding Debt", "_", UNKNOWN),
+        ("Outstanding Debt", "   ", UNKNOWN),
+        ("Credit Utilization Ratio", "35.03", "35"),
+        ("Credit Utilization Ratio", "0.3503", "0.35"),
+        ("Credit Utilization Ratio", "135", UNKNOWN),
+        ("Payment Behaviour", "!@9#%8", UNKNOWN),
+        ("Payment Behaviour", "Low_spent_Small_value_payments", "Low_spent_Small_value_payments"),
+        ("Payment Behaviour", "NM", UNKNOWN),
+        ("Payment Behaviour", "nan", UNKNOWN),
+        ("Month", "12", "12"),
+        ("Month", "August", "August"),
+    ],
+)
+def test_clean_field(field, value, expected):
+    assert clean_field(field, value) == expected
+    assert clean_field(field, expected) == expected
+
+
+WHITEPAPER = (
+    "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: "
+    "35.03, Payment Behaviour: Low_spent_Small_value_payments"
+)
+
+
+CANONICAL = (
+    "Age: 23, Occupation: Scientist, Annual Income: 19100, Outstanding Debt: 810, Credit Utilization Ratio: 35, "
+    "Payment Behaviour: Low_spent_Small_value_payments"
+)
+
+
+ONLY_AGE = (
+    "Age: 30, Occupation: Unknown, Annual Income: Unknown, Outstanding Debt: Unknown, "
+    "Credit Utilization Ratio: Unknown, Payment Behaviour: Unknown"
+)
+
+
+FEATURES = {
+    "the whitepaper's example": (WHITEPAPER, CANONICAL),
+    "canonical already": (CANONICAL, CANONICAL),
+    "another order": (", ".join(reversed(WHITEPAPER.split(", "))), CANONICAL),
+    "lines instead of commas": (WHITEPAPER.replace(", ", "\n"), CANONICAL),
+    "semicolons": (WHITEPAPER.replace(", ", "; "), CANONICAL),
+    "no space after commas": (WHITEPAPER.replace(", ", ","), CANONICAL),
+    "a full stop at the end": (WHITEPAPER + ".", CANONICAL),
+    "names of the CSV": (WHITEPAPER.replace("Annual Income", "Annual_Income"), CANONICAL),
+    "small letters in names": (WHITEPAPER.replace("Credit Utilization Ratio", "credit utilization ratio"), CANONICAL),
+    "thousands commas": (WHITEPAPER.replace("19114.12", "19,114.12"), CANONICAL),
+    "stray underscores": (WHITEPAPER.replace("809.98", "809.98_").replace("23.0", "23_"), CANONICAL),
+    "missing fields": ("Age: 30", ONLY_AGE),
+    "empty cells": ("Age: 30, Occupation: , Annual Income: ", ONLY_AGE),
+    "marks for missing": ("Age: 30, Occupation: _______, Payment Behaviour: !@9#%8, Outstanding Debt: _", ONLY_AGE),
+    "impossible values": ("Age: 30, Credit Utilization Ratio: -500, Annual Income: 8000000", ONLY_AGE),
+    "further fields come last": ("Month: May, Age: 30.0, Cards: 4.0", ONLY_AGE + ", Month: May, Cards: 4"),
+    "other fields alone": ("Income: 19114.12, Town: Rome", "Income: 19100, Town: Rome"),
+    "free text": ("earns 19,114.12 a year, owes 809.98", "earns 19100 a year, owes 810"),
+    "free text without numbers": ("a careful customer", "a careful customer"),
+    "free text with an endless number": ("owes 1e999 and 12.34", "owes 1e999 and 12"),
+    "free text with digits that are not a number": ("owes 12,53,000 or 2.5.1", "owes 12,53,000 or 2.5.1"),
+    "a mark alone": ("...", "..."),
+    "a comma in a field of words": (
+        WHITEPAPER.replace("Scientist", "Scientist, retired"),
+        CANONICAL.replace("Scientist", "Scientist, retired"),
+    ),
+    "words behind a number": ("Age: 23.0, a careful customer", "Age: 23, a careful customer"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), FEATURES.values(), ids=FEATURES)
+def test_canonical_features(text, expected):
+    assert canonical_features(text) == expected
+    assert canonical_features(expected) == expected
+
+
+def test_canonical_features_are_idempotent_on_damaged_rows():
+    for row in credit_rows(customers=150, months=2, seed=7):
+        once = canonical_features(row["question"])
+        assert canonical_features(once) == once
+        assert [part.split(":")[0] for part in once.split(", ")] == list(CREDIT_FIELDS)
+
+
+def test_a_long_run_of_blanks_costs_no_more_than_other_text():
+    text = "Age: 3" + " " * 200_000 + "b"
+    start = time.process_time()
+    parse_features(text)
+    assert time.process_time() - start < 2  # it took minutes where the separator could begin with blanks
+
+
+@pytest.mark.parametrize(("text", "named"), [("Age: 30", True), ("hello", False), ("Height: 3", False), ("", False)])
+def test_a_text_without_a_known_field_is_noted(text, named):
+    notes = Counter()
+    canonical_features(text, notes)
+    assert (NO_FIELD not in notes) == named
+
+
+def test_prompts_have_the_canonical_text_of_any_spelling():
+    assert creditmix_prompt(WHITEPAPER) == creditmix_prompt(CANONICAL)
+    assert creditmix_prompt(WHITEPAPER).endswith("\n" + CANONICAL)
+
+
+def test_null_prompts_differ():
+    assert len(null_prompts()) == len(set(null_prompts())) == 7
+    assert null_prompts()[5].endswith("\n" + ", ".join(f"{field}: -" for field in CREDIT_FIELDS))  # not cleaned
+    assert null_prompts(2) == null_prompts()[:2]
+
+
+# ----------------------------------------------------------------------------------------------------------- raw files
+
+
+RAW = [
+    {"question": WHITEPAPER, "answer": "Good", "customer_id": "A"},
+    {"question": WHITEPAPER.replace("23.0", "-500"), "answer": "_", "customer_id": "A"},  # filled: A is Good
+    {"question": WHITEPAPER, "answer": "Standard", "customer_id": "B"},
+    {"question": WHITEPAPER, "answer": "Bad", "customer_id": "B"},
+    {"question": WHITEPAPER, "answer": "_", "customer_id": "B"},  # dropped: B is Standard and Bad
+    {"question": WHITEPAPER, "answer": "_", "customer_id": "D"},  # dropped: D has no label
+    {"question": "Age: 30", "answer": " Bad "},  # no customer id: its own customer
+]
+
+
+READ = [
+    CreditRow("A", CANONICAL, "Good"),
+    CreditRow("A", CANONICAL.replace("Age: 23", "Age: Unknown"), "Good"),
+    CreditRow("B", CANONICAL, "Standard"),
+    CreditRow("B", CANONICAL, "Bad"),
+    CreditRow(ONLY_AGE, ONLY_AGE, "Bad"),
+]
+
+
+def jsonl(rows: list[dict], end: str = "\n") -> str:
+    return "".join(json.dumps(row) + end for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.json", json.dumps(RAW)),
+        ("indented.json", "\n " + json.dumps(RAW, indent=2)),
+        ("rows.jsonl", jsonl(RAW)),
+        ("rows.json", jsonl(RAW)),
+        ("windows.jsonl", jsonl(RAW, "\r\n")),
+        ("bom.jsonl", "\ufeff" + jsonl(RAW)),
+        ("bom.json", "\ufeff" + json.dumps(RAW)),
+        ("blank_lines.jsonl", "\n" + jsonl(RAW, "\n\n")),
+    ],
+)
+def test_read_creditmix_json(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    rows, notes = read_creditmix(tmp_path / name)
+    assert rows == READ
+    assert notes["label _: filled from the customer's other rows"] == 1
+    assert notes["label _: row dropped"] == 2
+    assert notes["Age: outside 1..110 -> Unknown"] == 1
+
+
+HEADER = (
+    "ID,Customer_ID,Month,Age,Occupation,Annual_Income,Credit_Mix,Outstanding_Debt,Credit_Utilization_Ratio,"
+    "Payment_Behaviour"
+)
+
+
+CSV_LINES = [
+    HEADER,
+    "0x1,CUS_1,January,23,Scientist,19114.12,_,809.98,26.822619623699016,High_spent_Small_value_payments",
+    "0x2,CUS_1,February,-500,_______,19114.12_,Good,809.98_,31.94,!@9#%8",
+    '0x3,CUS_2,January,8000,"Doctor, retired","24,198,062.0",Bad,_,,Low_spent_Small_value_payments',
+    "0x4,CUS_3,January,40,Lawyer,50000,_,100,30,High_spent_Small_value_payments",
+]
+
+
+CSV_READ = [
+    (
+        "CUS_1",
+        "Good",
+        "Age: 23, Occupation: Scientist, Annual Income: 19100, Outstanding Debt: 810, Credit Utilization Ratio: 27, "
+        "Payment Behaviour: High_spent_Small_value_payments",
+    ),
+    (
+        "CUS_1",
+        "Good",
+        "Age: Unknown, Occupation: Unknown, Annual Income: 19100, Outstanding Debt: 810, "
+        "Credit Utilization Ratio: 32, Payment Behaviour: Unknown",
+    ),
+]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "bom"])
+def test_read_creditmix_kaggle_csv(tmp_path, end, mark):
+    path = tmp_path / "train.CSV"
+    path.write_bytes((mark + end.join(CSV_LINES[:3]) + end).encode())
+    rows, notes = read_creditmix(path)
+    assert [(row.customer, row.label, row.features) for row in rows] == CSV_READ
+    assert notes["Annual Income: stray _ removed"] == notes["Outstanding Debt: stray _ removed"] == 1
+
+
+def test_csv_cells_with_commas_and_line_ends(tmp_path):
+    """A comma in a quoted cell belongs to the value; so does a line end, even where it makes the value useless."""
+    path = tmp_path / "train.csv"
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(HEADER.split(","))
+        writer.writerow(["1", "CUS_1", "May", "40", "Lawyer", "50,000.7", "Good", "1", "2", "High\u2028spent"])
+        writer.writerow(["2", "CUS_2", "May", "41", "Lawyer", "60000", "Bad", "1", "2", "x"])
+    rows, _ = read_creditmix(path)
+    assert [row.label for row in rows] == ["Good", "Bad"]
+    assert "Age: 40, Occupation: Lawyer, Annual Income: 50000, " in rows[0].features
+    assert rows[0].features.endswith("Payment Behaviour: High\u2028spent")
+
+
+def test_csv_cells_cannot_become_other_fields(tmp_path):
+    path = tmp_path / "train.csv"
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(HEADER.split(","))
+        writer.writerow(["1", "CUS_1", "May", "40", "A: b, Age: 99", "50000", "Good", "1", "2", "x; Age: 98\nAge: 97"])
+    (row,), _ = read_creditmix(path)
+    assert "Age: 40, Occupation: A b, Age 99, Annual Income: 50000, " in row.features.replace("  ", " ")
+
+
+def test_one_customer_is_spelt_one_way(tmp_path):
+    """Otherwise months of one customer would be in two parts of the split."""
+    table, listed = tmp_path / "a.csv", tmp_path / "b.json"
+    with open(table, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(HEADER.split(","))
+        for name in ("17", " 17", "17 "):
+            writer.writerow(["1", name, "May", "40", "Lawyer", "50000", "Good", "1", "2", "x"])
+    listed.write_text(
+        json.dumps([{"question": "Age: 40", "answer": "Good", "customer_id": i} for i in (17, 17.0, "17", " 17")])
+    )
+    for path in (table, listed):
+        assert {row.customer for row in read_creditmix(path)[0]} == {"17"}
+
+
+def test_customer_zero_is_a_customer_and_ids_have_no_blanks(tmp_path):
+    rows = [
+        {"question": f"Age: {i + 20}", "answer": "Good", "customer_id": name}
+        for i, name in enumerate([0, " C1", "C1 "])
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    assert [row.customer for row in read_creditmix(path)[0]] == ["0", "C1", "C1"]
+
+
+def test_csv_with_an_odd_row_keeps_the_fields_apart(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("\n".join([CSV_LINES[0], CSV_LINES[3]]) + "\n")
+    rows, notes = read_creditmix(path)
+    assert rows[0].features == (
+        "Age: Unknown, Occupation: Doctor, retired, Annual Income: Unknown, Outstanding Debt: Unknown, "
+        "Credit Utilization Ratio: Unknown, Payment Behaviour: Low_spent_Small_value_payments"
+    )
+    assert notes["Annual Income: outside 0..1e+06 -> Unknown"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.csv", HEADER.replace(",Credit_Mix", "") + "\n1,2\n", r"x\.csv: column Credit_Mix missing; found ID, Cust"),
+        ("x.csv", "\n".join([HEADER, "1,2,3"]), r"x\.csv: line 2 has another number of cells than the header"),
+        ("x.csv", "", r"x\.csv: column Age, .* missing"),
+        ("x.csv", HEADER + "\n", r"x\.csv: no labelled rows"),
+        ("x.json", "[{", r"x\.json: not a JSON list"),
+        ("x.json", "[]", r"x\.json: no labelled rows"),
+        ("x.json", '[{"question": "a"}]', r'x\.json: item 0 needs "question" and "answer" as strings, found'),
+        ("x.json", "[5]", r"x\.json: item 0 needs"),
+        ("x.jsonl", jsonl(RAW[:2]) + "{oops\n", r"x\.jsonl: line 3 is not JSON"),
+        ("x.jsonl", jsonl(RAW[:1]) + "[1]\n", r"x\.jsonl: line 2 is list, not an object"),
+        ("x.jsonl", jsonl(RAW[:1]) + '\n{"question": "a"}\n', r'x\.jsonl: line 3 needs "answer" .*found'),
+        ("x.jsonl", "", r"x\.jsonl: no rows; one JSON object a line with question, answer is expected"),
+        ("x.jsonl", jsonl([RAW[0] | {"answer": "Fair"}]), r"unknown label 'Fair'; expected Good, Standard, Bad or _"),
+    ],
+)
+def test_bad_raw_files_are_refused_by_name_and_place(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_creditmix(tmp_path / name)
+
+
+def test_a_raw_file_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "latin.csv"
+    path.write_bytes("\n".join(CSV_LINES).replace("Lawyer", "Bäcker").encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.csv: cannot be read as UTF-8 text"):
+        read_creditmix(path)
+
+
+def test_balanced_sample_has_no_repeats_and_follows_the_seed():
+    rows = labelled_rows()
+    sample = balanced_sample(rows, 20, 0)
+    assert Counter(row.label for row in sample) == dict.fromkeys(LABELS, 20)
+    assert len(set(sample)) == 60 and set(sample) <= set(rows)
+    assert sample == balanced_sample(rows, 20, 0) != balanced_sample(rows, 20, 1)
+    with pytest.raises(InputError, match="100000 rows a class requested, but only"):
+        balanced_sample(rows, 100_000, 0)

@@ -1,0 +1,350 @@
+"""eval_creditmix: rows of the right customers, leaks refused, metrics, reports and tables on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PLAIN, evaluate, evaluate_json, infer_one, labelled_rows, read_lines, write_lines
+
+import eval_creditmix
+import infer_creditmix
+from common import InputError
+from distil.creditmix import evaluation
+from distil.creditmix.evaluation import EvalOptions, draw, draw_samples, usable
+from distil.creditmix.metrics import baselines
+from distil.creditmix.rows import LABELS, read_creditmix
+from distil.creditmix.tabular import tabular_teacher
+from distil.files import file_sha256
+from distil.scoring import ScoringOptions
+from distil.splits import is_gold, split_of
+from distil.testing import credit_rows, save_adapter
+
+
+def options(**changes) -> EvalOptions:
+    scoring = ScoringOptions({label: [label] for label in LABELS}, (0.0, 0.0, 0.0))
+    return EvalOptions("x", "", scoring, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("split_seed", range(5))
+@pytest.mark.parametrize("seed", [0, 3])
+def test_validation_fit_and_training_rows_share_no_customer(split_seed, seed):
+    rows, args = labelled_rows(), options(split_seed=split_seed, seed=seed)
+    customers = {}
+    for split in ("train", "calibration", "validation"):
+        drawn = draw(rows, split, None, args)
+        assert len({Counter(row.label for row in drawn)[label] for label in LABELS}) == 1
+        customers[split] = {row.customer for row in drawn}
+        assert all(split_of(name, split_seed) == split for name in customers[split])
+    training = {row.customer for row in rows if split_of(row.customer, split_seed) == "train"}  # drawn or not
+    assert not training & (customers["calibration"] | customers["validation"])
+    assert not customers["calibration"] & customers["validation"]
+
+
+@pytest.mark.parametrize("fit_per_class", [5, 300])
+@pytest.mark.parametrize("how", [{"val_per_class": 10}, {"val_frac": 0.1}, {}])
+def test_what_eval_draws_comes_from_the_split_it_is_for(fit_per_class, how):
+    """The capped calibration rows and the baselines' training rows too."""
+    args = options(fit=True, baselines=True, fit_per_class=fit_per_class, **how)
+    drawn = dict(zip(("validation", "calibration", "train"), draw_samples(labelled_rows(), args), strict=True))
+    for split, rows in drawn.items():
+        assert rows and {split_of(row.customer) for row in rows} == {split}
+    assert len(drawn["calibration"]) <= 3 * fit_per_class
+    assert draw_samples(labelled_rows(), options(**how))[1:] == ([], [])
+
+
+def test_a_share_of_the_gold_labels_limits_all_but_validation():
+    """A larger share has the customers of a smaller one, so that scripts and runs can be compared."""
+    rows, customers = labelled_rows(), {}
+    for share in (0.2, 0.5, 1.0):
+        validation, *others = draw_samples(rows, options(gold_share=share, fit=True, baselines=True))
+        assert validation == draw(rows, "validation", None, options())
+        assert all(is_gold(row.customer, share, 0) for part in others for row in part)
+        customers[share] = {row.customer for row in rows if is_gold(row.customer, share, 0)}
+    assert customers[0.2] < customers[0.5] < customers[1.0] and 40 < len(customers[0.2]) < 120
+
+
+def test_a_split_without_rows_of_a_label_is_refused():
+    rows = [row for row in labelled_rows() if row.label != "Bad"]
+    for per_class in (None, 5):
+        with pytest.raises(InputError, match=r"x: validation rows: .* only 0 are Bad"):
+            draw(rows, "validation", per_class, options())
+
+
+def test_the_evaluations_teacher_is_the_one_that_labels_kd_rows(credit_file):
+    """Of all training rows whose labels may be used, not only of the balanced ones that the other baselines have."""
+    args = options(gold_share=0.5, bootstrap=10)
+    rows, _ = read_creditmix(credit_file)
+    train, validation = draw(rows, "train", None, args), draw(rows, "validation", None, args)
+    pool = [row for row in rows if split_of(row.customer) == "train" and is_gold(row.customer, 0.5, 0)]
+    assert len(pool) > len(train) and pool == usable(rows, "train", args)
+    results = {result["model"]: result for result in baselines(train, pool, validation, args.measurement)}
+    labelled_by = tabular_teacher([*validation, *pool], [False] * len(validation) + [True] * len(pool), 0)
+    assert results["tabular teacher"]["probabilities"] == pytest.approx(labelled_by[: len(validation)], abs=1e-6)
+
+
+def test_rows_to_fit_on_are_limited_by_their_flag(here, model_dir, credit_file):
+    for count in (7, 4):
+        assert evaluate(model_dir, credit_file, "--fit", "--fit_per_class", str(count)) == 0
+        stored = json.loads(Path("runs/creditmix_base/calibration.json").read_text())
+        assert stored["fitted_on"]["rows"] == 3 * count
+
+
+def test_val_frac_is_a_share_of_all_rows(here, capsys, model_dir, credit_file):
+    rows, _ = read_creditmix(credit_file)
+    for share in (0.1, 0.0001):
+        capsys.readouterr()
+        flags = ["--model_dir", model_dir, "--data", credit_file, *PLAIN, "--bootstrap", "5", "--json"]
+        assert eval_creditmix.main([*flags, "--val_frac", str(share)]) == 0
+        wanted = 3 * max(1, round(share * len(rows) / 3))
+        assert json.loads(capsys.readouterr().out)["data"]["validation_rows"] == wanted
+
+
+def test_baselines_learn_nothing_from_validation_customers(here, capsys, model_dir):
+    """Labels by chance and rows that tell customers apart: only a model that saw a customer knows its label."""
+    rng = random.Random(0)
+    rows = [
+        {
+            "question": f"Age: {20 + n % 60}, Annual Income: {20000 + 10 * n}, Outstanding Debt: {500 + n}",
+            "answer": label,
+            "customer_id": f"C{n}",
+        }
+        for n, label in enumerate(rng.choices(LABELS, k=400))
+        for _ in range(8)
+    ]
+    Path("chance.json").write_text(json.dumps(rows))
+    flags = ("--calibration", "none", "--baselines", "--bootstrap", "10")
+    found = evaluate_json(capsys, model_dir, "chance.json", *flags, "--val_per_class", "150")["models"]
+    assert found[-1]["model"] == "gradient boosting"
+    assert found[-1]["accuracy"] < 0.5
+
+
+def test_fitting_lowers_the_nll_of_the_rows_it_was_fitted_on(here, capsys, credit_adapter, credit_file, monkeypatch):
+    own = str(shutil.copytree(credit_adapter, here / "own"))
+    real = evaluation.draw
+    with monkeypatch.context() as patch:  # measure on the very rows of the fit
+        patch.setattr(evaluation, "draw", lambda rows, _, n, args: real(rows, "calibration", None, args))
+        result = evaluate_json(capsys, own, credit_file, "--fit", "--calibration", "fitted")["models"][0]
+    assert result["nll"] < min(result["calibrations"]["none"]["nll"], result["calibrations"]["contextual"]["nll"])
+    assert result["nll"] <= np.log(3) + 1e-6  # zero weight on the scores is among what was fitted
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def test_eval_json_holds_the_metrics_with_intervals_around_them(here, capsys, model_dir, credit_file):
+    summary = evaluate_json(capsys, model_dir, credit_file)
+    assert summary["data"]["validation_rows"] == 60 and summary["split_seed"] == 0
+    (result,) = summary["models"]
+    assert result["model"] == model_dir and result["calibration"] == "contextual"
+    assert {"accuracy", "macro_f1", "nll", "brier", "ece", "interval_95", "recall_Good"} <= set(result)
+    for name, (low, high) in result["interval_95"].items():
+        assert 0 <= low <= result[name] <= high and (high <= 1 or name == "nll"), name
+    assert set(result["interval_95"]) == {"accuracy", "macro_f1", "nll", *(f"recall_{label}" for label in LABELS)}
+    assert set(result["calibrations"]) == {"none", "contextual"}
+    assert result["calibrations"]["contextual"]["nll"] == result["nll"]
+    assert result["calibrations"]["none"]["nll"] != result["nll"]
+
+
+def test_eval_agrees_with_infer_on_rows_of_validation_customers(here, capsys, credit_adapter, credit_file):
+    assert evaluate(credit_adapter, credit_file, "--report_dir", "report", "--baselines", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    metrics = json.loads((here / "report/metrics.json").read_text())
+    assert metrics == summary
+    names = [result["model"] for result in summary["models"]]
+    assert names == [credit_adapter, "majority", "logistic regression", "tabular teacher", "gradient boosting"]
+    for folder in ("creditmix_sft", "majority", "logistic_regression", "tabular_teacher", "gradient_boosting"):
+        files = sorted(path.name for path in (here / "report" / folder).iterdir())
+        assert files == ["confusion_matrix.png", "coverage.png", "predictions.jsonl", "reliability.png"]
+        assert (here / "report" / folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    lines = read_lines(here / "report/creditmix_sft/predictions.jsonl")
+    assert Counter(line["answer"] for line in lines) == dict.fromkeys(LABELS, 20)
+    right = np.mean([line["prediction"] == line["answer"] for line in lines])
+    assert right == pytest.approx(summary["models"][0]["accuracy"])
+    rows, _ = read_creditmix(credit_file)
+    owner = {row.features: row.customer for row in rows}
+    assert {split_of(owner[line["features"]]) for line in lines} == {"validation"}
+
+    write_lines(here / "in.jsonl", [json.dumps({"features": line["features"]}) for line in lines])
+    files = ["--input", "in.jsonl", "--output", "out.jsonl"]
+    assert infer_creditmix.main(["--model_dir", credit_adapter, *PLAIN, *files]) == 0
+    for line, result in zip(lines, read_lines(here / "out.jsonl"), strict=True):
+        assert result["scores"] == pytest.approx(line["scores"], abs=1e-4)
+
+    majority, linear, teacher, boosted = summary["models"][1:]
+    assert majority["accuracy"] == pytest.approx(1 / 3) and majority["nll"] == pytest.approx(np.log(3))
+    assert linear["accuracy"] > 0.5 and min(teacher["accuracy"], boosted["accuracy"]) > 0.8  # debt decides
+
+
+def test_any_model_is_the_reference(here, capsys, credit_adapter, model_dir, credit_file):
+    flags = ("--model_dir", model_dir, credit_adapter, "--baselines", "--calibration", "none")
+    for name in ("tabular teacher", credit_adapter):
+        found = evaluate_json(capsys, model_dir, credit_file, *flags, "--reference", name)["models"]
+        assert {m["difference"]["to"] for m in found if "difference" in m} == {name}
+        assert [m["model"] for m in found if "difference" not in m] == [name]
+        of = {m["model"]: m for m in found}
+        point, low, high = of[model_dir]["difference"]["nll"]
+        assert point == pytest.approx(of[model_dir]["nll"] - of[name]["nll"]) and low <= point <= high
+    with pytest.raises(InputError, match="--reference majority is not one of "):
+        eval_creditmix.main(["--model_dir", model_dir, "--data", credit_file, "--reference", "majority"])
+
+
+def test_models_side_by_side_keep_their_reports_apart(here, capsys, credit_adapter, credit_file):
+    other = str(shutil.copytree(credit_adapter, here / "other/creditmix_sft"))
+    assert evaluate(credit_adapter, credit_file, "--model_dir", credit_adapter, other, "--report_dir", "report") == 0
+    out = capsys.readouterr().out
+    assert f"{credit_adapter} " in out and f"{other} " in out
+    assert len(list((here / "report").glob("*/predictions.jsonl"))) == 2
+
+
+def test_the_table_comes_first_and_details_need_verbose(here, capsys, model_dir, credit_file):
+    shown = {}
+    for flags in ((), ("--verbose",), ("--reference", "majority")):
+        assert evaluate(model_dir, credit_file, "--baselines", *flags) == 0
+        shown[flags] = capsys.readouterr().out
+        assert shown[flags].startswith("60 validation rows, 20 a class")
+    assert f"{model_dir}  calibration contextual; NLL: none " in shown[()]
+    details = shown["--verbose",]
+    assert "\nabove gradient boosting on the same rows" in details and "above" not in shown[()]
+    assert "\nabove majority on the same rows" in shown["--reference", "majority"]
+    assert "confusion matrix" in details and "precision" in details and "  calibration none" in details
+    assert "confusion matrix" not in shown[()] and "precision" not in shown[()]
+
+
+def test_a_fit_is_evaluated_for_the_shares_of_the_field(here, capsys, credit_adapter, credit_file):
+    """With the calibration just fitted the evaluation has the probabilities that inference has later."""
+    own, shares = (
+        str(shutil.copytree(credit_adapter, here / "own")),
+        ("--class_shares", "Good=0.2,Standard=0.7,Bad=0.1"),
+    )
+    assert evaluate(own, credit_file, "--fit", *shares, "--report_dir", "report") == 0
+    line = json.loads(next((here / "report").glob("*/predictions.jsonl")).read_text().splitlines()[0])
+    flags = ["--model_dir", own, *PLAIN, "--features", line["features"], *shares]
+    capsys.readouterr()
+    assert infer_creditmix.main(flags) == 0
+    assert json.loads(capsys.readouterr().out)["probabilities"] == pytest.approx(line["probabilities"], abs=1e-4)
+
+
+def test_class_shares_weigh_the_evaluation(here, capsys, credit_adapter, credit_file):
+    flags = ("--class_shares", "Good=0.2,Standard=0.7,Bad=0.1", "--baselines")
+    model, *others = evaluate_json(capsys, credit_adapter, credit_file, *flags)["models"]
+    wanted = sum(share * model[f"recall_{label}"] for label, share in (("Good", 0.2), ("Standard", 0.7), ("Bad", 0.1)))
+    assert model["accuracy"] == pytest.approx(wanted)
+    for name, (low, high) in model["interval_95"].items():
+        assert low <= model[name] <= high, name
+    majority = next(other for other in others if other["model"] == "majority")
+    assert majority["accuracy"] == pytest.approx(0.7)  # in this field the majority is Standard
+    assert evaluate(credit_adapter, credit_file, *flags, "--verbose") == 0
+    report = capsys.readouterr().out
+    shown = [float(line.split()[1]) for line in report.splitlines() if line.split()[:1] == ["accuracy"]]
+    assert shown[0] == pytest.approx(wanted, abs=1e-4)  # scikit-learn's report is of the field as well
+
+
+def test_uncertain_rows_are_measured_as_flagged_for_review(here, capsys, model_dir, credit_file):
+    middle = max(infer_one(capsys, model_dir)["probabilities"].values())
+    found = evaluate_json(capsys, model_dir, credit_file, "--abstain_below", str(middle), "--report_dir", "report")
+    abstain = found["models"][0]["abstain"]
+    lines = read_lines(next((here / "report").glob("*/predictions.jsonl")))
+    sure = [line for line in lines if not line["extra"]["refer"]]
+    assert 0 < abstain["coverage"] < 1 and abstain["coverage"] == pytest.approx(len(sure) / len(lines))
+    assert abstain["accuracy"] == pytest.approx(np.mean([line["prediction"] == line["answer"] for line in sure]))
+    assert next((here / "report").glob("*/coverage.png")).stat().st_size > 1000
+
+
+# -------------------------------------------------------------------------------------------------- notes and refusals
+
+
+def test_a_fit_on_few_customers_gets_a_note(here, capsys, credit_adapter, credit_file):
+    own = str(shutil.copytree(credit_adapter, here / "own"))
+    evaluate(own, credit_file, "--fit")
+    assert "customers may do harm" in capsys.readouterr().err
+    evaluate(own, credit_file)
+    assert "customers may do harm" not in capsys.readouterr().err
+
+
+def test_data_other_than_the_trainings_is_noted(here, capsys, credit_adapter, credit_file):
+    own = Path(shutil.copytree(credit_adapter, here / "own"))
+    run = json.loads((own / "run.json").read_text())
+    for source, noted in ((credit_file, False), (here / "own/run.json", True)):
+        record = {"file": "raw.csv", "sha256": file_sha256(source)}
+        (own / "run.json").write_text(json.dumps(run | {"sources": [record]}))
+        capsys.readouterr()
+        assert evaluate(str(own), credit_file) == 0
+        assert ("own was trained on rows of raw.csv, not of --data" in capsys.readouterr().err) == noted
+    for unknown in ({"sources": [None]}, {"sources": [{"file": "a", "sha256": "b"}], "split_seed": None}, {}):
+        (own / "run.json").write_text(json.dumps(run | unknown))
+        assert evaluate(str(own), credit_file) == 0
+        assert "they may be among the validation rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trained", "noted"),
+    [(0.5, None), (0.2, None), (1.0, "--gold_share 1, not 0.5"), (None, "a --gold_share that is not recorded, not")],
+)
+def test_a_training_on_more_labels_than_the_comparison_is_noted(
+    here, capsys, credit_adapter, credit_file, trained, noted
+):
+    own = Path(shutil.copytree(credit_adapter, here / "own"))
+    run = json.loads((own / "run.json").read_text())
+    (own / "run.json").write_text(json.dumps(run | {"gold_share": trained}))
+    assert evaluate(str(own), credit_file, "--gold_share", "0.5") == 0
+    shown = capsys.readouterr().err
+    assert f"own was trained with {noted}" in shown if noted else "was trained with" not in shown
+
+
+def test_a_calibration_of_another_split_is_refused(here, capsys, model_dir, credit_file, tmp_path):
+    """Its calibration customers may be validation customers now; a base has no run.json to tell from."""
+    evaluate(model_dir, credit_file, "--fit", "--split_seed", "1")
+    with pytest.raises(InputError, match="fitted with --split_seed 1, evaluated with 0: its rows may be validation"):
+        evaluate(model_dir, credit_file)
+    assert evaluate(model_dir, credit_file, "--calibration", "contextual") == 0  # the way out that is named
+    assert evaluate(model_dir, credit_file, "--fit") == 0
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(credit_rows(seed=3)))
+    capsys.readouterr()
+    assert evaluate(model_dir, str(other)) == 0
+    assert "was fitted on rows of" in capsys.readouterr().err
+    assert evaluate(model_dir, credit_file, "--gold_share", "0.5") == 0
+    assert "was fitted with --gold_share 1, not 0.5" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_split_is_refused(here, credit_adapter, credit_file, model_dir):
+    other = save_adapter(here / "other", model_dir, split_seed=3)
+    with pytest.raises(InputError, match="trained with --split_seed 3, evaluated with 0: rows would leak"):
+        evaluate(other, credit_file)
+    with pytest.raises(InputError, match="trained with --split_seed 0, evaluated with 3: rows would leak"):
+        evaluate(credit_adapter, credit_file, "--split_seed", "3")
+    assert not (here / "runs").exists()
+
+
+def test_every_model_is_looked_up_before_the_first_is_scored(here, credit_adapter, credit_file, monkeypatch):
+    monkeypatch.setattr(eval_creditmix, "evaluate_model", lambda *args: pytest.fail("scored"))
+    with pytest.raises(InputError, match="nobody/no-such-model: neither in the local cache"):
+        evaluate(credit_adapter, credit_file, "--model_dir", credit_adapter, "nobody/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--val_per_class", "9999"], "credit.json: validation rows: 9999 rows a class requested, but only"),
+        (["--val_per_class", "0"], "at least 1"),
+        (["--val_per_class", "5", "--val_frac", "0.1"], "--val_per_class or --val_frac, not both"),
+        (["--bootstrap", "0"], "--bootstrap are at least 1"),
+        (["--model_dir", "runs/nothing"], "runs/nothing: no such model folder; under runs/ there is no adapter yet"),
+        (["--data", "missing.json"], r"missing\.json: no such file"),
+    ],
+)
+def test_eval_refuses_wrong_input_and_leaves_nothing(here, model_dir, credit_file, flags, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(model_dir, credit_file, *flags, "--report_dir", "report")
+    with pytest.raises(InputError, match=r"at most 0\.3"):
+        eval_creditmix.main(["--model_dir", model_dir, "--data", credit_file, "--val_frac", "0.5"])
+    assert not list(here.iterdir())

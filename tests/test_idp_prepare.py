@@ -1,0 +1,82 @@
+"""idp_prepare.py: answers in the form of the schema, groups that stay together, broken copies."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from conftest import read_lines, write_lines
+
+import idp_prepare
+from common import InputError
+from distil.idp.documents import idp_prompt
+from distil.splits import preparation
+from distil.testing import run_cli
+
+
+def test_answers_take_the_form_of_the_schema_and_groups_stay_together(tmp_path):
+    properties = {"company": {"type": "string"}, "total": {"type": ["number", "null"]}}
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+    totals = ["RM 1,007.50", "9.00", "", "$8.20", "-1.73"]
+    rows = [{"document": f"d{i}", "expected": {"total": totals[i % 5], "company": f"C{i % 12}"}} for i in range(60)]
+    source = write_lines(tmp_path / "src.jsonl", rows)
+    argv = ["--src", source, "--schema", tmp_path / "s.json", "--group", "company", "--outdir", tmp_path]
+    assert idp_prepare.main([*map(str, argv)]) == 0
+    sft, validation = read_lines(tmp_path / "idp_sft.jsonl"), read_lines(tmp_path / "idp_validation.jsonl")
+    assert len(sft) + len(validation) == 60
+    assert {json.loads(r["output"])["total"] for r in sft} <= {1007.5, 9, None, 8.2, -1.73}
+    assert all(list(json.loads(r["output"])) == ["company", "total"] for r in sft)
+    assert not {json.loads(r["output"])["company"] for r in sft} & {r["expected"]["company"] for r in validation}
+    assert sft[0]["input"].startswith(idp_prompt("d")[:10])
+    noted = preparation(str(tmp_path / "idp_sft.jsonl"))  # where the trainers take the split from
+    assert noted["split_seed"] == 0 and noted["source"]["file"] == source
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *[("RM 1,007.50", 1007.5), ("RM1007.50", 1007.5), ("$8.20", 8.2), ("-1.73", -1.73), ("9.00", 9), (".50", 0.5)],
+        *[("1,50", 1.5), ("12,50 EUR", 12.5), ("1.234,50", 1234.5), ("0,125", 0.125), ("1 234,50", 1234.5)],
+        *[("1,234", 1234), ("1,234,567.8", 1234567.8), ("1'234.50", 1234.5), ("1.234", 1.234)],
+        *[("(5.00)", -5), ("(RM 5.00)", -5), ("5.00-", -5), ("-$5", -5), ("$-5", -5), ("\u22125", -5)],
+        *[(text, None) for text in ("INV5", "1,2,3", "1e5", "0.5.1", "12,34,567", "1234,567", "(5", "-(5)", "5.-")],
+        *[(text, None) for text in ("5 or 6", "Total 5", "-", "", "12/05/2024", "1,50,5")],
+    ],
+)
+def test_texts_are_numbers_only_where_they_can_be_read_in_one_way(text, number):
+    value = idp_prepare.in_schema_form(text, {"type": "number"})
+    assert value == (text if number is None else number) and type(value) is not bool
+
+
+def test_an_answer_that_cannot_be_read_as_a_number_is_refused_with_its_row(tmp_path):
+    (tmp_path / "s.json").write_text('{"type": "object", "properties": {"total": {"type": "number"}}}')
+    rows = [{"document": "a", "expected": {"total": text}} for text in ("1,50", "INV5")]
+    argv = [
+        "--src",
+        write_lines(tmp_path / "src.jsonl", rows),
+        "--schema",
+        tmp_path / "s.json",
+        "--outdir",
+        tmp_path / "out",
+    ]
+    with pytest.raises(InputError, match=r'row 2: "expected" breaks the schema at /total: .INV5. is not'):
+        idp_prepare.main([*map(str, argv)])
+
+
+def test_broken_copies_break_values_and_nothing_else():
+    document = "INVOICE\nAIK HUAT, HARDWARE (M) SDN BHD\nTotal: 12.50\nEND OF PAGE"
+    answer = {"company": "Aik Huat Hardware (M) SDN BHD", "total": 12.5, "items": [{"name": "not there at all"}]}
+    copies = {idp_prepare.broken_copy(document, answer, random.Random(seed)) for seed in range(60)}
+    assert document in copies and len(copies) == 6  # each of the five gaps, and the document itself
+    for copy in copies - {document}:
+        assert copy.count("\n") == document.count("\n") + 1 and copy.split() == document.split()
+        first, second = copy.split("\n")[1:3]
+        assert document.split("\n")[1] == f"{first} {second}"
+
+
+def test_wrong_input_ends_with_status_2_and_one_line(tmp_path):
+    done = run_cli("idp_prepare.py", "--src", "no.jsonl", "--schema", "no.json", "--outdir", "x", cwd=tmp_path)
+    assert done.returncode == 2 and "no.json" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,371 @@
+"""The HTTP side of the server, with an engine that answers by rule."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+import time
+
+import pytest
+from conftest import assert_error
+from fastapi.testclient import TestClient
+
+import serve_creditmix
+from common import InputError
+from distil.serving import guard
+from distil.serving.app import EXAMPLE, create_app
+from distil.serving.engine import VARIANTS
+from distil.serving.metrics import Metrics, log_json_lines
+from distil.testing import TinyEngine
+from distil.workarounds import impatient_protocol
+from serve_creditmix import bound_socket, build_parser, engine_options
+
+pytestmark = pytest.mark.usefixtures("own_server_log")
+RESPONSE_FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
+
+
+def client_of(engine, key: str | None = None, log_features: bool = False) -> TestClient:
+    return TestClient(create_app(engine, Metrics(), log_features, key), raise_server_exceptions=True)
+
+
+@pytest.fixture
+def client():
+    with client_of(TinyEngine()) as client:
+        yield client
+
+
+# ---------------------------------------------------------------------------------------------------------- HTTP side
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_variant_has_its_endpoint(client, variant):
+    reply = client.post(f"/infer/{variant}", json={"features": EXAMPLE})
+    assert reply.status_code == 200
+    assert list(reply.json()) == RESPONSE_FIELDS and reply.json()["model_name"] == variant
+    results = client.post(f"/infer/{variant}/batch", json={"features": [EXAMPLE, "Age: 3"]}).json()["results"]
+    assert [list(result) for result in results] == [RESPONSE_FIELDS] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 422, "invalid"),
+        (b"{", 400, "not_json"),
+        (b'{"features": "\xff\xfe"}', 400, "not_json"),
+        (b"{}", 422, "invalid"),
+        (b"[]", 422, "invalid"),
+        (b"null", 422, "invalid"),
+        (b'{"features": NaN}', 422, "invalid"),
+        (b'{"features": 3}', 422, "invalid"),
+        (b'{"features": ""}', 422, "invalid"),
+        (b'{"features": " \\n "}', 422, "invalid"),
+        (b'{"features": "\\ud800"}', 422, "invalid"),
+        (b'{"features": "x", "more": 1}', 422, "invalid"),
+        (b'{"features": "' + b"x" * 2001 + b'"}', 422, "invalid"),
+        (b'{"features": "' + b"x" * 1_000_001 + b'"}', 413, "too_large"),
+        (b"[" * 100_000, 400, "not_json"),
+    ],
+)
+def test_bad_bodies_get_one_error_shape(client, body, status, code):
+    headers = {"content-type": "application/json"}
+    error = assert_error(client.post("/infer/sft", content=body, headers=headers), status, code)
+    assert error["message"] and len(error["message"]) < 400
+
+
+@pytest.mark.parametrize("features", [[], ["x"] * 257, ["x", ""], ["x", 3], "x", None])
+def test_bad_batches_are_refused_whole(client, features):
+    assert_error(client.post("/infer/kd/batch", json={"features": features}), 422, "invalid")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_a_body_of_another_content_type_is_told_so(client, kind):
+    headers = {"content-type": kind} if kind else {}
+    error = assert_error(
+        client.post("/infer/sft", content=b'{"features": "Age: 3"}', headers=headers), 415, "not_json"
+    )
+    assert error["hint"] == "send the header Content-Type: application/json"
+
+
+def test_a_client_that_leaves_ends_its_request(capsys):
+    """Its rows are dropped then (see the engine's test), and the log says so."""
+    ended = []
+
+    class Slow(TinyEngine):
+        async def score(self, variant, features):
+            try:
+                await asyncio.sleep(20)
+            finally:
+                ended.append(features)
+
+    async def ask() -> None:
+        messages = [
+            {"type": "http.request", "body": b'{"features": "Age: 3"}', "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/infer/sft", "headers": headers, "query_string": b""}
+
+        async def receive():
+            await asyncio.sleep(0.1)
+            return messages.pop(0)
+
+        async def send(message):
+            raise AssertionError("nobody is there")
+
+        await create_app(Slow(), Metrics())(scope, receive, send)
+        await asyncio.sleep(0.05)
+        assert ended == [["Age: 3"]]  # here: the end of the loop would cancel it anyway
+
+    log_json_lines()
+    start = time.monotonic()
+    asyncio.run(ask())
+    assert time.monotonic() - start < 10
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["status"] == 499
+
+
+def test_other_paths_and_methods(client):
+    assert_error(client.get("/nothing"), 404, "not_found")
+    assert_error(client.post("/infer/xyz", json={"features": "x"}), 404, "not_found")
+    assert_error(client.get("/infer/sft"), 405, "method_not_allowed")
+
+
+def test_a_body_without_a_length_is_limited_too(client):
+    chunks = (b"x" * 100_000 for _ in range(20))
+    assert_error(client.post("/infer/sft", content=chunks), 413, "too_large")
+
+
+def test_a_slow_body_is_given_up(monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.05)
+
+    async def ask() -> list[dict]:
+        app, sent = create_app(TinyEngine(), Metrics()), []
+        scope = {"type": "http", "method": "POST", "path": "/infer/sft", "headers": [], "query_string": b""}
+
+        async def receive():
+            await asyncio.sleep(10)
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent
+
+    sent = asyncio.run(ask())
+    assert sent[0]["status"] == 408 and json.loads(sent[1]["body"])["error"]["code"] == "too_slow"
+    assert (b"connection", b"close") in sent[0]["headers"]
+
+
+def test_refusals_and_failures_show_no_internals(client, capsys):
+    reply = client.post("/infer/sft", json={"features": "raise Refusal"})
+    assert_error(reply, 503, "busy")
+    assert reply.headers["retry-after"] == "7"
+    reply = client.post("/infer/sft", json={"features": "raise ValueError"})
+    assert_error(reply, 500, "internal")
+    assert "secret" not in reply.text and "Traceback" not in reply.text
+
+
+def test_the_request_id_is_the_callers_or_a_new_one(client):
+    reply = client.get("/healthz", headers={"x-request-id": "abc-1.2_3"})
+    assert reply.headers["x-request-id"] == "abc-1.2_3"
+    for bad in ("a b", "x" * 65, "<script>"):
+        assert len(client.get("/healthz", headers={"x-request-id": bad}).headers["x-request-id"]) == 32
+
+
+def test_a_key_is_asked_for_where_one_is_set():
+    with client_of(TinyEngine(), key="s3cret-ü") as client:
+        body = {"features": EXAMPLE}
+        for header in (None, "Bearer wrong", "s3cret-ü", "Basic s3cret-ü", "Bearer ", "Bearer s3cret-ü x"):
+            headers = {"authorization": header.encode()} if header else {}
+            for reply in (
+                client.post("/infer/sft", json=body, headers=headers),
+                client.get("/metrics", headers=headers),
+            ):
+                assert_error(reply, 401, "unauthorized")
+                assert reply.headers["www-authenticate"] == "Bearer"
+        for scheme in ("Bearer", "bearer"):
+            headers = {"authorization": f"{scheme} s3cret-ü".encode()}
+            assert client.post("/infer/sft", json=body, headers=headers).status_code == 200
+        document = client.get("/openapi.json").json()["paths"]
+        keyed = {path for path, methods in document.items() for method in methods.values() if "security" in method}
+        assert keyed == set(document) - {"/healthz", "/readyz"}
+        for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
+            assert client.get(path).status_code == 200
+
+
+def test_binding_elsewhere_needs_a_key(monkeypatch, model_dir):
+    monkeypatch.delenv(guard.API_KEY, raising=False)
+    for host in ("0.0.0.0", "192.168.1.7", "::", "example.org"):
+        with pytest.raises(InputError, match="set a key in"):
+            engine_options(build_parser().parse_args(["--host", host, "--base", model_dir]))
+    for host in ("127.0.0.1", "localhost", "::1"):
+        engine_options(build_parser().parse_args(["--host", host, "--base", model_dir]))
+    with pytest.raises(InputError, match="set a key in"):  # the script asks, before anything else
+        serve_creditmix.main(["--host", "0.0.0.0", "--base", "/nothing/here"])
+    monkeypatch.setenv(guard.API_KEY, "k")
+    engine_options(build_parser().parse_args(["--host", "0.0.0.0", "--base", model_dir]))
+
+
+def test_under_uvicorn_an_address_of_another_network_needs_a_key():
+    """uvicorn serve_creditmix:app --host 0.0.0.0 never passes our flags: the socket's own address tells."""
+
+    async def ask(server) -> int:
+        app, sent = create_app(TinyEngine(), Metrics()), []
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/models",
+            "headers": [],
+            "query_string": b"",
+            "server": server,
+        }
+
+        messages = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive():
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(ask(("192.168.1.7", 8000))) == 403
+    assert asyncio.run(ask(("127.0.0.1", 8000))) == 200
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--timeout", "0"],
+        ["--timeout", "nan"],
+        ["--gather_ms", "-1"],
+        ["--gather_ms", "inf"],
+        ["--queue_rows", "3"],
+        ["--port", "70000"],
+    ],
+)
+def test_flags_out_of_range(flags):
+    with pytest.raises(InputError, match="--gather_ms is 0 or more"):
+        engine_options(build_parser().parse_args(flags))
+
+
+def test_flags_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("CREDITMIX_BASE", "smollm2-135m")
+    monkeypatch.setenv("CREDITMIX_PORT", "9001")
+    monkeypatch.setenv("CREDITMIX_LOG_FEATURES", "1")
+    args = build_parser().parse_args([])
+    assert (args.base, args.port, args.log_features) == ("smollm2-135m", 9001, True)
+    assert build_parser().parse_args(["--port", "9002"]).port == 9002
+
+
+def test_wrong_environment_ends_with_one_line_under_uvicorn_too(monkeypatch, capsys):
+    for name, value, message in (
+        ("CREDITMIX_QUANTIZATION", "int8", "$CREDITMIX_QUANTIZATION is 'int8'; possible are nf4, none"),
+        ("CREDITMIX_TIMEOUT", "0", "--timeout above 0"),
+        ("CREDITMIX_BASE", "/nothing/here", "/nothing/here: no such model folder"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(SystemExit) as stop:
+                serve_creditmix.app  # noqa: B018
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and message in said
+
+
+def test_half_a_request_head_is_not_waited_for():
+    """uvicorn itself would keep the connection for ever; enough of them and no one else gets one."""
+    import uvicorn
+
+    bound = bound_socket("127.0.0.1", 0)
+    app = create_app(TinyEngine(), Metrics())
+    config = uvicorn.Config(app, log_config=None, http=impatient_protocol(0.3), timeout_keep_alive=15)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([bound],))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        address = bound.getsockname()
+        half = socket.create_connection(address, timeout=10)
+        half.sendall(b"GET /healthz HTTP/1.1\r\nHost: x")
+        whole = http.client.HTTPConnection(*address, timeout=10)
+        for pause in (0, 0.4):  # kept alive beyond the limit, as its first head came in time
+            time.sleep(pause)
+            whole.request("GET", "/healthz")
+            assert whole.getresponse().read() == b'{"status":"ok"}'
+        assert half.recv(4096) == b""  # closed by the server
+        half.close()
+        whole.close()
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        bound.close()
+
+
+def test_a_port_in_use_is_said_before_anything_loads():
+    with bound_socket("127.0.0.1", 0) as bound:
+        assert bound.proto == socket.IPPROTO_TCP and bound.getsockname()[0] == "127.0.0.1"
+        bound.listen()
+        port = bound.getsockname()[1]
+        with pytest.raises(InputError, match=f"--host 127.0.0.1 --port {port}: Address already in use; choose"):
+            bound_socket("127.0.0.1", port)
+    bound_socket("127.0.0.1", port).close()
+
+
+def test_importing_the_module_builds_nothing():
+    with pytest.raises(AttributeError):
+        serve_creditmix.nothing  # noqa: B018
+
+
+def test_metrics_and_log(capsys, client):
+    log_json_lines()
+    client.post("/infer/sft", json={"features": EXAMPLE})
+    client.post("/infer/sft", json={"features": ""})
+    client.post("/infer/kd/batch", json={"features": ["a", "b"]})
+    text = client.get("/metrics").text
+    for line in (
+        'creditmix_requests_total{status="200",variant="sft"} 1.0',
+        'creditmix_requests_total{status="422",variant="sft"} 1.0',
+        'creditmix_predictions_total{label="Standard",variant="kd"} 2.0',
+        'creditmix_top2_margin_count{variant="kd"} 2.0',
+        'creditmix_request_seconds_count{variant="sft"} 2.0',
+    ):
+        assert line in text
+    assert "process_resident_memory_bytes" in text
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["status"] for line in lines if line["event"] == "request"][:2] == [200, 422]
+    assert "Scientist" not in json.dumps(lines) and all(line["request_id"] for line in lines)
+
+
+def test_features_are_logged_only_when_asked_for(capsys):
+    with client_of(TinyEngine(), log_features=True) as client:
+        log_json_lines()
+        client.post("/infer/sft", json={"features": EXAMPLE})
+    assert "Scientist" in capsys.readouterr().err
+
+
+def test_every_example_of_the_openapi_document_works(client):
+    document = client.get("/openapi.json").json()
+    tried = 0
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            body = None
+            if "requestBody" in operation:
+                schema = operation["requestBody"]["content"]["application/json"]["schema"]
+                schema = document["components"]["schemas"][schema["$ref"].split("/")[-1]]
+                body = {name: field["examples"][0] for name, field in schema["properties"].items()}
+            reply = client.request(method, path, json=body)
+            assert reply.status_code == 200, (path, reply.text)
+            tried += 1
+    assert tried == 2 * len(VARIANTS) + 4
+
+
+def test_page_and_docs_ask_no_other_host(client):
+    for path in ("/", "/docs"):
+        text = client.get(path).text.replace("http://www.w3.org", "")
+        assert "https://" not in text and "http://" not in text and "//cdn" not in text
+    assert "default-src 'none'" in client.get("/").headers["content-security-policy"]

@@ -1,0 +1,204 @@
+"""Training data: token ids and labels by hand, prompts as scoring has them, refused rows, origin of the data."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import METHODS, refused, row_of, run_json, write_lines
+from datasets import Dataset
+
+import common
+from common import InputError, PromptEncoder
+from distil import splits
+from distil.files import file_sha256
+from distil.training import data
+
+
+def test_labels_by_hand(tokenizer):
+    encoder = PromptEncoder(tokenizer)
+    rows = [{"input": "-", "output": "Good"}, {"input": "Age", "output": "Bad Bad"}]
+    dataset, _ = data.completion_dataset(data.TrainingData("rows", rows, "", {}), "output", encoder, 512)
+    batch = data.completion_collator(tokenizer.pad_token_id)(list(dataset))
+    shown = [[tokenizer.decode([i]) if i != -100 else None for i in row] for row in batch["labels"].tolist()]
+    first, second = ([token for token in row if token is not None] for row in shown)
+    # The answer's one token and the end of turn; the prompt has no label.
+    assert first == ["Good", "<|im_end|>"]
+    # All tokens of a longer answer, and the end of turn.
+    assert "".join(second) == "Bad Bad<|im_end|>" and second[0] == "Bad"
+    for row, ids, text in zip(shown, batch["input_ids"].tolist(), ("-", "Age"), strict=True):
+        # Before an answer is the prompt, its last token the assistant start; after it comes only padding.
+        start = next(i for i, token in enumerate(row) if token is not None)
+        end = next((i for i in range(start, len(row)) if row[i] is None), len(row))
+        assert set(row[end:]) <= {None} and set(ids[end:]) <= {tokenizer.pad_token_id}
+        turns = f"<|im_start|>system\n{common.SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n"
+        assert tokenizer.decode(ids[:start]) == f"{turns}<|im_start|>assistant\n"
+    for ids, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True):
+        assert mask == [int(token != tokenizer.pad_token_id) for token in ids]
+    assert batch["attention_mask"].min() == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_prompts_are_the_scoring_prompts(method, built, model_dir, tmp_path):
+    """Token for token, in the batches that reach the model, control tokens in user text included."""
+    turns = ["Debt: 12", "text with <|im_end|>\n<|im_start|>system\nin it", " spaces  and\nlines ", "Schulden: 5 €"]
+    names = {"sft": ("input", "output"), "kd": ("input", "teacher_output"), "dpo": ("prompt", "chosen")}[method]
+    rows = [dict(zip(names, (turn, "Good"), strict=True)) | {"rejected": "Bad"} for turn in turns]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    trainer = built(method, "--student", model_dir, "--data", path, "--save_dir", "never", "--batch_size", 4)
+    encoder = PromptEncoder(trainer.processing_class)
+    batch = next(iter(trainer.get_train_dataloader()))
+    prompts = set()
+    for number, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+        completion = batch["completion_mask"] == 1 if method == "dpo" else batch["labels"] != -100
+        answer = completion[number]
+        text = "Bad" if number >= len(turns) else "Good"  # TRL puts the rejected ones below the chosen ones
+        assert ids[answer].tolist() == encoder.completion(text)
+        prompts.add(tuple(ids[mask.bool() & ~answer].tolist()))
+    assert prompts == {tuple(encoder.prompt(turn)) for turn in turns}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_too_long_are_refused_by_number(method, tmp_path, model_dir):
+    rows = [row_of(method), row_of(method), row_of(method, "Debt: 1" * 300), row_of(method)]
+    message = refused(method, rows, tmp_path, model_dir)
+    assert "row 3" in message and "--max_length" in message and "1024" in message
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_without_a_field_are_refused_by_line(method, tmp_path, model_dir):
+    row = row_of(method)
+    missing = list(row)[-1]
+    message = refused(method, [row, {k: v for k, v in row.items() if k != missing}], tmp_path, model_dir)
+    assert "line 2" in message and missing in message
+
+
+@pytest.mark.parametrize(
+    ("probs", "expected"),
+    [
+        ([{"Good": 0.5, "Bad": 0.5}, None], "row 2.*in every row or in none"),
+        ([None, {"Good": 0.5, "Bad": 0.5}], "row 1.*in every row or in none"),
+        ([{"Good": 0.5, "Bad": 0.5}, {"Good": 0.5, "Standard": 0.5}], "row 2"),
+        ([{"Good": 0.5, "Bad": 0.5}, {"Good": 0.5, "Bad": 0.3}], "row 2.*add up to 1"),
+        ([{"Good": 1.5, "Bad": -0.5}], "row 1.*not probabilities"),
+        ([{"Good": float("nan"), "Bad": 0.5}], "line 1 is not JSON"),
+        ([{"Good": "0.5", "Bad": 0.5}], "row 1.*not probabilities"),
+        ([{"Good": 1.0}], "row 1"),
+        ([[0.5, 0.5]], "row 1"),
+        ([{"Good": 0.5, "Good enough": 0.5}], "first token"),
+    ],
+)
+def test_label_probs_that_cannot_be_used_are_refused(probs, expected, tmp_path, model_dir):
+    rows = [row_of("kd") | ({} if p is None else {"label_probs": p}) for p in probs]
+    message = refused("kd", rows, tmp_path, model_dir)
+    assert re.search(expected, message), message
+
+
+def test_a_pair_without_contrast_is_refused(tmp_path, model_dir):
+    rows = [row_of("dpo"), row_of("dpo") | {"rejected": "Good"}]
+    assert "row 2: chosen and rejected are the same" in refused("dpo", rows, tmp_path, model_dir)
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [([1, 2], []), ([1, 2], [7]), ([], [5, 7])])
+def test_rows_with_nothing_or_everything_to_learn_are_refused(prompt, answer, model_dir):
+    """An encoder that omits the answer, its text or the prompt must not train."""
+
+    class Encoder:
+        tokenizer = data.load_tokenizer(model_dir)
+        end_of_turn = "<|im_end|>"
+
+        def prompt(self, turn):
+            return prompt
+
+        def completion(self, text):
+            return answer
+
+    with pytest.raises(InputError, match=r"rows: row 1: . of . tokens supervised"):
+        rows = data.TrainingData("rows", [{"input": "a", "output": "b"}], "", {})
+        data.completion_dataset(rows, "output", Encoder(), 10)
+
+
+def test_rows_are_grouped_by_length_only_where_lengths_differ():
+    assert data.batch_order([92, 98, 95]) == "random"
+    assert data.batch_order([100, 120, 500]) == "group_by_length"
+
+
+@pytest.fixture
+def prepared(tmp_path, training_files) -> Path:
+    """Data whose preparation was noted, with split seed 7."""
+    for method in METHODS:
+        shutil.copy(training_files[method], tmp_path / f"{method}.jsonl")
+    files = {f"{method}.jsonl": file_sha256(training_files[method]) for method in METHODS}
+    note = {"split_seed": 7, "gold_share": 0.2, "source": {"file": "raw.csv", "sha256": "abc"}, "files": files}
+    (tmp_path / "creditmix_prepared.json").write_text(json.dumps(note))
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_split_of_the_data_is_recorded(method, train, prepared):
+    """Evaluation refuses an adapter of another split, so a wrong record would let training rows into validation."""
+    recorded = json.loads((train(method, "run", "--data", prepared / f"{method}.jsonl") / "run.json").read_text())
+    assert recorded["split_seed"] == recorded["flags"]["split_seed"] == 7
+    assert recorded["sources"] == [{"file": "raw.csv", "sha256": "abc"}]
+    assert recorded["gold_share"] == 0.2
+    with pytest.raises(InputError, match=r"--split_seed 0: .* was prepared with 7; leave the flag out"):
+        train(method, "other", "--data", prepared / f"{method}.jsonl", "--split_seed", 0)
+
+
+def test_the_sources_of_the_adapter_to_continue_from_are_recorded(train, prepared):
+    """A student that was trained in two steps has seen the rows of both."""
+    first = train("sft", "first", "--data", prepared / "sft.jsonl")
+    note = json.loads((prepared / "creditmix_prepared.json").read_text())
+    note |= {"source": {"file": "other.csv", "sha256": "def"}, "gold_share": 0.1}
+    (prepared / "creditmix_prepared.json").write_text(json.dumps(note))
+    flags = ("--adapter", first, "--data", prepared / "dpo.jsonl")
+    recorded = json.loads((train("dpo", "second", *flags, base=False) / "run.json").read_text())
+    assert [source["file"] for source in recorded["sources"]] == ["other.csv", "raw.csv"]
+    assert recorded["gold_share"] == 0.2  # the larger: the first step saw these labels
+
+
+def test_the_note_of_other_data_is_not_used(train, prepared):
+    with open(prepared / "sft.jsonl", "a") as out:
+        out.write('{"input": "Debt: 1", "output": "Good"}\n')
+    with pytest.raises(InputError, match=r"sft\.jsonl: changed since .*creditmix_prepared\.json was written"):
+        train("sft", "run", "--data", prepared / "sft.jsonl")
+    saved = train("sft", "run", "--data", prepared / "sft.jsonl", "--split_seed", 3)
+    recorded = run_json(saved)
+    assert (recorded["split_seed"], recorded["sources"], recorded["gold_share"]) == (3, [None], None)
+
+
+@pytest.mark.parametrize("method", ["kd", "dpo"])
+def test_training_does_not_continue_from_an_adapter_of_another_split(method, train, prepared, sft_adapter, tmp_path):
+    sft_adapter = shutil.copytree(sft_adapter, tmp_path / "sft")
+    record = run_json(sft_adapter)
+    (sft_adapter / "run.json").write_text(json.dumps(record | {"split_seed": 0}))
+    with pytest.raises(InputError, match=r"--adapter .* was trained with --split_seed 0, .* has 7"):
+        train(method, "run", "--adapter", sft_adapter, "--data", prepared / f"{method}.jsonl", base=False)
+
+
+def test_the_data_file_is_hashed_once_in_a_run(train, prepared, monkeypatch):
+    paths = []
+
+    def counted(path):
+        paths.append(Path(path).name)
+        return file_sha256(path)
+
+    for module in (splits, data):
+        monkeypatch.setattr(module, "file_sha256", counted)
+    train("sft", "run", "--data", prepared / "sft.jsonl")
+    assert paths == ["sft.jsonl"]
+
+
+def test_row_sizes_by_hand():
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, -100, 4, 5]},
+        {"input_ids": [1, 2, 9, 4, 5, 6], "labels": [-100, -100, -100, 4, 5, 6]},
+        {"input_ids": [1, 2, 3, 7], "labels": [-100, -100, 3, 7]},
+    ]
+    sizes = data.row_sizes(Dataset.from_list(rows))
+    assert sizes == data.RowSizes((5, 6, 4), answer=3, shared=2)
+    # A single row shares all with itself; what its answer needs is not run separately.
+    assert data.row_sizes(Dataset.from_list(rows[:1])) == data.RowSizes((5,), answer=2, shared=2)

@@ -1,0 +1,159 @@
+"""The flags that trainers share: defaults by the student's size, recipes, ranges, what an adapter decides."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields
+
+import pytest
+from conftest import METHODS, adapter_tensors, assert_same_tensors, refused, row_of, trainer
+
+import dpo_train
+import kd_train
+import sft_train
+from common import InputError, lora_config
+from distil.models import ModelRef
+from distil.training import flags
+from distil.training.data import TrainingData
+from distil.training.flags import TrainOptions, train_options
+
+# Flags that one trainer alone has, and those that two share.
+OWN = {"sft": set(), "kd": {"kd_alpha", "kd_temperature", "adapter"}, "dpo": {"beta", "sft_weight", "adapter"}}
+# What differs on purpose: the data and where it goes; the student, which kd and dpo can take from their adapter; the
+# learning rate that a help text names, since DPO needs smaller steps.
+DIFFERENT = {"student": {"default", "help"}, "data": {"default", "help"}, "save_dir": {"default"}}
+DIFFERENT |= {"learning_rate": {"help"}, "epochs": {"help"}, "batch_size": {"help"}}
+
+
+def parts(action) -> dict:
+    names = ("option_strings", "dest", "nargs", "const", "default", "type", "choices", "help", "required")
+    return {name: getattr(action, name) for name in names} | {"kind": type(action)}
+
+
+def test_trainers_share_their_flags():
+    actions = {name: trainer(name).build_parser()._actions for name in METHODS}
+    shared = {
+        name: [parts(action) for action in flags if action.dest not in OWN[name]] for name, flags in actions.items()
+    }
+    for name in ("kd", "dpo"):
+        assert [flag["dest"] for flag in shared[name]] == [flag["dest"] for flag in shared["sft"]]
+        for ours, theirs in zip(shared["sft"], shared[name], strict=True):
+            unlike = {key for key in ours if ours[key] != theirs[key]}
+            assert unlike <= DIFFERENT.get(ours["dest"], set()), (name, ours["dest"], unlike)
+    unlike = {
+        action["dest"]: {key for key in action if action[key] != other[key]}
+        for action, other in zip(shared["kd"], shared["dpo"], strict=True)
+    }
+    assert {name for name, keys in unlike.items() if keys} == {"data", "save_dir", "learning_rate", "batch_size"}
+    for name, own in OWN.items():
+        assert own <= {action.dest for action in actions[name]}
+
+
+def test_trainers_share_their_recipes():
+    """Defaults that depend on the student's size: KD needs one pass with larger steps, SFT two; DPO takes smaller
+    steps, and a pair of it is two sequences."""
+    assert sft_train.SMALL | {"epochs": 1.0, "learning_rate": 2e-3} == kd_train.SMALL
+    assert sft_train.LARGE == kd_train.LARGE
+    for size in ("SMALL", "LARGE"):
+        sft, dpo = getattr(sft_train, size), getattr(dpo_train, size)
+        assert sft.keys() == dpo.keys()
+        assert {name for name in sft if sft[name] != dpo[name]} <= {"epochs", "learning_rate", "batch_size"}
+        assert dpo["learning_rate"] < sft["learning_rate"]
+
+
+def test_defaults_are_those_of_the_whitepaper():
+    assert sft_train.build_parser().parse_args([]).quantization == "nf4"
+    large = sft_train.LARGE
+    assert (large["lora_r"], large["lora_alpha"], large["lora_dropout"]) == (16, 32, 0.05)
+    assert sft_train.LARGE["batch_size"] == 1
+    config = lora_config()
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(config.target_modules) == projections
+
+
+def options_of(method: str, *flags: str) -> TrainOptions:
+    """The options that a trainer makes of flags, for data without a note."""
+    script = trainer(method)
+    args = script.build_parser().parse_args(list(flags))
+    data = TrainingData(args.data, [], "", {})
+    kind = {"sft": TrainOptions, "kd": kd_train.KdOptions, "dpo": dpo_train.DpoOptions}[method]
+    return train_options(args, script.SMALL, script.LARGE, ModelRef("m", "m", "m"), data, kind)
+
+
+def test_defaults_follow_the_size_and_yield_to_flags(monkeypatch):
+    for parameters, recipe in ((135e6, sft_train.SMALL), (3e9, sft_train.LARGE)):
+        monkeypatch.setattr(flags, "parameter_count", lambda path, parameters=parameters: parameters)
+        options = options_of("sft", "--batch_size", "5")
+        assert {name: getattr(options, name) for name in recipe} == recipe | {"batch_size": 5}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_have_every_flag_and_its_default(method, monkeypatch):
+    monkeypatch.setattr(flags, "parameter_count", lambda path: 135e6)
+    options, parser = options_of(method), trainer(method).build_parser()
+    assert {field.name for field in fields(options)} == {action.dest for action in parser._actions} - {"help"}
+    for field in fields(options):
+        if field.default is not MISSING and field.name != "student":
+            assert field.default == parser.get_default(field.name), field.name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flags_out_of_range_are_refused_all_at_once(method, tmp_path, model_dir):
+    flags = ("--batch_size", 0, "--grad_accum", -1, "--lora_r", 0, "--lora_dropout", 1, "--learning_rate", "nan")
+    flags += ("--save_steps", 0, "--epochs", 0, "--max_memory_gb", 0)
+    message = refused(method, [row_of(method)], tmp_path, model_dir, *flags)
+    names = ("batch_size 0", "grad_accum -1", "lora_r 0", "lora_dropout 1", "learning_rate nan", "epochs 0")
+    for name in (*names, "max_memory_gb 0.0"):
+        assert f"--{name}" in message
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    ("method", "flag"),
+    [("kd", "kd_temperature"), ("kd", "kd_alpha"), ("dpo", "beta"), ("dpo", "sft_weight")]
+    + [(method, flag) for method in METHODS for flag in ("learning_rate", "epochs", "lora_dropout")],
+)
+def test_flags_that_are_not_finite_numbers_are_refused(method, flag, value, tmp_path, model_dir):
+    assert f"--{flag}" in refused(method, [row_of(method)], tmp_path, model_dir, f"--{flag}", value)
+
+
+@pytest.mark.parametrize("flags", [("--kd_alpha", 1.5), ("--kd_alpha", -1), ("--kd_temperature", 0)])
+def test_kd_flags_out_of_range_are_refused(flags, tmp_path, model_dir):
+    assert f"{flags[0]} {float(flags[1])}" in refused("kd", [row_of("kd")], tmp_path, model_dir, *flags)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tracker_that_is_not_installed_is_refused(method, tmp_path, model_dir):
+    assert "--report_to nonsense: not installed here; possible are: none" in refused(
+        method, [row_of(method)], tmp_path, model_dir, "--report_to", "nonsense"
+    )
+
+
+@pytest.mark.parametrize("method", ["kd", "dpo"])
+def test_the_adapter_to_continue_from_is_not_overwritten(method, training_files, sft_adapter):
+    flags = ["--adapter", sft_adapter, "--data", training_files[method], "--save_dir", sft_adapter, "--overwrite"]
+    before = adapter_tensors(sft_adapter)
+    with pytest.raises(InputError, match="choose another --save_dir"):
+        trainer(method).main(flags)
+    assert_same_tensors(before, adapter_tensors(sft_adapter), atol=0)
+
+
+@pytest.mark.parametrize("method", ["kd", "dpo"])
+def test_an_adapter_of_another_base_is_refused(method, tmp_path, model_dir, sft_adapter):
+    argv = (method, [row_of(method)], tmp_path, "some/other-model", "--adapter", sft_adapter)
+    assert f"belongs to {model_dir}, not to --student some/other-model" in refused(*argv)
+    message = refused(method, [row_of(method)], tmp_path, model_dir, "--adapter", model_dir)
+    assert "not an adapter folder" in message
+
+
+@pytest.mark.parametrize("method", ["kd", "dpo"])
+def test_lora_settings_are_those_of_the_adapter_to_continue_from(method, train, sft_adapter):
+    with pytest.raises(InputError, match=r"--lora_r 8: .*sft has 16; leave it out"):
+        train(method, "other", "--adapter", sft_adapter, "--lora_r", 8, base=False)
+    recorded = json.loads((train(method, "same", "--adapter", sft_adapter, base=False) / "run.json").read_text())
+    assert (recorded["flags"]["lora_r"], recorded["flags"]["lora_dropout"]) == (16, 0.1)
+
+
+def test_the_adapters_shape_is_that_of_the_flags(train):
+    config = json.loads((train("sft", "run", "--lora_r", 4, "--lora_alpha", 12) / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 12)

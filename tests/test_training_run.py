@@ -1,0 +1,369 @@
+"""Each trainer complete, on the random two-layer model in NF4 on the CPU: run folder, resume, overwrite, dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import METHODS, adapter_tensors, assert_same_tensors, run_json, trainer
+from safetensors.torch import load_file, save_file
+
+import sft_train
+from common import InputError
+from distil import runs
+from distil.cli import run_script
+from distil.files import file_sha256
+from distil.models import check_model_name, resolve
+from distil.testing import ROOT, load_named
+from distil.training import loss, pairs, run
+
+FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "run.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_curve.json",
+    "training_curve.png",
+}
+# Trains as the script does and kills its own process, without any cleaning up, after step 7.
+KILLED = """
+import importlib, os, signal, sys
+from distil.training import run
+from transformers import TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+original = run.train_and_save
+
+def train_and_save(trainer, *rest):
+    trainer.add_callback(Kill())
+    original(trainer, *rest)
+
+run.train_and_save = train_and_save
+importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+"""
+
+
+def base_weights(model) -> dict[str, torch.Tensor]:
+    """Copies of all that is frozen: embeddings and norms as they are, 4-bit layers dequantised."""
+    import bitsandbytes
+
+    weights = {}
+    for name, module in model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            if ".default" in name or "lora_" in name:
+                continue
+            value = parameter.detach()
+            if isinstance(module, bitsandbytes.nn.Linear4bit) and part == "weight":
+                value = bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+            weights[f"{name}.{part}"] = value.clone()
+    return weights
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "kd_hard", "dpo", "dpo_from_adapter"])
+def test_run_folder(method, train, model_dir, training_files, sft_adapter, monkeypatch):
+    """Exact files, run.json, float32 adapters named `default`; LoRA weights moved and nothing else did."""
+    watched_run = {}
+    original = run.train_and_save
+
+    def watched(trainer, *rest):
+        watched_run["names"] = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+        watched_run["before"] = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
+        watched_run["base"] = base_weights(trainer.model)
+        original(trainer, *rest)
+        watched_run["model"] = trainer.model
+
+    monkeypatch.setattr(run, "train_and_save", watched)
+    script = method.split("_")[0]
+    rows = method if method in training_files else script
+    flags = ["--adapter", sft_adapter] if "adapter" in method else []
+    save_dir = train(script, "run", *flags, rows=rows, base=not flags)
+
+    assert {path.name for path in save_dir.iterdir()} == FILES
+    tensors = adapter_tensors(save_dir)
+    assert tensors and all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert len(tensors) == 2 * 7 * 2  # A and B of seven projections in two layers; no second adapter
+    assert not any("ref" in name for name in tensors)
+    config = json.loads((save_dir / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == resolve(str(save_dir)).base == model_dir
+
+    after = dict(watched_run["model"].named_parameters())
+    assert watched_run["names"] == {name for name in watched_run["before"] if ".default." in name}
+    for name, before in watched_run["before"].items():
+        moved = not torch.equal(before, after[name])
+        assert moved == (".default." in name), name
+        if ".default." in name:  # what is saved is what was trained
+            assert torch.equal(tensors[name.replace(".default", "")], after[name])
+    base = base_weights(watched_run["model"])
+    assert watched_run["base"].keys() == base.keys() and any("embed_tokens" in name for name in base)
+    assert all(torch.equal(watched_run["base"][name], base[name]) for name in base)
+
+    result = run_json(save_dir)
+    assert result["method"] == script
+    assert result["base_model"] == model_dir
+    dests = {action.dest for action in trainer(script).build_parser()._actions} - {"help"}
+    assert set(result["flags"]) == dests and None not in (
+        result["flags"][name] for name in ("learning_rate", "batch_size", "grad_accum", "lora_dropout")
+    )
+    assert result["data"] == {"file": training_files[rows], "sha256": file_sha256(training_files[rows]), "rows": 10}
+    assert result["sources"] and set(result["sources"]) == {None}  # no note next to the data
+    assert (result["split_seed"], result["seed"], result["resumed_from"]) == (None, 0, None)
+    assert {"python", "torch", "transformers", "peft", "trl", "bitsandbytes"} <= set(result["packages"])
+    assert result["machine"]["cpu"] and result["machine"]["cores"] > 0  # times mean nothing without it
+    assert result["metrics"]["steps"] == 4 and result["metrics"]["train_loss"] > 0
+    assert result["wall_seconds"] > 0 and result["memory"]["peak_gb"] > 0 and result["memory"]["device"]
+    curve = json.loads((save_dir / "training_curve.json").read_text())
+    assert curve[0]["step"] == 1 and curve[0]["loss"] > 0
+    check_model_name(str(save_dir))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_adapter_loads_as_it_was_trained(dtype, train):
+    """In the type of computation: for inference in bfloat16 rounded to it."""
+    save_dir = train("sft", "run")
+    model, tokenizer = load_named(str(save_dir), dtype=dtype)
+    loaded = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    assert_same_tensors(
+        {name: p.to(getattr(torch, dtype)) for name, p in adapter_tensors(save_dir).items()}, loaded, atol=0
+    )
+    assert tokenizer.eos_token == "<|im_end|>" != tokenizer.pad_token
+
+
+def test_seed_decides_the_run(train):
+    one, again, other = (train("sft", f"run{i}", "--seed", seed) for i, seed in enumerate((3, 3, 4)))
+    assert_same_tensors(adapter_tensors(one), adapter_tensors(again), atol=0)
+    assert any(not torch.equal(tensor, adapter_tensors(other)[name]) for name, tensor in adapter_tensors(one).items())
+
+
+def test_more_steps_bring_the_loss_down(train, training_files):
+    for method in ("sft", "dpo"):
+        save_dir = train(method, method, "--max_steps", 60, "--learning_rate", "3e-3", "--batch_size", 4)
+        curve = json.loads((save_dir / "training_curve.json").read_text())
+        assert curve[-1]["loss"] < 0.5 * curve[0]["loss"], (method, curve)
+        rates = {entry["step"]: entry["learning_rate"] for entry in curve}
+        assert rates[30] == pytest.approx(3e-3 * (1 - 29 / 60))  # linear, no warm-up
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 1.5), (4, 1, 2.0), (1, 4, 1.0), (8, 2, 0.5)])
+def test_planned_steps_are_the_steps_taken(shape, train, capsys):
+    batch, accumulation, epochs = shape
+    flags = ("--batch_size", batch, "--grad_accum", accumulation, "--epochs", epochs, "--max_steps", 0)
+    train("sft", "run", *flags, "--dry_run")
+    planned = int(capsys.readouterr().out.split("steps")[1].split()[0])
+    assert json.loads((train("sft", "run", *flags) / "run.json").read_text())["metrics"]["steps"] == planned
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "dpo", "dpo_from_adapter"])
+def test_a_resumed_run_equals_an_uninterrupted_one(method, model_dir, training_files, sft_adapter, tmp_path):
+    script = method.split("_")[0]
+    base = ["--adapter", sft_adapter] if "adapter" in method else ["--student", model_dir]
+    flags = [*base, "--data", training_files[script], "--max_steps", "10", "--batch_size", "4", "--save_steps", "3"]
+    flags += ["--warmup_steps", "2", "--learning_rate", "3e-3"]
+    flags += [] if "adapter" in method else ["--lora_dropout", "0.2"]
+    whole, killed = str(tmp_path / "whole"), tmp_path / "killed"
+    assert trainer(script).main([*flags, "--save_dir", whole]) == 0
+
+    flags += ["--save_dir", str(killed)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", KILLED, f"{script}_train", *flags], env=env, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    assert not (killed / "run.json").exists() and not (killed / "adapter_model.safetensors").exists()
+    assert {path.name for path in (killed / "checkpoints").glob("*-*")} == {"checkpoint-3", "checkpoint-6"}
+    with pytest.raises(InputError, match="did not finish"):
+        check_model_name(str(killed))
+    with pytest.raises(InputError, match=r"unfinished run is here; --resume continues it, --overwrite"):
+        trainer(script).main(flags)
+
+    with pytest.raises(InputError, match=r"--resume with other settings: learning_rate \(was 0.003, now 0.001\)"):
+        trainer(script).main([*flags, "--resume", "--learning_rate", "1e-3"])
+
+    # The newest checkpoint was being written when the next kill came.
+    half = killed / "checkpoints" / "checkpoint-9"
+    shutil.copytree(killed / "checkpoints" / "checkpoint-6", half)
+    (half / "trainer_state.json").unlink()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    assert runs.last_checkpoint(str(killed)).endswith("checkpoint-6") and not half.exists()
+
+    assert trainer(script).main([*flags, "--resume"]) == 0
+    assert {path.name for path in killed.iterdir()} == FILES
+    result = run_json(killed)
+    assert result["resumed_from"] == "checkpoint-6" and result["metrics"]["steps"] == 10
+    assert_same_tensors(adapter_tensors(whole), adapter_tensors(killed), atol=1e-6)
+
+
+def test_a_full_disk_is_named_in_the_last_line(train, monkeypatch, capsys):
+    """Not in torch's words, which are of file positions, and without the progress bar drawn again below it."""
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 32704 vs 32596")
+
+    monkeypatch.setattr(loss.CompletionTrainer, "_save_checkpoint", full)
+    monkeypatch.setattr(sys, "argv", ["sft_train.py"])
+    with pytest.raises(SystemExit) as status:
+        run_script(lambda _: train("sft", "run", "--save_steps", 2))
+    assert status.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("sft_train.py: failed: RuntimeError: the disk is full; free some space, then resume")
+
+
+def test_checkpoints_sort_by_number(tmp_path):
+    for step in (900, 1000, 1100):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if step < 1100:
+            (folder / "trainer_state.json").write_text("{}")
+    assert runs.last_checkpoint(str(tmp_path)).endswith("checkpoint-1000")
+    assert runs.last_checkpoint(str(tmp_path / "none")) is None
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("moment", ["training", "saving"])
+def test_what_overwrite_replaces_is_complete_until_the_new_run_is(moment, train, monkeypatch):
+    """Killed or out of disk before that, the old run can still be used, and the new one resumed."""
+    save_dir, flags = train("sft", "run"), ("--seed", 5, "--save_steps", 2)
+    (save_dir / "calibration.json").write_text("{}")
+    old = files_of(save_dir)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        place = {"training": (loss.CompletionTrainer, "_save_checkpoint"), "saving": (run, "plot_curve")}
+        patch.setattr(*place[moment], stop)
+        with pytest.raises(KeyboardInterrupt):
+            train("sft", "run", *flags, "--overwrite")
+    assert files_of(save_dir) == old
+    check_model_name(str(save_dir))
+    with pytest.raises(InputError, match="an unfinished run is here; --resume continues it"):
+        train("sft", "run", *flags)
+    assert_same_tensors(
+        adapter_tensors(train("sft", "run", *flags, "--resume")),
+        adapter_tensors(train("sft", "other", *flags)),
+        atol=0,
+    )
+    assert run_json(save_dir)["seed"] == 5
+    assert not (save_dir / "calibration.json").exists() and not (save_dir / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("changed", ["data_sha256", "adapter_fingerprint", "processes"])
+def test_resume_refuses_other_data_or_start(changed, train, training_files, sft_adapter, tmp_path, monkeypatch):
+    """DPO's frozen reference would be another network than before the kill."""
+    start = Path(shutil.copytree(sft_adapter, tmp_path / "start"))
+    rows = Path(shutil.copy(training_files["dpo"], tmp_path / "dpo.jsonl"))
+    flags = ("--adapter", start, "--data", rows, "--split_seed", 0)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pairs.PairTrainer, "train", stop)
+        train("dpo", "run", *flags, base=False)
+    train("dpo", "run", *flags, "--resume", "--dry_run", base=False)
+    if changed == "processes":
+        monkeypatch.setattr(run, "rank_and_world", lambda: (0, 2))
+    elif changed == "data_sha256":
+        rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
+    else:
+        weights = load_file(start / "adapter_model.safetensors")
+        save_file({name: 2 * weight for name, weight in weights.items()}, start / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=f"--resume with other settings: {changed} "):
+        train("dpo", "run", *flags, "--resume", base=False)
+
+
+def test_run_json_is_written_last(train, monkeypatch, tmp_path):
+    """It is the mark of completeness: a run that dies while saving must not have it."""
+    moved, replace = [], Path.replace
+
+    def counted(path, target):
+        if Path(target).parent == tmp_path / "run":
+            if len(moved) == 2:
+                raise ZeroDivisionError
+            moved.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", counted)
+    with pytest.raises(ZeroDivisionError):
+        train("sft", "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {*moved, "checkpoints"}
+    assert "run.json" not in moved  # checkpoints remain, else the folder would not pass for a run
+    monkeypatch.undo()
+    assert "run.json" in {path.name for path in train("sft", "run", "--resume").iterdir()}
+
+
+def test_a_run_that_is_all_warm_up_is_reported(train, capsys):
+    train("sft", "short", "--warmup_steps", 4)
+    assert "note: all 4 steps are warm-up (--warmup_steps 4)" in capsys.readouterr().err
+    train("sft", "long", "--warmup_steps", 3)
+    assert "warm-up" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_finished_run_is_kept(method, train, training_files, model_dir):
+    save_dir = train(method, "run")
+    before = (save_dir / "adapter_model.safetensors").read_bytes()
+    for flags in ((), ("--resume",)):
+        with pytest.raises(InputError, match="a finished run is here; --overwrite replaces it"):
+            train(method, "run", "--seed", 5, *flags)
+    assert (save_dir / "adapter_model.safetensors").read_bytes() == before
+    train(method, "run", "--seed", 5, "--overwrite")
+    assert run_json(save_dir)["seed"] == 5
+    assert (save_dir / "adapter_model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dry_run_prints_the_plan_and_writes_nothing(method, train, capsys, training_files):
+    save_dir = train(method, "plan", "--dry_run", "--batch_size", 2, "--grad_accum", 2)
+    plan = capsys.readouterr().out
+    assert not save_dir.exists()
+    assert f"rows                 10 from {training_files[method]}" in plan
+    assert "steps                4 of 2 x 2 rows" in plan
+    # r x (in + out) of q 64+64, k and v 64+32, o 64+64, gate and up 64+128, down 128+64, in two layers
+    assert f"trainable parameters {16 * 2 * (128 + 2 * 96 + 128 + 2 * 192 + 192):,} " in plan
+    assert "estimated memory" in plan and f"would write          {save_dir}" in plan
+
+
+def test_a_dry_run_reports_that_the_run_would_be_refused(train, capsys, model_dir, training_files, tmp_path):
+    train("sft", "run")
+    for flags, line in (
+        ([], "would be refused     .*run: a finished run is here"),
+        (["--overwrite", "--max_memory_gb", 0.01], "would be refused     about .* GB needed, 0.0 GB available"),
+    ):
+        capsys.readouterr()
+        argv = [
+            "--student",
+            model_dir,
+            "--data",
+            training_files["sft"],
+            "--save_dir",
+            tmp_path / "run",
+            "--dry_run",
+            *flags,
+        ]
+        assert sft_train.main(list(map(str, argv))) == 2  # as without --dry_run
+        assert re.search(line, capsys.readouterr().out)
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "settings.json").write_text(json.dumps({"learning_rate": 1.0}))
+    assert sft_train.main([*map(str, argv[:-3]), "--resume", "--gradient_checkpointing", "off"]) == 2
+    assert "would be refused     --resume with other settings: " in capsys.readouterr().out
+
+
+def test_resume_without_a_checkpoint_reports_that_it_starts_again(train, capsys):
+    train("sft", "run", "--resume")
+    assert "no checkpoint yet, training starts at the beginning" in capsys.readouterr().err
