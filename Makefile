@@ -17,11 +17,11 @@ DPO := $(if $(FAST),--max_steps 15,--max_steps 6 --warmup_steps 2)
 ROWS := $(if $(FAST),--val_per_class 200 --fit_per_class 150,--val_per_class 100 --fit_per_class 60)
 MINUTES := $(if $(FAST),19 2 2 4,15 3 3 6)
 else
-SFT := --batch_size 8 --learning_rate 1.5e-3 --warmup_steps 10 $(if $(FAST),--max_steps 150,--max_steps 100)
+SFT := --batch_size 8 --learning_rate 1.5e-3 --warmup_steps 20 $(if $(FAST),--max_steps 200,--max_steps 150)
 KD := --batch_size 8 --max_steps 10 --warmup_steps 2
 DPO := --batch_size 4 --max_steps 5 --warmup_steps 2
-ROWS := --val_per_class 100 --fit_per_class 60
-MINUTES := $(if $(FAST),4 1 1 2,8 2 2 4)
+ROWS := --val_per_class 80 --fit_per_class 40 --calibration auto
+MINUTES := $(if $(FAST),5 1 1 2,10 2 2 4)
 endif
 EXAMPLE := Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments
 about = about $(word $(1),$(MINUTES)) min
@@ -56,7 +56,7 @@ demo: .venv/.installed
 	@echo "== 5/6 evaluate on customers that no training saw ($(call about,4))"
 	@$(PY) eval_creditmix.py --model_dir $(STUDENT) $(DEMO)/sft $(DEMO)/kd $(DEMO)/dpo $(ROWS) --fit --keep_base \
 		--baselines --report_dir $(DEMO)/report > $(DEMO)/table.txt
-	@echo "== 6/6 classify one customer"
+	@echo "== 6/6 classify one customer (seconds)"
 	@$(PY) infer_creditmix.py --model_dir $(DEMO)/kd --features "$(EXAMPLE)" > $(DEMO)/answer.json
 	@echo; sed '/^$$/,$$d' $(DEMO)/table.txt; echo; cat $(DEMO)/answer.json
 	@echo; echo "plots: $(DEMO)/report/*/*.png. Serve what was trained:"

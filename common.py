@@ -287,7 +287,7 @@ def form_scores(
     """Return the mean log-probability [rows, forms] of each surface form's tokens after each row (whitepaper, 4.3).
 
     rows, forms: token ids. hidden_of(rows, n): final hidden states [rows, n, hidden] of each row's last n tokens. All
-    forms of one token share one forward; a longer form takes a forward of its own.
+    forms of one token share one forward; a longer form takes a separate one.
     """
     import numpy as np
 
@@ -304,6 +304,23 @@ def form_scores(
     return scores
 
 
+def left_padded(rows: Sequence[list[int]], filler: int, device: Any, start: int = 0) -> dict[str, torch.Tensor]:
+    """Return input_ids, attention_mask and position_ids [rows, tokens] of a forward, with padding on the left.
+
+    rows: token ids. start: tokens of each row whose keys and values are cached; only the mask covers these.
+    """
+    import torch
+
+    width = max(map(len, rows)) - start
+    pads = [width + start - len(row) for row in rows]
+    inputs = {
+        "input_ids": [[filler] * pad + row[start:] for pad, row in zip(pads, rows, strict=True)],
+        "attention_mask": [[1] * start + [0] * pad + [1] * (width - pad) for pad in pads],
+        "position_ids": [[0] * pad + list(range(start, start + width - pad)) for pad in pads],
+    }
+    return {name: torch.tensor(values, device=device) for name, values in inputs.items()}
+
+
 def join_forms(scores: np.ndarray, sizes: Sequence[int], aggregate: str = "max") -> np.ndarray:
     """Join scores of surface forms [N, forms] to scores of labels [N, labels].
 
@@ -318,7 +335,7 @@ def join_forms(scores: np.ndarray, sizes: Sequence[int], aggregate: str = "max")
 
 
 class LabelScorer:
-    """Length-normalised log-likelihood of each label at the assistant start (whitepaper, section 4.3).
+    """Length-normalised log-probability of each label at the assistant start (whitepaper, section 4.3).
 
     forms: {label: surface forms}; several forms of a label are joined by `aggregate`. This is the plain driver: sort
     by length, pad, one forward, mean log-probability. distil.scoring.FastLabelScorer gives the same scores faster.
@@ -349,9 +366,9 @@ class LabelScorer:
         """Return whether a prompt of these token ids and the longest label fit the model's context."""
         return len(prompt) + max(map(len, self.form_ids)) <= self.context
 
-    def raw_scores(self, user_turns: Sequence[str], progress: str | None = None) -> np.ndarray:
+    def raw_scores(self, user_turns: Sequence[str], progress: str | None = None, **more: Any) -> np.ndarray:
         """Return `score` of user turns."""
-        return self.score([self.encoder.prompt(turn) for turn in user_turns], progress)
+        return self.score([self.encoder.prompt(turn) for turn in user_turns], progress, **more)
 
     def score(self, rows: Sequence[list[int]], progress: str | None = None) -> np.ndarray:
         """Return the mean log-probability [N, labels] (float64, natural log) of each label's tokens after each prompt.
@@ -374,18 +391,9 @@ class LabelScorer:
         return self.joined(scores)
 
     def hidden(self, rows: list[list[int]], positions: int) -> torch.Tensor:
-        """Return final hidden states [rows, positions, hidden] of the last `positions` tokens; padding is on the
-        left."""
-        import torch
-
-        width, filler = max(map(len, rows)), self.encoder.tokenizer.pad_token_id
-        pads = [width - len(row) for row in rows]
-        ids = [[filler] * pad + row for pad, row in zip(pads, rows, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
-        places = [[0] * pad + list(range(width - pad)) for pad in pads]
-        ids, mask, places = (torch.tensor(values, device=self.device) for values in (ids, mask, places))
-        output = self.body(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
-        return output.last_hidden_state[:, -positions:]
+        """Return final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
+        inputs = left_padded(rows, self.encoder.tokenizer.pad_token_id, self.device)
+        return self.body(**inputs, use_cache=False).last_hidden_state[:, -positions:]
 
     def check_length(self, rows: Sequence[list[int]]) -> None:
         """Raise InputError where a prompt and a label exceed the context."""

@@ -14,9 +14,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from distil.cli import InputError, add_debug_flag, gold_share, new_parser, run_script, seed_number
 from distil.creditmix.rows import LABELS, CreditRow, balanced_sample, creditmix_prompt, read_creditmix
@@ -25,6 +23,9 @@ from distil.files import check_folder
 from distil.splits import is_gold, split_of, write_parts
 from distil.teachers.gate import gate
 from distil.teachers.tabular import TABULAR
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +51,8 @@ def enrich_standard(
     """Return the sample with `share` of its Standard rows replaced by near misses, the narrowest first.
     Near misses are Standard rows of the pool for which another label is more probable. Class sizes do not change."""
     standard = LABELS.index("Standard")
-    margin = {row: np.delete(probabilities[row], standard).max() - probabilities[row][standard] for row in pool}
+    others = [i for i in range(len(LABELS)) if i != standard]
+    margin = {row: probabilities[row][others].max() - probabilities[row][standard] for row in pool}
     # Each once and in the pool's order: the order of a set would differ from process to process where margins tie.
     near = sorted(dict.fromkeys(row for row in pool if row.label == "Standard" and margin[row] > 0), key=margin.get)
     rows = [row for row in sample if row.label == "Standard"]
@@ -67,6 +69,7 @@ def enrich_standard(
 
 
 def show_counts(title: str, rows: Sequence[CreditRow]) -> None:
+    """Print the number of rows, in total and of each label."""
     counts = Counter(row.label for row in rows)
     print(f"{title:<34}{len(rows):>7}  " + "  ".join(f"{label} {counts[label]}" for label in LABELS))
 
@@ -94,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cleaned {count:>6} x {text}")
     if anonymous := sum(row.customer == row.features for row in rows):
         risk = "rows of one person may be on both sides of the split, and all figures too good"
-        print(f"note: {anonymous} rows name no customer, each text counts as one: {risk}", file=sys.stderr)
+        print(f"note: {anonymous} rows have no customer id, each text counts as a customer: {risk}", file=sys.stderr)
     show_counts("rows with a label", rows)
     seed = args.split_seed
     for split in ("train", "calibration", "validation"):

@@ -31,9 +31,10 @@ class Finding(Exception):
 
 
 def check_packages(student: str) -> str:
+    """Compare the installed packages with requirements.txt."""
     pins = re.findall(r"(?m)^([\w.-]+)==(\S+)", Path(__file__).with_name("requirements.txt").read_text())
-    versions = [(name, version(name).split("+")[0], wanted) for name, wanted in pins]
-    if wrong := ", ".join(f"{name} {found} (tested: {wanted})" for name, found, wanted in versions if found != wanted):
+    versions = [(name, version(name).split("+")[0], pin) for name, pin in pins]
+    if wrong := ", ".join(f"{name} {number} (tested: {pin})" for name, number, pin in versions if number != pin):
         raise Finding(wrong, INSTALL)
     return f"as in requirements.txt, Python {platform.python_version()}"
 
@@ -74,6 +75,7 @@ def check_4bit(student: str) -> str:
 
 
 def check_memory(student: str) -> str:
+    """Return the main memory. Raise Finding where it is too small to train."""
     import psutil
 
     total, wsl = psutil.virtual_memory().total / 1e9, "microsoft" in platform.release().lower()
@@ -96,6 +98,7 @@ def check_disk(student: str) -> str:
 
 
 def check_model(student: str) -> str:
+    """Check that the student exists. Raises InputError."""
     resolve(student)
     return student
 

@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     only_one("making pairs")
     check_flags(args)
-    note = unchanged_preparation(args.input)
     rows = read_jsonl(args.input, () if args.task == "code" else ("input", "output"))
-    options, ref = teacher_options(args, PairOptions), resolve(args.model_dir)
+    options, ref = teacher_options(vars(args), PairOptions), resolve(args.model_dir)
+    note = unchanged_preparation(args.input, options.input_sha256)
     if args.task == "label":
         file, prompts = None, [row["input"] for row in rows]
         pairs = label_pairs(rows, ref, options)

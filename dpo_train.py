@@ -11,11 +11,12 @@ is off whatever --lora_dropout says, as TRL has it: policy and reference must be
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass, replace
 
 from common import InputError, PromptEncoder
 from distil.cli import new_parser, run_script
-from distil.models import load, resolve_student
+from distil.models import resolve_student
 from distil.runs import claim_run_dir
 from distil.training.data import RowSizes, TrainingData, load_tokenizer, read_data
 from distil.training.flags import ABOVE_0, AT_LEAST_0, LORA, TrainOptions, add_training_flags, train_options
@@ -69,24 +70,18 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run:
         claim_run_dir(args.save_dir, args.overwrite, args.resume)
     ref = resolve_student(args.student, args.adapter)
-    options = train_options(args, SMALL, LARGE, ref, data, DpoOptions)
+    options = train_options(vars(args), SMALL, LARGE, ref, data, DpoOptions)
 
-    from distil.training import memory, pairs, run
+    from distil.training import pairs, run
 
     encoder = PromptEncoder(load_tokenizer(ref.path))
     examples, sizes = preference_examples(data, encoder, options.max_length)
     sizes = replace(sizes, prompt_once=pairs.prompts_pay(ref.path, examples))
-    options, estimate = memory.fit_to_memory(ref, options, sizes)
-    if options.dry_run:
-        return run.print_plan(options, ref, data, sizes, estimate)
-    memory.check_memory(ref, options, estimate)
-    model, tokenizer = load(ref, options.load, trainable=True)
     losses = {"loss_type": ["sigmoid"], "beta": options.beta}
     if options.sft_weight:
         losses |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, options.sft_weight]}
-    trainer = pairs.pair_trainer(options, model, tokenizer, examples, sizes, losses)
-    run.train_and_save(trainer, "dpo", options, ref, data, estimate)
-    return 0
+    build = functools.partial(pairs.pair_trainer, examples=examples, sizes=sizes, losses=losses)
+    return run.plan_and_train("dpo", options, ref, data, sizes, build)
 
 
 if __name__ == "__main__":

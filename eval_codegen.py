@@ -1,7 +1,7 @@
 """Measure models on Python tasks: pass@k, share that parses and tokens written, directly and with a plan first.
 
 Reads HumanEval and MBPP as they are published, and {"prompt", "tests"}. Every answer is run with its tests in a
-sandbox (sandbox.py says how it is closed off). pass@k is the unbiased estimator of Chen et al. 2021, section 2.1.
+sandbox (distil/codegen/sandbox.py). pass@k is the unbiased estimator of Chen et al. 2021, section 2.1.
 
     python eval_codegen.py --model_dir smollm2-135m runs/codegen_sft --data data/codegen_validation.jsonl
 """
@@ -9,27 +9,25 @@ sandbox (sandbox.py says how it is closed off). pass@k is the unbiased estimator
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil import cli
+from distil.cli import InputError, with_interval
 from distil.codegen.coder import Coder, add_codegen_flags, codegen_options
 from distil.codegen.judge import pass_at_k
 from distil.codegen.sandbox import SECONDS, isolation, run_programs
 from distil.codegen.tasks import Task, read_tasks
-from distil.files import check_folder, file_sha256, write_json, write_jsonl
+from distil.files import check_folder, file_sha256, write_jsonl
 from distil.models import resolve
 from distil.processes import only_one
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     add = parser.add_argument_group("models and tasks").add_argument
     add("--model_dir", nargs="+", default=[], help="one or more of: base model, model folder, adapter folder")
     add("--references", action="store_true", help="run the tasks' own solutions, which must all pass, and stop")
@@ -39,17 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--n", type=int, default=1, help="answers to each task (%(default)s)")
     add("--k", type=int, nargs="+", default=[1], help="of pass@k, each at most --n (%(default)s)")
     add("--seconds", type=float, default=SECONDS, help="an answer and its tests may run (%(default)s)")
-    add = parser.add_argument_group("report").add_argument
-    add("--bootstrap", type=int, default=2000, help="resamples of tasks for the intervals (%(default)s)")
-    add("--report_dir", help="write metrics.json and every answer with what became of it")
-    add("--json", action="store_true", help="print metrics.json instead of the table")
+    cli.add_report_flags(parser, "tasks", 2000)
     add_codegen_flags(parser)
-    add_debug_flag(parser)
+    cli.add_debug_flag(parser)
     return parser
 
 
 def measure(lines: list[dict], n: int, ks: Sequence[int], resamples: int) -> dict[str, Any]:
     """Return metrics of `n` answers to each task, in order; intervals: 95 % percentile bootstrap over tasks."""
+    import numpy as np
+
     outcomes = np.array([line["passed"] for line in lines]).reshape(-1, n)
     tasks = len(outcomes)
     weights = np.random.default_rng(0).multinomial(tasks, np.full(tasks, 1 / tasks), size=resamples) / tasks
@@ -63,7 +60,7 @@ def measure(lines: list[dict], n: int, ks: Sequence[int], resamples: int) -> dic
 
 
 def answer_all(coder: Coder, tasks: list[Task], mode: str, seconds: float, title: str) -> tuple[list[dict], float]:
-    """Return one line per answer, with what became of it, and the seconds that writing one took.
+    """Return one line per answer, with the outcome of its tests, and the seconds that writing one took.
     seconds: wall time of an answer and its tests."""
     samples, start = [task for task in tasks for _ in range(coder.options.n)], time.perf_counter()
     answers = coder.answers([task.prompt for task in samples], mode == "plan", title)
@@ -89,25 +86,25 @@ def check_references(tasks: list[Task], source: str, seconds: float) -> int:
 
 def print_table(results: list[dict], ks: Sequence[int], out: Any) -> None:
     """Print pass@k with intervals, one line per model and mode."""
-    tasks, n, width = results[0]["tasks"], results[0]["n"], max(len(result["model"]) for result in results)
-    heads = "".join(f"{f'pass@{k}':<24}" for k in ks)
-    print(f"{tasks} tasks, {n} answers each; 95 % intervals by bootstrap of tasks", file=out)
-    print(f"{'model':<{width}}  {'mode':<8}{heads}parses  tokens  seconds an answer", file=out)
+    table = [["model", "mode", *(f"pass@{k}" for k in ks), "parses", "tokens", "seconds an answer"]]
     for r in results:
-        values = [(r[f"pass@{k}"], *r[f"pass@{k}_interval_95"]) for k in ks]
-        cells = "".join(f"{value:.4f} [{low:.4f}, {high:.4f}] " for value, low, high in values)
-        last = f"{r['parse_rate']:.3f}   {r['tokens']:<8.1f}{r['seconds_per_answer']:.2f}"
-        print(f"{r['model']:<{width}}  {r['mode']:<8}{cells}{last}", file=out)
+        cells = [with_interval(r[f"pass@{k}"], r[f"pass@{k}_interval_95"]) for k in ks]
+        cells += [f"{r['parse_rate']:.3f}", f"{r['tokens']:.1f}", f"{r['seconds_per_answer']:.2f}"]
+        table.append([r["model"], r["mode"], *cells])
+    tasks, n = results[0]["tasks"], results[0]["n"]
+    print(f"{tasks} tasks, {n} answers each; 95 % intervals by bootstrap of tasks", file=out)
+    cli.print_columns(table, out)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     only_one("evaluation of code")
-    codegen = codegen_options(args)
+    codegen = codegen_options(vars(args))
     if not all(1 <= k <= args.n for k in args.k):
         raise InputError(f"--k {args.k}: each from 1 to --n {args.n}")
-    if args.bootstrap < 1 or args.seconds <= 0 or (args.limit is not None and args.limit < 1):
-        raise InputError("--bootstrap and --limit are at least 1, --seconds above 0")
+    cli.check_at_least_one(vars(args), "limit", "bootstrap")
+    if args.seconds <= 0:
+        raise InputError("--seconds is above 0")
     if bool(args.model_dir) == args.references:
         raise InputError("give either --model_dir or --references")
     if args.report_dir:
@@ -132,17 +129,12 @@ def main(argv: list[str] | None = None) -> int:
     data = {"file": args.data, "sha256": file_sha256(args.data), "tasks": len(tasks)}
     summary = {"data": data, "temperature": codegen.temperature, "models": results}
     print_table(results, args.k, sys.stderr if args.json else sys.stdout)
-    if args.report_dir:
-        folder = Path(args.report_dir)
-        for number, (result, lines) in enumerate(measured):
-            name = f"{number}_{Path(result['model']).resolve().name}_{result['mode']}.jsonl"
-            write_jsonl(folder / name, lines)
-        write_json(folder / "metrics.json", summary)
-        print(f"report written to {folder}", file=sys.stderr)
-    if args.json:
-        print(json.dumps(summary))
+    for number, (result, lines) in enumerate(measured) if args.report_dir else ():
+        name = f"{number}_{Path(result['model']).resolve().name}_{result['mode']}.jsonl"
+        write_jsonl(Path(args.report_dir) / name, lines)
+    cli.finish_report(summary, args.report_dir, args.json)
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

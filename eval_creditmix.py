@@ -9,17 +9,17 @@ probabilities are measured as well as labels, and `--fit` finds bias and tempera
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from distil.calibration import FIT_BIAS
-from distil.cli import InputError, add_debug_flag, gold_share, new_parser, run_script, seed_number
-from distil.creditmix.evaluation import EvalOptions, check_fitted, check_training, draw_samples, evaluate_model, usable
+from distil import cli
+from distil.calibration import FIT_BIAS, check_fitted
+from distil.cli import InputError
+from distil.creditmix.evaluation import EvalOptions, check_training, draw_samples, evaluate_model, usable
 from distil.creditmix.metrics import BASELINES, ROW_BY_ROW, add_differences, baselines
 from distil.creditmix.model import add_credit_flags, credit_options
-from distil.creditmix.report import print_tables, write_report
+from distil.creditmix.report import print_tables, write_predictions
 from distil.creditmix.rows import read_creditmix
 from distil.files import check_folder, file_sha256
 from distil.models import resolve
@@ -27,13 +27,13 @@ from distil.processes import rank_and_world
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     add = parser.add_argument_group("models and data").add_argument
     add("--model_dir", nargs="+", required=True, help="base ids, model folders or adapter folders, side by side")
     add("--data", default="data/creditmix_dataset.json", help="raw rows, as for creditmix_prepare.py (%(default)s)")
     add("--val_per_class", type=int, help="validation rows a class (default: as many as the rarest class has)")
     add("--val_frac", type=float, help="or: share of all rows to validate on, balanced; at most 0.3 (validation part)")
-    add("--seed", type=seed_number, default=0, help="of the sample and the bootstrap (%(default)s)")
+    add("--seed", type=cli.seed_number, default=0, help="of the sample and the bootstrap (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the training's own (%(default)s)")
     add = parser.add_argument_group("calibration").add_argument
     fit = "fit bias and temperature on calibration rows, write calibration.json; auto: the simplest near the best"
@@ -42,18 +42,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fit_bias", choices=tuple(FIT_BIAS), default="likelihood", help=bias)
     add("--fit_per_class", type=int, default=300, help="calibration rows a class at most (%(default)s)")
     add("--keep_base", action="store_true", help="with --fit: store calibrations of adapters only, as a demo should")
-    usable = "share of customers whose label --fit and --baselines may use (%(default)s)"
-    add("--gold_share", type=gold_share, default=1.0, help=usable)
-    add = parser.add_argument_group("report").add_argument
+    share = "share of customers whose label --fit and --baselines may use (%(default)s)"
+    add("--gold_share", type=cli.gold_share, default=1.0, help=share)
+    add = cli.add_report_flags(parser, "customers", 1000)
     add("--baselines", action="store_true", help=f"add {', '.join(BASELINES)}")
     add("--reference", help="compare the others with this model, row by row (default: gradient boosting or the first)")
-    add("--report_dir", help="write metrics.json, predictions.jsonl and plots there")
-    add("--bootstrap", type=int, default=1000, help="resamples for the 95 %% intervals (%(default)s)")
     add("--verbose", action="store_true", help="print differences and each model's report and confusion matrix too")
-    add("--json", action="store_true", help="print one JSON object on standard output, all else on standard error")
     add_credit_flags(parser)
     parser.set_defaults(calibration=None)
-    add_debug_flag(parser)
+    cli.add_debug_flag(parser)
     return parser
 
 
@@ -61,8 +58,7 @@ def check_flags(args: argparse.Namespace, names: list[str]) -> None:
     """Raise InputError for values that do not fit together. names: of all models, with baselines."""
     if args.val_per_class and args.val_frac:
         raise InputError("give --val_per_class or --val_frac, not both")
-    if (args.val_per_class is not None and args.val_per_class < 1) or args.bootstrap < 1 or args.fit_per_class < 1:
-        raise InputError("--val_per_class, --fit_per_class and --bootstrap are at least 1")
+    cli.check_at_least_one(vars(args), "val_per_class", "fit_per_class", "bootstrap")
     if args.val_frac is not None and not 0 < args.val_frac <= 0.3:
         raise InputError("--val_frac is a share above 0 and at most 0.3, the validation part")
     if args.reference and args.reference not in names:
@@ -75,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     names = args.model_dir + (BASELINES if args.baselines else [])
     check_flags(args, names)
-    scoring = replace(credit_options(args), calibration=args.calibration or ("fitted" if args.fit else "auto"))
+    scoring = replace(credit_options(vars(args)), calibration=args.calibration or ("fitted" if args.fit else "auto"))
     refs = [resolve(name) for name in args.model_dir]
     rows, _ = read_creditmix(args.data)
     same = {field.name: getattr(args, field.name) for field in fields(EvalOptions) if field.name in args}
@@ -83,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     for ref in refs:
         check_training(ref, options)
         if not options.fit and options.scoring.calibration not in ("none", "contextual"):
-            check_fitted(ref, options)
+            check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share)
     validation, calibration, train = draw_samples(rows, options)
     customers = len({row.customer for row in calibration})
     if options.fit and options.scoring.calibration != "auto" and customers < 100:
@@ -104,12 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     compare = args.verbose or args.reference is not None
     print_tables(results, validation, sys.stderr if args.json else sys.stdout, args.verbose, compare)
     if args.report_dir:
-        write_report(results, validation, summary, Path(args.report_dir))
-        print(f"report written to {args.report_dir}", file=sys.stderr)
-    if args.json:
-        print(json.dumps(summary))
+        write_predictions(results, validation, Path(args.report_dir))
+    cli.finish_report(summary, args.report_dir, args.json)
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

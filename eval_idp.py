@@ -9,7 +9,6 @@ fits best; an invention is a value that is not in the document. Works for any sc
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import defaultdict
@@ -17,29 +16,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distil.cli import InputError, add_debug_flag, new_parser, run_script
-from distil.files import check_folder, file_sha256, read_jsonl, write_json, write_jsonl
+from distil import cli
+from distil.cli import InputError, with_interval
+from distil.files import check_folder, file_sha256, read_jsonl, write_jsonl
+from distil.idp import extractor
 from distil.idp.documents import document_of, expected_of
-from distil.idp.extractor import ExtractOptions, Extractor, add_extraction_flags, extract_options
+from distil.idp.extractor import Compiled, ExtractOptions, Extractor
 from distil.idp.values import measure
 from distil.models import ModelRef, resolve
 from distil.processes import only_one
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     add = parser.add_argument_group("models and documents").add_argument
     add("--model_dir", nargs="+", required=True, help="one or more of: base model, model folder, adapter folder")
     fields = 'JSONL of {"document"|"input", "expected"|"output"} (%(default)s)'
     add("--data", default="data/idp_validation.jsonl", help=fields)
     add("--limit", type=int, help="only the first LIMIT documents")
     add("--by", metavar="FIELD", help="also measure groups by this field of the lines, such as layout")
-    add = parser.add_argument_group("report").add_argument
-    add("--bootstrap", type=int, default=2000, help="resamples of documents for the intervals (%(default)s)")
-    add("--report_dir", help="write metrics.json and each model's predictions.jsonl")
-    add("--json", action="store_true", help="print metrics.json instead of tables")
-    add_extraction_flags(parser)
-    add_debug_flag(parser)
+    cli.add_report_flags(parser, "documents", 2000)
+    extractor.add_extraction_flags(parser)
+    cli.add_debug_flag(parser)
     return parser
 
 
@@ -54,17 +52,17 @@ def read_documents(path: str, limit: int | None) -> list[dict]:
 
 
 def evaluate_model(
-    model: ModelRef, rows: Sequence[dict], options: ExtractOptions, by: str | None, resamples: int
+    ref: ModelRef, rows: Sequence[dict], options: ExtractOptions, compiled: Compiled, by: str | None, resamples: int
 ) -> tuple[dict, list[dict]]:
-    """Return (metrics, answers) of one model."""
+    """Return (metrics, answers) of one model. compiled: the schema, of `compile_for`; by: a field to group rows by."""
     from tqdm import tqdm
 
-    extractor, answers = Extractor.load(model, options), []
+    model, answers = Extractor.load(ref, options, compiled), []
     start, size = time.perf_counter(), 4 * options.batch_size
-    for first in tqdm(range(0, len(rows), size), desc=model.name, unit="batch", file=sys.stderr):
-        answers += extractor.extract([row["document"] for row in rows[first : first + size]])
+    for first in tqdm(range(0, len(rows), size), desc=ref.name, unit="batch", file=sys.stderr):
+        answers += model.extract([row["document"] for row in rows[first : first + size]])
     seconds = (time.perf_counter() - start) / len(rows)
-    result = {"model": model.name, "seconds_per_document": round(seconds, 3)}
+    result = {"model": ref.name, "seconds_per_document": round(seconds, 3)}
     result |= measure(rows, answers, options.schema, resamples)
     if by:
         groups = defaultdict(list)
@@ -77,62 +75,47 @@ def evaluate_model(
 
 def print_tables(results: list[dict], by: str | None, out: Any) -> None:
     """Print F1 of each field and the totals, models side by side."""
-    names = [result["model"] for result in results]
-    paths = list(dict.fromkeys(path for result in results for path in result["fields"]))
-    widths = [max(len(path) for path in [*paths, "seconds a document"]), *(max(len(name), 21) for name in names)]
-
-    def line(title: str, cells: list[str]) -> None:
-        row = zip([title, *cells], widths, strict=True)
-        print("  ".join(f"{cell:<{width}}" for cell, width in row).rstrip(), file=out)
-
-    def interval(value: float, low_high: Sequence[float]) -> str:
-        return f"{value:.3f} [{low_high[0]:.3f}, {low_high[1]:.3f}]"
-
-    print(f"{results[0]['documents']} documents; F1 with 95 % intervals by bootstrap of documents", file=out)
-    line("field", names)
-    for path in paths:
+    table = [["field", *(result["model"] for result in results)]]
+    for path in dict.fromkeys(path for result in results for path in result["fields"]):
         cells = [r["fields"].get(path) for r in results]
-        line(path, [interval(c["f1"], c["interval_95"]) if c else "-" for c in cells])
-    line("all fields", [interval(r["f1"], r["f1_interval_95"]) for r in results])
-    line("mean of fields", [f"{r['macro_f1']:.3f}" for r in results])
+        table.append([path, *(with_interval(c["f1"], c["interval_95"], ".3f") if c else "-" for c in cells)])
+    table.append(["all fields", *(with_interval(r["f1"], r["f1_interval_95"], ".3f") for r in results)])
+    table.append(["mean of fields", *(f"{r['macro_f1']:.3f}" for r in results)])
     for key in ("valid", "truncated", "exact", "invention_rate"):
-        line(key.replace("_", " "), [f"{r[key]:.3f}" for r in results])
-    line("seconds a document", [f"{r['seconds_per_document']:.2f}" for r in results])
-    if by:
-        line(f"all fields, by {by}", [""] * len(results))
-        for group, part in results[0]["by"].items():
-            cells = [r["by"][group] for r in results]
-            line(f"  {group} ({part['documents']})", [interval(c["f1"], c["f1_interval_95"]) for c in cells])
+        table.append([key.replace("_", " "), *(f"{r[key]:.3f}" for r in results)])
+    table.append(["seconds a document", *(f"{r['seconds_per_document']:.2f}" for r in results)])
+    table += [[f"all fields, by {by}"]] if by else []
+    for group, part in results[0]["by"].items() if by else ():
+        cells = [with_interval(r["by"][group]["f1"], r["by"][group]["f1_interval_95"], ".3f") for r in results]
+        table.append([f"  {group} ({part['documents']})", *cells])
+    print(f"{results[0]['documents']} documents; F1 with 95 % intervals by bootstrap of documents", file=out)
+    cli.print_columns(table, out)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     only_one("evaluation of documents")
-    if args.bootstrap < 1 or (args.limit is not None and args.limit < 1):
-        raise InputError("--bootstrap and --limit are at least 1")
+    cli.check_at_least_one(vars(args), "limit", "bootstrap")
     if args.report_dir:
         check_folder(args.report_dir)
     rows = read_documents(args.data, args.limit)
     if args.by and not any(args.by in row for row in rows):
         raise InputError(f"--by {args.by}: no line of {args.data} has it")
-    options = extract_options(args)
-    models = [resolve(name) for name in args.model_dir]
-    measured = [evaluate_model(model, rows, options, args.by, args.bootstrap) for model in models]
+    options = extractor.extract_options(vars(args))
+    refs = [resolve(name) for name in args.model_dir]
+    compiled = {path: extractor.compile_for(path, options) for path in dict.fromkeys(ref.path for ref in refs)}
+    measured = [evaluate_model(ref, rows, options, compiled[ref.path], args.by, args.bootstrap) for ref in refs]
     results = [result for result, _ in measured]
     data = {"file": args.data, "sha256": file_sha256(args.data), "documents": len(rows)}
     schema = {"file": options.schema_name, "sha256": options.schema_sha256}
     summary = {"data": data, "schema": schema, "models": results}
     print_tables(results, args.by, sys.stderr if args.json else sys.stdout)
-    if args.report_dir:
-        for number, (result, answers) in enumerate(measured):
-            folder = Path(args.report_dir) / f"{number}_{Path(result['model']).resolve().name}"
-            write_jsonl(folder / "predictions.jsonl", (r | a for r, a in zip(rows, answers, strict=True)))
-        write_json(Path(args.report_dir) / "metrics.json", summary)
-        print(f"report written to {args.report_dir}", file=sys.stderr)
-    if args.json:
-        print(json.dumps(summary))
+    for number, (result, answers) in enumerate(measured) if args.report_dir else ():
+        folder = Path(args.report_dir) / f"{number}_{Path(result['model']).resolve().name}"
+        write_jsonl(folder / "predictions.jsonl", (r | a for r, a in zip(rows, answers, strict=True)))
+    cli.finish_report(summary, args.report_dir, args.json)
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -1,8 +1,8 @@
 """Merge an adapter into its base and save a plain model folder, which any program that reads such folders can load.
 
 Departures from merging in place: the base is loaded in bf16, never in NF4 (a merge into 4-bit weights rounds the
-adapter away); the folder is loaded again and scores a sample beside the adapter it came from, so that what the export
-changed is known. Without a GPU of its size set CUDA_VISIBLE_DEVICES= to do it on the CPU.
+adapter away); the folder is loaded again and scores a sample, as the adapter does, to measure what the export changed.
+Where the base does not fit the GPU, CUDA_VISIBLE_DEVICES= exports on the CPU.
 
     python export_adapter.py --model_dir runs/creditmix_sft --save_dir runs/creditmix_sft_merged
 """
@@ -15,9 +15,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from common import InputError, PromptEncoder
 from distil.cli import add_debug_flag, new_parser, run_script
@@ -26,6 +24,9 @@ from distil.models import LoadOptions, ModelRef, load, model_fingerprint, resolv
 from distil.processes import only_one
 from distil.runs import run_record
 from distil.scoring import FastLabelScorer
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FIELDS = ("input|prompt", "output|teacher_output|chosen")  # of the data of any of the trainers
 MOST_LABELS = 10  # a sample with at most this many different answers is a label task; others are compared by NLL
@@ -60,6 +61,8 @@ def read_sample(ref: ModelRef, sample: str | None, count: int) -> list[tuple[str
 
 def sample_scores(ref: ModelRef, quantization: str, rows: list[tuple[str, str]], batch_size: int) -> np.ndarray:
     """Return the mean log-probability per token of the sample's labels [N, labels], or of each own answer [N, 1]."""
+    import numpy as np
+
     gc.collect()  # of the model before, which may be in a circle
     model, tokenizer = load(ref, LoadOptions(quantization, "bfloat16"))
     encoder, answers = PromptEncoder(tokenizer), sorted({answer for _, answer in rows})
@@ -101,7 +104,7 @@ def compare(ref: ModelRef, merged: str, rows: list[tuple[str, str]], batch_size:
         report["rows"] = len(rows)
         for name, quantization in (("bf16", "none"), ("NF4", "nf4")):
             before = sample_scores(ref, quantization, rows, batch_size)
-            gap = np.abs(after - before)
+            gap = abs(after - before)
             change = {"largest": float(gap.max()), "mean": float(gap.mean())}
             if after.shape[1] > 1:
                 change["same_label"] = float((before.argmax(axis=1) == after.argmax(axis=1)).mean())

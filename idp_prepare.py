@@ -1,4 +1,4 @@
-"""Prepare documents with known answers for training and evaluation: SFT rows and a validation file, split by a group.
+"""Prepare documents with answers for training and evaluation: SFT rows and a validation file, split by a group.
 
 Answers are brought into the schema's form first: keys in its order, numbers as numbers ("RM 1,007.50" -> 1007.5), an
 empty text as null where the schema allows null. Documents of one group (a vendor, a company) stay on one side.
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         for text in (document, *sorted(copies)):
             parts[part].append({"input": idp_prompt(text), "output": compact_json(answer)})
-    note = {name: getattr(args, name) for name in ("split_seed", "val_share", "broken_copies")}
+    note = {name: vars(args)[name] for name in ("split_seed", "val_share", "broken_copies")}
     write_parts(args.outdir, "idp", parts, args.src, note)
     print("groups: " + ", ".join(f"{len(names)} in {part}" for part, names in groups.items()), file=sys.stderr)
     return 0

@@ -13,15 +13,14 @@ import functools
 import sys
 from pathlib import Path
 
-from distil.batch import check_files, failed_line, parse_line, run_file
+from distil import batch
 from distil.cli import InputError, add_debug_flag, new_parser, run_script
 from distil.codegen.coder import Coder, add_codegen_flags, codegen_options
 from distil.codegen.judge import first_passing
 from distil.codegen.sandbox import SECONDS
 from distil.codegen.tasks import flaw_of_tests
 from distil.files import file_sha256, read_text
-from distil.models import model_fingerprint, resolve
-from distil.processes import only_one
+from distil.models import resolve
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,13 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model and task").add_argument
     add("--model_dir", required=True, help="base model id, model folder or adapter folder")
     add("--prompt", help="the task, or - for standard input")
-    add("--input", help='JSONL of {"prompt"} (or {"input"}), with "tests" where there are any')
-    add("--output", help='JSONL to write: each input object with "code" and "parses" added, in the same order')
-    add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's .part file")
+    output = 'JSONL to write: each input object with "code" and "parses" added, in the same order'
+    batch.add_file_flags(add, 'JSONL of {"prompt"} (or {"input"}), with "tests" where there are any', output)
     add = parser.add_argument_group("stages and tests").add_argument
     add("--plan_then_code", action="store_true", help="a first stage writes a plan, a second one the code")
     add("--n", type=int, default=1, help="answers to write for each task (%(default)s)")
-    tests = "Python that raises where an answer is wrong; the first that passes is kept; functions must be called"
+    tests = "Python that raises where an answer is wrong; the first that passes is printed; functions must be called"
     add("--tests", metavar="FILE", help=tests)
     add("--seconds", type=float, default=SECONDS, help="an answer and its tests may run, each time (%(default)s)")
     add_codegen_flags(parser)
@@ -57,17 +55,17 @@ def solve(coder: Coder, tasks: list[tuple[str, list[str]]], plan: bool, seconds:
 def work_lines(coder: Coder, plan: bool, default: list[str], seconds: float, lines: list[str]) -> list[dict]:
     """Return the output object of each input line, in order. default: tests of lines without their own."""
     rows, tasks = [], {}
-    for i, (row, prompt) in enumerate(parse_line(line, ("prompt", "input")) for line in lines):
+    for i, (row, prompt) in enumerate(batch.parse_line(line, ("prompt", "input")) for line in lines):
         tests = row.get("tests", default)
         tests = [tests] if isinstance(tests, str) else tests
         if prompt is None:
             pass  # its error is in the row
         elif not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-            row = failed_line(row, "bad_tests", '"tests" is a list of strings or one string')
+            row = batch.failed_line(row, "bad_tests", '"tests" is a list of strings or one string')
         elif tests and (problem := flaw_of_tests(tests)):
-            row = failed_line(row, "bad_tests", problem)
+            row = batch.failed_line(row, "bad_tests", problem)
         elif not coder.fits(prompt, plan):
-            row = failed_line(row, "too_long", "the prompt does not fit the model's context")
+            row = batch.failed_line(row, "too_long", "the prompt does not fit the model's context")
         else:
             tasks[i] = (prompt, tests)
         rows.append(row)
@@ -75,17 +73,14 @@ def work_lines(coder: Coder, plan: bool, default: list[str], seconds: float, lin
         answer.pop("tokens")
         rows[i] |= answer
         if answer.get("problems"):
-            rows[i] = failed_line(rows[i], "no_pass", f"none of {coder.options.n} answers passed")
+            rows[i] = batch.failed_line(rows[i], "no_pass", f"none of {coder.options.n} answers passed")
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if (args.prompt is None) == (args.input is None) or (args.input is None) != (args.output is None):
-        raise InputError("give either --prompt, or --input and --output")
-    codegen = codegen_options(args)
-    if args.prompt is not None:
-        only_one("--prompt")
+    batch.check_one_or_file(vars(args), "prompt")
+    codegen = codegen_options(vars(args))
     if args.seconds <= 0:
         raise InputError("--seconds is above 0")
     tests = [read_text(args.tests)] if args.tests else []
@@ -95,16 +90,15 @@ def main(argv: list[str] | None = None) -> int:
     if prompt is not None and not prompt.strip():
         raise InputError("--prompt is empty")
     source, output = Path(args.input or ""), Path(args.output or "")
-    total = check_files(source, output, args.overwrite) if args.input else 0
+    total = batch.check_files(source, output, args.overwrite) if args.input else 0
     ref = resolve(args.model_dir)
     coder = Coder.load(ref, codegen)
     if prompt is None:
-        settings = {name: value for name, value in vars(args).items() if name not in ("overwrite", "debug")}
-        settings |= {"model": model_fingerprint(ref), "temperature": codegen.temperature}
+        settings = batch.file_settings(vars(args), ref) | {"temperature": codegen.temperature}
         settings |= {"tests_sha256": file_sha256(args.tests)} if args.tests else {}
         chunk = max(1, 4 * args.batch_size // args.n)
         work = functools.partial(work_lines, coder, args.plan_then_code, tests, args.seconds)
-        return 1 if run_file(source, output, total, settings, chunk, work) else 0
+        return 1 if batch.run_file(source, output, total, settings, chunk, work) else 0
     (answer,) = solve(coder, [(prompt, tests)], args.plan_then_code, args.seconds)
     if tests and answer["passed"] is None:
         problems = "; ".join(dict.fromkeys(answer["problems"]))

@@ -1,7 +1,7 @@
-"""Classify credit risk by calibrated label likelihood: one feature string, or a JSONL file.
+"""Classify credit risk by calibrated label probabilities: one feature string, or a JSONL file.
 
-Departures from generating an answer: each label's log-likelihood at the assistant start is compared, after the prior
-that content-free prompts give it is subtracted (or with the bias and temperature that eval_creditmix.py --fit found).
+Departures from generating an answer: each label's log-probability at the assistant start is compared, after the prior
+that content-free prompts give it is subtracted (or with the bias and temperature that eval_creditmix.py --fit stored).
 
     python infer_creditmix.py --model_dir runs/creditmix_sft --features "Age: 23.0, Occupation: Scientist, ..."
 """
@@ -14,12 +14,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from distil.batch import check_files, failed_line, parse_line, run_file
+from distil import batch
+from distil.batch import failed_line, parse_line
 from distil.cli import InputError, add_debug_flag, new_parser, run_script
 from distil.creditmix.model import CreditModel, add_credit_flags, credit_options
 from distil.creditmix.rows import NO_FIELD
-from distil.models import model_fingerprint, resolve
-from distil.processes import gather, only_one, rank_and_world
+from distil.models import resolve
+from distil.processes import gather, rank_and_world
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,22 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_dir", required=True, help="base model id, model folder or adapter folder")
     add = parser.add_argument_group("rows").add_argument
     add("--features", help='one feature string, "Age: 23.0, Occupation: Scientist, ..."')
-    add("--input", help='JSONL of {"features"} (or {"question"})')
-    add("--output", help="JSONL to write: each input object with the result's fields added, in the same order")
-    add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's .part file")
+    output = "JSONL to write: each input object with the result's fields added, in the same order"
+    batch.add_file_flags(add, 'JSONL of {"features"} (or {"question"})', output)
     add_credit_flags(parser)
     add_debug_flag(parser)
     return parser
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise InputError where the flags do not fit together or --features cannot be scored."""
-    if (args.features is None) == (args.input is None) or (args.input is None) != (args.output is None):
-        raise InputError("give either --features, or --input and --output")
-    if args.features is not None:
-        only_one("--features")
-        if not args.features.strip() or any("\ud800" <= sign <= "\udfff" for sign in args.features):
-            raise InputError("--features is empty or not UTF-8 text")
 
 
 def chunk_of(batch_size: int | str) -> int:
@@ -80,9 +70,11 @@ def score_lines(model: CreditModel, lines: list[str], doubtful: Counter[str]) ->
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    check_flags(args)
-    options = credit_options(args)
+    batch.check_one_or_file(flags := vars(args), "features")
+    options = credit_options(flags)
     if args.features is not None:
+        if not args.features.strip() or any("\ud800" <= sign <= "\udfff" for sign in args.features):
+            raise InputError("--features is empty or not UTF-8 text")
         model = CreditModel.load(resolve(args.model_dir), options)
         prompt = model.prompt(args.features, notes := Counter())
         for note in doubts(notes):
@@ -90,16 +82,15 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(model.responses(model.scorer.score([prompt]))[0], indent=2))
         return 0
     source, output = Path(args.input), Path(args.output)
-    total = check_files(source, output, args.overwrite)
+    total = batch.check_files(source, output, args.overwrite)
     ref = resolve(args.model_dir)
     model = CreditModel.load(ref, options)
-    settings = {name: value for name, value in vars(args).items() if name not in ("overwrite", "debug")}
     used = model.calibration  # the contents of files that flags or folders name decide the answers too
-    settings |= {"calibration_used": [used.method, used.bias.tolist(), used.temperature]}
-    settings |= {"model": model_fingerprint(ref), "forms": model.scorer.forms}
+    contents = {"calibration_used": [used.method, used.bias.tolist(), used.temperature], "forms": model.scorer.forms}
+    settings = batch.file_settings(flags, ref) | contents
     doubtful: Counter[str] = Counter()
     chunk = chunk_of(args.batch_size)
-    failed = run_file(source, output, total, settings, chunk, lambda lines: score_lines(model, lines, doubtful))
+    failed = batch.run_file(source, output, total, settings, chunk, lambda lines: score_lines(model, lines, doubtful))
     count = sum(gather(doubtful["rows"]))
     if count and rank_and_world()[0] == 0:
         what = "name no feature or have a value that could not be read; --features with such a row reports which"

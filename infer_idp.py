@@ -17,13 +17,12 @@ import re
 import sys
 from pathlib import Path
 
-from distil.batch import check_files, parse_line, run_file
+from distil.batch import add_file_flags, check_files, check_one_or_file, file_settings, parse_line, run_file
 from distil.cli import InputError, add_debug_flag, new_parser, run_script
 from distil.files import read_text
 from distil.idp.documents import document_of
 from distil.idp.extractor import Extractor, add_extraction_flags, extract_options
-from distil.models import model_fingerprint, resolve
-from distil.processes import only_one
+from distil.models import resolve
 
 SUFFIXES = "txt|text|md|log|json|jsonl|csv|tsv|pdf|html?|xml|eml|rtf|docx?|odt|xlsx?|png|jpe?g|tiff?"
 
@@ -34,9 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_dir", required=True, help="base model id, model folder or adapter folder")
     add = parser.add_argument_group("documents").add_argument
     add("--document", help="a text, a file's name, or - for standard input")
-    add("--input", help='JSONL of {"document"} (or {"input"}, which may be a complete user turn)')
-    add("--output", help='JSONL to write: each input object with "json" and "truncated" added, in the same order')
-    add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's .part file")
+    source = 'JSONL of {"document"} (or {"input"}, which may be a complete user turn)'
+    add_file_flags(add, source, 'JSONL to write: each input object with "json" and "truncated" added, in order')
     add_extraction_flags(parser)
     add_debug_flag(parser)
     return parser
@@ -93,18 +91,16 @@ def print_answer(answer: dict) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if (args.document is None) == (args.input is None) or (args.input is None) != (args.output is None):
-        raise InputError("give either --document, or --input and --output")
+    flags = vars(args)
+    check_one_or_file(flags, "document")
     if args.document is not None:
-        only_one("--document")
-        document, options = document_of(read_document(args.document)), extract_options(args)
+        document, options = document_of(read_document(args.document)), extract_options(flags)
         return print_answer(*Extractor.load(resolve(args.model_dir), options).extract([document]))
-    options = extract_options(args)
+    options = extract_options(flags)
     source, output = Path(args.input), Path(args.output)
     total, model = check_files(source, output, args.overwrite), resolve(args.model_dir)
     extractor = Extractor.load(model, options)
-    settings = {name: value for name, value in vars(args).items() if name not in ("overwrite", "debug")}
-    settings |= {"model": model_fingerprint(model), "schema_sha256": options.schema_sha256}
+    settings = file_settings(flags, model) | {"schema_sha256": options.schema_sha256}
     work = functools.partial(work_lines, extractor)
     return 1 if run_file(source, output, total, settings, 4 * options.batch_size, work) else 0
 

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
     add("--seed", type=seed_number, default=0, help="of a local teacher's samples, of the tabular rows (%(default)s)")
     add("--batch_size", type=int, default=16, help="prompts a model answers together (%(default)s)")
-    calibration = "of label likelihoods; batch: less their mean over prompts; auto, the default: the lower NLL of "
+    calibration = "of label probabilities; batch: less their mean over prompts; auto, the default: the lower NLL of "
     calibration += "gold answers, or without these batch for a local base model, else none"
     add("--calibration", choices=("auto", "none", "batch"), default="auto", help=calibration)
     keep = "keep answers that agree with gold or pass their tests, or whose label has --min_confidence (%(default)s)"
@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         file, name, origin = None, TABULAR, {}
         note = drawn | {"source": {"file": args.src, "sha256": file_sha256(args.src)}}
     else:
-        note = unchanged_preparation(args.input)
         prompts = read_prompts(args.input, args.labels)
-        options = teacher_options(args, labels=prompts.labels)
+        options = teacher_options(vars(args), labels=prompts.labels)
+        note = unchanged_preparation(args.input, options.input_sha256)
         ref = resolve(args.teacher) if args.teacher else None
         file = answer_file(ref, options)
         turns = prompts.turns(args.rationale)

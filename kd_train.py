@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from common import PromptEncoder
 from distil.cli import new_parser, run_script
-from distil.models import load, resolve_student
+from distil.models import resolve_student
 from distil.runs import claim_run_dir
 from distil.training.data import completion_dataset, first_tokens, label_probabilities, load_tokenizer, read_data
 from distil.training.flags import ABOVE_0, LORA, SHARE, TrainOptions, add_training_flags, train_options
@@ -74,27 +74,21 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run:
         claim_run_dir(args.save_dir, args.overwrite, args.resume)
     ref = resolve_student(args.student, args.adapter)
-    options = train_options(args, SMALL, LARGE, ref, data, KdOptions)
+    options = train_options(vars(args), SMALL, LARGE, ref, data, KdOptions)
 
-    from distil.training import loss, memory, run
+    from distil.training import loss, run
 
     encoder, loss_sum = PromptEncoder(load_tokenizer(ref.path)), loss.cross_entropy_sum
     dataset, sizes = completion_dataset(data, "teacher_output", encoder, options.max_length)
     sizes = replace(sizes, label_probs=bool(labels))
-    options, estimate = memory.fit_to_memory(ref, options, sizes)
-    if options.dry_run:
-        return run.print_plan(options, ref, data, sizes, estimate)
-    memory.check_memory(ref, options, estimate)
     if labels:
         dataset = dataset.add_column("label_probs", probabilities)
         values = {"alpha": options.kd_alpha, "temperature": options.kd_temperature}
         loss_sum = functools.partial(distillation_loss_sum, label_ids=first_tokens(encoder, labels), **values)
     else:
         print(f"{data.file}: no label_probs, so --kd_alpha has no effect: teacher_output is imitated", file=sys.stderr)
-    model, tokenizer = load(ref, options.load, trainable=True)
-    trainer = loss.completion_trainer(options, model, tokenizer, dataset, sizes, loss_sum)
-    run.train_and_save(trainer, "kd", options, ref, data, estimate)
-    return 0
+    build = functools.partial(loss.completion_trainer, dataset=dataset, sizes=sizes, loss_sum=loss_sum)
+    return run.plan_and_train("kd", options, ref, data, sizes, build)
 
 
 if __name__ == "__main__":

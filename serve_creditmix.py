@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
             if action.choices and value not in action.choices:
                 raise InputError(f"${variable} is {value!r}; possible are {', '.join(action.choices)}")
             value = value.lower() not in ("", "0", "false", "no", "off") if action.nargs == 0 else value
-            parser.set_defaults(**{action.dest: value})
+            action.default = value
     parser.epilog = "Each flag's default can be set by CREDITMIX_<FLAG> in the environment, such as CREDITMIX_BASE."
     return parser
 
@@ -64,9 +64,9 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     if not is_loopback(args.host) and not os.environ.get(API_KEY):
         key = f"set a key in ${API_KEY}, which clients send as 'Authorization: Bearer KEY'"
         raise InputError(f"--host {args.host} can be reached from other machines: {key}")
-    folders = {variant: getattr(args, variant) for variant in VARIANTS[1:]}
+    folders = {variant: vars(args)[variant] for variant in VARIANTS[1:]}
     disabled = tuple(variant for variant, folder in folders.items() if folder == "none")
-    scoring, refs = credit_options(args), resolve_variants(args.base, folders)
+    scoring, refs = credit_options(vars(args)), resolve_variants(args.base, folders)
     return EngineOptions(refs, scoring, disabled, args.gather_ms, args.queue_rows, args.timeout)
 
 

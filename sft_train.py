@@ -10,10 +10,11 @@ stay text), adapters train in float32, and on short answers only the supervised 
 from __future__ import annotations
 
 import argparse
+import functools
 
 from common import PromptEncoder
 from distil.cli import new_parser, run_script
-from distil.models import load, resolve
+from distil.models import resolve
 from distil.runs import claim_run_dir
 from distil.training.data import completion_dataset, load_tokenizer, read_data
 from distil.training.flags import LORA, TrainOptions, add_training_flags, train_options
@@ -35,20 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dry_run:
         claim_run_dir(args.save_dir, args.overwrite, args.resume)
     ref = resolve(args.student)
-    options = train_options(args, SMALL, LARGE, ref, data, TrainOptions)
+    options = train_options(vars(args), SMALL, LARGE, ref, data, TrainOptions)
 
-    from distil.training import loss, memory, run
+    from distil.training import loss, run
 
     encoder = PromptEncoder(load_tokenizer(ref.path))
     dataset, sizes = completion_dataset(data, "output", encoder, options.max_length)
-    options, estimate = memory.fit_to_memory(ref, options, sizes)
-    if options.dry_run:
-        return run.print_plan(options, ref, data, sizes, estimate)
-    memory.check_memory(ref, options, estimate)
-    model, tokenizer = load(ref, options.load, trainable=True)
-    trainer = loss.completion_trainer(options, model, tokenizer, dataset, sizes)
-    run.train_and_save(trainer, "sft", options, ref, data, estimate)
-    return 0
+    build = functools.partial(loss.completion_trainer, dataset=dataset, sizes=sizes)
+    return run.plan_and_train("sft", options, ref, data, sizes, build)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many calibration customers each calibrator needs before it does more good than harm.
+"""Measure how many calibration customers each calibrator needs before it does more good than harm.
 
 A model scores validation rows once. A calibrator is chosen and fitted on some of their customers, drawn repeatedly;
 its NLL is measured on all others, as the difference to no calibration. `lowest` takes the calibrator with the lowest

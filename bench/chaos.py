@@ -1,10 +1,10 @@
-"""What kill -9, a full disk and a read-only folder do to the trainers, kd_prepare.py and infer_creditmix.py.
+"""Check what kill -9, a full disk and a read-only folder do to the trainers, kd_prepare.py and infer_creditmix.py.
 
 Each script runs once undisturbed. Then it is killed at random moments (printed, from --seed) and started again with
---resume, or with the same command: the end must be the same to the last byte, and a teacher may be asked again only
-what was under way when the kill came. On a full disk and in a read-only folder a script must end with one line and
-leave what was there whole, an older run that --overwrite replaces included. Without --base the model is a random
-two-layer one, and all of it takes a few minutes. Processes are forked from one that has the libraries loaded, so that
+--resume, or with the same command: the results must be byte-identical, and only prompts in flight at the kill may be
+sent to a teacher twice. On a full disk and in a read-only folder a script must end with one line and leave all files
+unchanged, also those of an older run that --overwrite would replace. Without --base the model is a random two-layer
+one, and all of it takes a few minutes. Processes are forked from one that has the libraries loaded, so that
 the kills fall into the work, not into imports.
 
     python -m bench.chaos
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_child(script: str, argv: list[str], log: str, file_limit: int | None) -> None:
-    """A script as from the command line, its words in `log`. file_limit: bytes a file may have."""
+    """Run a script as from the command line, its output in `log`. file_limit: bytes a file may have."""
     with open(log, "wb") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -74,6 +74,7 @@ def run_child(script: str, argv: list[str], log: str, file_limit: int | None) ->
 
 
 def save_base(folder: str) -> None:
+    """Save a random two-layer model."""
     from distil.testing import build_tokenizer, save_random_model
 
     save_random_model(Path(folder), build_tokenizer(), "qwen2")
@@ -81,7 +82,7 @@ def save_base(folder: str) -> None:
 
 @dataclass
 class Runner:
-    """Starts scripts in processes of their own; `log` is the last one's output."""
+    """Starts scripts in separate processes; `log` is the last one's output."""
 
     folder: Path
 
@@ -91,17 +92,19 @@ class Runner:
         self.log = self.folder / "log"
 
     def start(self, script: str, argv: list[str], file_limit: int | None = None) -> Any:
+        """Return the process of a script, started."""
         process = self.context.Process(target=run_child, args=(script, argv, str(self.log), file_limit))
         process.start()
         return process
 
     def run(self, script: str, argv: list[str], file_limit: int | None = None) -> int:
+        """Return the exit status of a script."""
         process = self.start(script, argv, file_limit)
         process.join()
         return process.exitcode
 
     def one_line(self, script: str) -> str | None:
-        """The last line of the log, if it is the script's own and no traceback follows."""
+        """Return the last line of the log if the script printed it and there is no traceback."""
         text = self.log.read_text(errors="replace")
         last = text.strip().splitlines()[-1] if text.strip() else ""
         return last if last.startswith(f"{script}.py: ") and "Traceback" not in text else None
@@ -121,26 +124,28 @@ class Job:
 
     @property
     def trains(self) -> bool:
+        """Report whether the script is a trainer."""
         return self.target == "--save_dir"
 
     def argv(self, folder: Path, *more: str) -> list[str]:
+        """Return the flags of a run in a folder."""
         return [*self.flags, self.target, str(self.path(folder)), *more]
 
     def path(self, folder: Path) -> Path:
+        """Return what a run writes."""
         return folder / "runs" / ("run" if self.trains else "out.jsonl")
 
-    def again(self, folder: Path) -> list[str]:
-        """The command that goes on after a kill."""
+    def resume_argv(self, folder: Path) -> list[str]:
+        """Return the flags that resume a killed run."""
         return self.argv(folder, *(["--resume"] if self.trains else []))
 
     def result(self, folder: Path) -> dict[str, str]:
-        """What a run leaves behind: hashes of the files that must be equal, names of the others."""
-        found = tree(folder / "runs")
+        """Return {file: hash} of a run's results; '' for files that need not be equal."""
         same = ("adapter_model.safetensors", "tokenizer.json", "out.jsonl")
-        return {name: digest if name.endswith(same) else "" for name, digest in found.items()}
+        return {name: digest if name.endswith(same) else "" for name, digest in tree(folder / "runs").items()}
 
     def done(self, folder: Path) -> str:
-        """How far a killed run was."""
+        """Return how far a killed run was."""
         path = self.path(folder)
         if self.trains:
             steps = [int(p.parent.name.split("-")[1]) for p in path.glob("checkpoints/*/trainer_state.json")]
@@ -152,12 +157,13 @@ class Job:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Hashes of all files below a folder, by relative name."""
+    """Return {relative name: hash} of all files below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def make_jobs(base: str, folder: Path, url: str) -> dict[str, Job]:
+    """Write the input files and return the jobs by name. url: of the teacher's endpoint."""
     from distil.creditmix.rows import creditmix_prompt
     from distil.testing import credit_rows
 
@@ -172,16 +178,16 @@ def make_jobs(base: str, folder: Path, url: str) -> dict[str, Job]:
     write_jsonl(folder / "kd.jsonl", kd)
     pairs = ({"prompt": p, "chosen": r, "rejected": "Bad" if r != "Bad" else "Good"} for p, r in rows[:60])
     write_jsonl(folder / "dpo.jsonl", pairs)
-    write_jsonl(folder / "asked.jsonl", ({"input": prompt, "output": right} for prompt, right in rows[:150]))
+    write_jsonl(folder / "prompts.jsonl", ({"input": prompt, "output": right} for prompt, right in rows[:150]))
     # Dropout and Adam, so that a random state or a moment that a checkpoint loses shows.
     # Steps enough that most kills fall between them: loading takes seconds.
     train = ["--student", base, "--max_steps", "60", "--save_steps", "7", "--batch_size", "2", "--grad_accum", "1"]
     train += ["--warmup_steps", "4", "--learning_rate", "1e-3", "--lora_dropout", "0.1", "--split_seed", "0"]
     jobs = [Job(m, f"{m}_train", [*train, "--data", str(folder / f"{m}.jsonl")], "--save_dir") for m in JOBS[:3]]
-    asked = ["--input", str(folder / "asked.jsonl")]
+    prompts_file = ["--input", str(folder / "prompts.jsonl")]
     endpoint = ["--teacher_url", url, "--teacher_model", "m", "--concurrency", str(IN_FLIGHT)]
-    jobs.append(Job("teacher_url", "kd_prepare", [*asked, *endpoint], "--output"))
-    jobs.append(Job("teacher", "kd_prepare", [*asked, "--teacher", base, "--batch_size", "8"], "--output"))
+    jobs.append(Job("teacher_url", "kd_prepare", [*prompts_file, *endpoint], "--output"))
+    jobs.append(Job("teacher", "kd_prepare", [*prompts_file, "--teacher", base, "--batch_size", "8"], "--output"))
     rows_flags = ["--model_dir", base, "--input", str(folder / "features.jsonl")]
     jobs.append(Job("infer", "infer_creditmix", rows_flags, "--output"))
     return {job.name: job for job in jobs}
@@ -191,13 +197,13 @@ def make_jobs(base: str, folder: Path, url: str) -> dict[str, Job]:
 
 
 def undisturbed(job: Job, runner: Runner, folder: Path) -> tuple[dict[str, str], float]:
-    """(result, seconds) of a whole run; the second of two, as the first fills caches. Raises InputError if it
-    fails."""
-    for name in ("first", "whole"):
+    """Return (result, seconds) of a complete run, the second of two, as the first fills caches. Raises InputError if
+    it fails."""
+    for name in ("first", "complete"):
         start = time.monotonic()
         if runner.run(job.script, job.argv(folder / name)):
             raise InputError(f"{job.name}: the undisturbed run fails: {runner.log.read_text()[-1000:]}")
-    return job.result(folder / "whole"), time.monotonic() - start
+    return job.result(folder / "complete"), time.monotonic() - start
 
 
 def killed(job: Job, runner: Runner, folder: Path, moment: float) -> bool:
@@ -210,43 +216,49 @@ def killed(job: Job, runner: Runner, folder: Path, moment: float) -> bool:
 
 
 def kill_and_resume(
-    job: Job, runner: Runner, folder: Path, undisturbed: tuple[dict[str, str], float], args: Any, server: Any
+    job: Job,
+    runner: Runner,
+    folder: Path,
+    undisturbed: tuple[dict[str, str], float],
+    kills: int,
+    seed: int,
+    server: Any,
 ) -> list[dict[str, Any]]:
-    """What became of each kill: the moment as a share of the whole run, how far it was, whether the end is the
-    same."""
-    whole, seconds = undisturbed
-    rng = random.Random(f"{job.name} {args.seed}")
-    found: list[dict[str, Any]] = []
-    while len(found) < args.kills:
-        here, moment = folder / f"kill{len(found)}", rng.random()
+    """Return the outcome of each kill: the moment as a share of the complete run, how far the run was, whether its
+    results are the same after resuming. undisturbed: its results and seconds; server: the teacher's endpoint."""
+    expected, seconds = undisturbed
+    rng = random.Random(f"{job.name} {seed}")
+    outcomes: list[dict[str, Any]] = []
+    while len(outcomes) < kills:
+        here, moment = folder / f"kill{len(outcomes)}", rng.random()
         server.answered.clear()
         if not killed(job, runner, here, moment * seconds):
             shutil.rmtree(here, ignore_errors=True)
             continue
-        time.sleep(2 * server.seconds)  # the endpoint finishes what it was asked
+        time.sleep(2 * server.seconds)  # the endpoint finishes its requests
         row = {"moment": round(moment, 3), "done": job.done(here)}
-        status = runner.run(job.script, job.again(here))
-        said = runner.log.read_text()
-        finished = status == 2 and ("a finished run is here" in said or "jsonl: exists" in said)
-        if finished:  # killed after its last word: nothing is left to do
+        status = runner.run(job.script, job.resume_argv(here))
+        output = runner.log.read_text()
+        finished = status == 2 and ("a finished run is here" in output or "jsonl: exists" in output)
+        if finished:  # killed after its last line: nothing is left to do
             shutil.rmtree(job.path(here) / "checkpoints", ignore_errors=True)
             row["done"] = "finished"
-        row["same"] = (status == 0 or finished) and job.result(here) == whole
+        row["same"] = (status == 0 or finished) and job.result(here) == expected
         if job.name == "teacher_url":
             twice = sum(count - 1 for count in server.answered.values())
             row |= {"asked_twice": twice, "same": row["same"] and twice <= 2 * IN_FLIGHT}
         if not row["same"]:
-            row["log"] = said[-500:]
-            row["differ"] = sorted(n for n, _ in job.result(here).items() ^ whole.items())
-        found.append(row)
-    return found
+            row["log"] = output[-500:]
+            row["differ"] = sorted(n for n, _ in job.result(here).items() ^ expected.items())
+        outcomes.append(row)
+    return outcomes
 
 
 # --------------------------------------------------------------------------------------------------------------- disks
 
 
 def mounted(folder: Path, options: str) -> bool:
-    """Mount memory as a disk, or change its options; False where only root may."""
+    """Mount memory as a disk, or change its options; return False where only root may."""
     kind = ["-t", "tmpfs", "tmpfs"] if not folder.is_mount() else []
     folder.mkdir(parents=True, exist_ok=True)
     return subprocess.run(["mount", *kind, "-o", options, str(folder)], capture_output=True).returncode == 0
@@ -254,6 +266,7 @@ def mounted(folder: Path, options: str) -> bool:
 
 @contextlib.contextmanager
 def unmounted(folder: Path) -> Iterator[None]:
+    """Unmount a folder at the end, if it is mounted then."""
     try:
         yield
     finally:
@@ -261,10 +274,10 @@ def unmounted(folder: Path) -> Iterator[None]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def full_disk(job: Job, runner: Runner, folder: Path, whole_folder: Path, whole: dict[str, str]) -> dict[str, Any]:
-    """A disk that ends in the middle of the run: one line, the run that it was to replace is as it was, and with more
-    room the same end."""
-    sizes = {path.name: path.stat().st_size for path in (whole_folder / "runs").rglob("*") if path.is_file()}
+def full_disk(job: Job, runner: Runner, folder: Path, complete: Path, expected: dict[str, str]) -> dict[str, Any]:
+    """Return the outcome on a disk that ends in the middle of the run: it must be one line, the run to replace must be
+    unchanged, and with more room the results must be the same. complete: folder of the undisturbed run."""
+    sizes = {path.name: path.stat().st_size for path in (complete / "runs").rglob("*") if path.is_file()}
     adapter = sizes.get("adapter_model.safetensors", 0)
     # An old run, and of a checkpoint, which is the adapter, two moments and the small files, room for one and a half.
     checkpoints = int(1.5 * (sum(sizes.values()) + 2 * adapter))
@@ -273,26 +286,27 @@ def full_disk(job: Job, runner: Runner, folder: Path, whole_folder: Path, whole:
         real = mounted(folder, f"size={max(room, 2**13)}")
         old: dict[str, str] = {}
         if job.trains:
-            shutil.copytree(whole_folder, folder, dirs_exist_ok=True)
+            shutil.copytree(complete, folder, dirs_exist_ok=True)
             (job.path(folder) / "adapter_model.safetensors").write_bytes(b"old" * (adapter // 3))
             old = tree(folder)
         limit = None if real else int(1.5 * adapter) if job.trains else room
         status = runner.run(job.script, job.argv(folder, *(["--overwrite"] if job.trains else [])), limit)
-        row = {"disk": "tmpfs" if real else "RLIMIT_FSIZE", "status": status, "said": runner.one_line(job.script)}
+        row = {"disk": "tmpfs" if real else "RLIMIT_FSIZE", "status": status, "message": runner.one_line(job.script)}
         row["done"], row["log"] = job.done(folder), runner.log.read_text()[-1500:]
         row["old_is_whole"] = old.items() <= tree(folder).items()
         if real:
             mounted(folder, "remount,size=4g")
-        row["resumed"] = runner.run(job.script, job.again(folder))
-        row["same"] = status in (1, 2) and bool(row["said"]) and row["old_is_whole"] and job.result(folder) == whole
+        row["resumed"] = runner.run(job.script, job.resume_argv(folder))
+        row["same"] = status in (1, 2) and bool(row["message"]) and row["old_is_whole"]
+        row["same"] &= job.result(folder) == expected
     return row
 
 
-def read_only(job: Job, runner: Runner, folder: Path, whole_folder: Path) -> dict[str, Any]:
-    """A folder where nothing can be written: one line, and the run in it stays as it is."""
+def read_only(job: Job, runner: Runner, folder: Path, complete: Path) -> dict[str, Any]:
+    """Return the outcome in a read-only folder: it must be one line, and the run there must be unchanged."""
     with unmounted(folder):
         real = mounted(folder, "size=4g")
-        shutil.copytree(whole_folder, folder, dirs_exist_ok=True)
+        shutil.copytree(complete, folder, dirs_exist_ok=True)
         before = tree(folder)
         if real:
             real = mounted(folder, "remount,ro")
@@ -301,25 +315,26 @@ def read_only(job: Job, runner: Runner, folder: Path, whole_folder: Path) -> dic
         row: dict[str, Any] = {"how": "mounted" if real else "chmod", "same": real or os.getuid() != 0}
         for argv in (job.argv(folder, "--overwrite"), [*job.flags, job.target, str(folder / "runs" / "new")]):
             row["status"] = runner.run(job.script, argv)
-            row["said"] = runner.one_line(job.script)
-            row["same"] &= row["status"] in (1, 2) and bool(row["said"]) and tree(folder) == before
+            row["message"] = runner.one_line(job.script)
+            row["same"] &= row["status"] in (1, 2) and bool(row["message"]) and tree(folder) == before
         if not real:
             subprocess.run(["chmod", "-R", "u+w", str(folder)], check=True)
     return row
 
 
-def table(found: dict[str, dict[str, Any]], out: Any) -> None:
-    for name, job in found.items():
+def print_table(outcomes: dict[str, dict[str, Any]], out: Any) -> None:
+    """Print a line for each kill and fault."""
+    for name, job in outcomes.items():
         print(f"{name}: undisturbed {job['seconds']:.1f} s", file=out)
         for kill in job["kills"]:
-            asked = f", {kill['asked_twice']} answers twice" if "asked_twice" in kill else ""
+            twice = f", {kill['asked_twice']} answers twice" if "asked_twice" in kill else ""
             end = "same end" if kill["same"] else f"DIFFERENT END: {kill['differ']} {kill['log']}"
-            print(f"  killed at {kill['moment']:.3f} of it, after {kill['done']:<17} {end}{asked}", file=out)
+            print(f"  killed at {kill['moment']:.3f} of it, after {kill['done']:<17} {end}{twice}", file=out)
         for fault in ("full_disk", "read_only"):
             row = job[fault]
-            verdict = "whole" if row["same"] else "NOT WHOLE"
+            verdict = "unchanged" if row["same"] else "CHANGED"
             after = f" after {row['done']}" if "done" in row else ""
-            print(f"  {fault}{after}: status {row['status']}, {verdict}: {row['said'] or row.get('log')}", file=out)
+            print(f"  {fault}{after}: status {row['status']}, {verdict}: {row['message'] or row.get('log')}", file=out)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -330,29 +345,29 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["HF_HUB_OFFLINE"] = "1"
+        base = args.base or str(folder / "base")
         if not args.base:
             os.environ["DISTIL_SLM_CACHE"] = str(folder / "cache")  # before the fork server starts
         runner = Runner(folder)
         if not args.base:
-            args.base = str(folder / "base")
-            maker = runner.context.Process(target=save_base, args=(args.base,))
+            maker = runner.context.Process(target=save_base, args=(base,))
             maker.start()
             maker.join()
         server = Endpoint(seconds=0.05)
         server.server.handle_error = lambda *request: None  # of clients that were killed
-        jobs, found = make_jobs(args.base, folder, server.url), {}
+        jobs, outcomes = make_jobs(base, folder, server.url), {}
         for name in args.only:
             job, here = jobs[name], folder / name
             print(f"{name} ...", file=sys.stderr)
-            whole, seconds = undisturbed(job, runner, here)
-            kills = kill_and_resume(job, runner, here, (whole, seconds), args, server)
-            disk = full_disk(job, runner, here / "disk", here / "whole", whole)
-            closed = read_only(job, runner, here / "closed", here / "whole")
-            found[name] = {"seconds": round(seconds, 2), "kills": kills, "full_disk": disk, "read_only": closed}
-            table({name: found[name]}, sys.stderr if args.json else sys.stdout)
-    checks = [row["same"] for job in found.values() for row in (*job["kills"], job["full_disk"], job["read_only"])]
+            expected, seconds = undisturbed(job, runner, here)
+            kills = kill_and_resume(job, runner, here, (expected, seconds), args.kills, args.seed, server)
+            disk = full_disk(job, runner, here / "disk", here / "complete", expected)
+            closed = read_only(job, runner, here / "closed", here / "complete")
+            outcomes[name] = {"seconds": round(seconds, 2), "kills": kills, "full_disk": disk, "read_only": closed}
+            print_table({name: outcomes[name]}, sys.stderr if args.json else sys.stdout)
+    checks = [row["same"] for job in outcomes.values() for row in (*job["kills"], job["full_disk"], job["read_only"])]
     if args.json:
-        print(json.dumps({"seed": args.seed, "checks": len(checks), "failed": checks.count(False), "jobs": found}))
+        print(json.dumps({"seed": args.seed, "checks": len(checks), "failed": checks.count(False), "jobs": outcomes}))
     else:
         print(f"{len(checks)} checks, {checks.count(False)} failed (seed {args.seed})")
     return 0 if all(checks) else 1

@@ -36,22 +36,22 @@ TRIALS = (("embedded", "real"), ("real", "real"), ("embedded", "embedded"))  # t
 
 
 def log(text: str) -> None:
-    """One line on standard error; standard output is kept for the result."""
+    """Print one line on standard error; standard output has the result alone."""
     print(text, file=sys.stderr, flush=True)
 
 
 def balanced(rows: Sequence[CreditRow], part: str, split_seed: int, most: int | None = None) -> list[CreditRow]:
-    """Equally many rows of each label from one part of the split, at most `most` a label; drawn with its seed."""
+    """Return equally many rows of each label from one part of the split, at most `most` a label."""
     mine = [row for row in rows if split_of(row.customer, split_seed) == part]
     counts = Counter(row.label for row in mine)
     fewest = min(counts[label] for label in LABELS)
     if not fewest:
-        raise InputError(f"split seed {split_seed}: a class has no {part} rows; found {dict(counts)}")
+        raise InputError(f"split seed {split_seed}: a class has no {part} rows: {dict(counts)}")
     return balanced_sample(mine, min(fewest, most or fewest), split_seed)
 
 
 def fit(rows: Sequence[CreditRow]) -> Any:
-    """Gradient boosting of the labels on the six features. Settings are plain and the same for every trial."""
+    """Fit gradient boosting of the labels on the six features. Settings are plain and the same for every trial."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     model = HistGradientBoostingClassifier(
@@ -68,7 +68,7 @@ def fit(rows: Sequence[CreditRow]) -> Any:
 
 
 def measure(model: Any, rows: Sequence[CreditRow]) -> dict[str, float]:
-    """Accuracy, macro-F1, recall of Standard and mean negative log-likelihood (in nats) on the rows."""
+    """Return accuracy, macro-F1, recall of Standard and mean NLL (in nats) on the rows."""
     from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
     truth = [row.label for row in rows]
@@ -83,7 +83,7 @@ def measure(model: Any, rows: Sequence[CreditRow]) -> dict[str, float]:
 
 
 def run_trials(sources: dict[str, list[CreditRow]], split_seeds: list[int], val_per_class: int) -> list[dict]:
-    """Every trial over all split seeds: the figures of each split, their mean and their standard deviation."""
+    """Run every trial over all split seeds; return the figures of each split, their mean and standard deviation."""
     splits: dict[tuple[str, str], list[dict]] = {trial: [] for trial in TRIALS}
     for seed in split_seeds:
         started = time.monotonic()
@@ -108,19 +108,19 @@ def run_trials(sources: dict[str, list[CreditRow]], split_seeds: list[int], val_
 
 
 def marginals(rows: Sequence[CreditRow]) -> dict[str, dict[str, float]]:
-    """For each label its share of the rows and the medians of the numbers, from the cleaned rows."""
+    """Return for each label its share of the rows and the medians of the numbers, from the cleaned rows."""
     result = {}
     for label in LABELS:
         fields = [parse_features(row.features) or {} for row in rows if row.label == label]
         result[label] = {"share": len(fields) / len(rows)}
         for name in ("Age", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio"):
-            known = [float(field[name]) for field in fields if field.get(name, UNKNOWN) != UNKNOWN]
-            result[label][f"median {name}"] = median(known) if known else float("nan")
+            values = [float(field[name]) for field in fields if field.get(name, UNKNOWN) != UNKNOWN]
+            result[label][f"median {name}"] = median(values) if values else float("nan")
     return result
 
 
 def text_tables(result: dict) -> str:
-    """The result for people: the trials, the marginals of each label, what cleaning found."""
+    """Return the result as text: the trials, the marginals of each label, the corrections of cleaning."""
     lines = [f"{'trained on -> tested on':<24}{'train':>7}{'val':>7}" + "".join(f"{name:>17}" for name in METRICS)]
     for trial in result["trials"]:
         sizes = (min(split[key] for split in trial["splits"]) for key in ("train_per_class", "val_per_class"))
@@ -128,16 +128,16 @@ def text_tables(result: dict) -> str:
         name = f"{trial['trained_on']} -> {trial['tested_on']}"
         lines.append(f"{name:<24}" + "".join(f"{size:>7}" for size in sizes) + cells)
     lines += ["train, val: rows a class, the fewest of all splits", ""]
-    found = result["sources"]
-    width = 40 + max(len(key) for source in found.values() for key in source["cleaning_per_1000_rows"])
-    lines.append(f"{'marginals':<{width}}" + "".join(f"{name:>12}" for name in found))
+    sources = result["sources"]
+    width = 40 + max(len(key) for source in sources.values() for key in source["cleaning_per_1000_rows"])
+    lines.append(f"{'marginals':<{width}}" + "".join(f"{name:>12}" for name in sources))
     for label in LABELS:
-        for key in found["real"]["marginals"][label]:
-            values = "".join(f"{source['marginals'][label][key]:>12.3f}" for source in found.values())
+        for key in sources["real"]["marginals"][label]:
+            values = "".join(f"{source['marginals'][label][key]:>12.3f}" for source in sources.values())
             lines.append(f"{label + ': ' + key:<{width}}{values}")
     lines += ["", "cleaning, per 1,000 rows"]
-    for key in sorted({key for source in found.values() for key in source["cleaning_per_1000_rows"]}):
-        values = "".join(f"{source['cleaning_per_1000_rows'].get(key, 0.0):>12.2f}" for source in found.values())
+    for key in sorted({key for source in sources.values() for key in source["cleaning_per_1000_rows"]}):
+        values = "".join(f"{source['cleaning_per_1000_rows'].get(key, 0.0):>12.2f}" for source in sources.values())
         lines.append(f"{key:<{width}}{values}")
     return "\n".join(lines)
 
@@ -165,15 +165,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.val_per_class < 1:
         parser.error(f"--val_per_class must be at least 1, got {args.val_per_class}")
-    sources, found = {}, {}
+    sources, described = {}, {}
     for name, path in (("real", args.real), ("embedded", args.embedded)):
         rows, notes = read_creditmix(path)
         read = len(rows) + sum(count for note, count in notes.items() if "dropped" in note)
         rates = {note: 1000 * count / read for note, count in notes.items()}
         sources[name] = rows
-        found[name] = {"rows": read, "marginals": marginals(rows), "cleaning_per_1000_rows": rates}
+        described[name] = {"rows": read, "marginals": marginals(rows), "cleaning_per_1000_rows": rates}
         log(f"{name}: {read} rows in {path}, {len(rows)} with a label")
-    result = {"trials": run_trials(sources, args.split_seeds, args.val_per_class), "sources": found}
+    result = {"trials": run_trials(sources, args.split_seeds, args.val_per_class), "sources": described}
     print(json.dumps(result) if args.json else text_tables(result))
     return 0
 

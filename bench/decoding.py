@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.report import report
-from common import PromptEncoder
+from common import PromptEncoder, left_padded
 from distil.cli import add_debug_flag, new_parser, run_script
 from distil.files import read_json, read_jsonl
 from distil.idp.decoder import JsonDecoder
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class GrammarProcessor:
-    """llguidance as a logits processor: a mask for every row and step."""
+    """Applies llguidance as a logits processor: a mask for every row and step."""
 
     def __init__(self, decoder: JsonDecoder, grammar: SchemaGrammar, rows: int, start: int):
         from llguidance import LLMatcher
@@ -61,24 +61,14 @@ class GrammarProcessor:
         return scores
 
 
-def padded(decoder: JsonDecoder, prompts: list[list[int]]):
-    import torch
-
-    width = max(map(len, prompts))
-    filler = decoder.tokenizer.pad_token_id
-    ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
-
-
 def generate_freely(
     decoder: JsonDecoder, prompts: list[list[int]], max_new_tokens: int, min_new_tokens: int = 0, processor=None
 ) -> None:
-    """Run `generate` greedily over the prompts, with a logits processor if given."""
+    """Run `generate` greedily over the prompts, with a logits processor where there is one."""
     import torch
     from transformers import GenerationConfig
 
-    ids, mask = padded(decoder, prompts)
+    inputs = left_padded(prompts, decoder.tokenizer.pad_token_id, decoder.model.device)
     config = GenerationConfig(
         min_new_tokens=min_new_tokens or None,
         max_new_tokens=max_new_tokens,
@@ -89,8 +79,8 @@ def generate_freely(
     )
     with torch.inference_mode():
         decoder.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
             generation_config=config,
             logits_processor=[processor] if processor else [],
         )

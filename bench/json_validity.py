@@ -67,7 +67,7 @@ def compiled(rows: list[dict], decoder: JsonDecoder) -> tuple[list[tuple[str, Sc
 def count_kinds(
     decoder: JsonDecoder, grammars: list[tuple[str, SchemaGrammar]], budget: int, batch_size: int
 ) -> Counter:
-    """Return how often each kind of answer to PROMPT came: "document" or an error's code, "retried", "truncated"."""
+    """Return how often each kind of answer to PROMPT occurred: "document" or an error code, "retried", "truncated"."""
     prompt, kinds = PromptEncoder(decoder.tokenizer).prompt(idp_prompt(PROMPT)), Counter()
     for first in range(0, len(grammars), batch_size):
         batch = grammars[first : first + batch_size]

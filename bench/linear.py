@@ -1,4 +1,4 @@
-"""Whether scoring a file costs as much a row, and as much memory, at 1,000 rows as at 20,000.
+"""Measure whether scoring a file costs as much a row, and as much memory, at 1,000 rows as at 20,000.
 
 infer_creditmix.py runs as a separate process on files of one row, of --few and of --many (rows of --data, repeated);
 the time of one row, which is that of loading, is subtracted from the others. --layers cuts the model: what is not the
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def cut(model_dir: str, layers: int, folder: Path) -> str:
-    """A model folder of the first layers of a base, with its own embeddings and head."""
+    """Save the first layers of a base, with its embeddings and head, and return the folder."""
     model, tokenizer = load_named(model_dir, "none")
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = len(model.model.layers)
@@ -56,7 +56,7 @@ def cut(model_dir: str, layers: int, folder: Path) -> str:
 
 
 def run(model_dir: str, features: list[str], rows: int, folder: Path) -> tuple[float, float]:
-    """(seconds, peak resident memory in MB) of infer_creditmix.py on this number of rows."""
+    """Return (seconds, peak resident memory in MB) of infer_creditmix.py on this number of rows."""
     source, output = folder / f"{rows}.jsonl", folder / f"{rows}.scored.jsonl"
     write_jsonl(source, [{"features": text} for text in itertools.islice(itertools.cycle(features), rows)])
     command = [sys.executable, str(ROOT / "infer_creditmix.py"), "--model_dir", model_dir, "--calibration", "none"]

@@ -1,10 +1,11 @@
-"""Label scoring by lm-evaluation-harness: a child of bench/scoring.py, run by an environment that has lm-eval.
+"""Score labels by lm-evaluation-harness: a child of bench/scoring.py, run by an environment that has lm-eval.
 
-Reads rows, makes a multiple_choice task of them, loads the model and says so; then it evaluates once for every line
-on standard input and prints {"seconds", "scores"}. The clock runs around the harness's log-likelihood requests alone:
-neither its start nor the building of the task counts.
+Reads rows, makes a multiple_choice task of them, loads the model and prints "ready"; then it evaluates once for every
+line on standard input and prints {"seconds", "scores"}. The clock runs around the harness's log-likelihood requests
+alone, without its start and the building of the task. It is run as a file, not with -m, since its environment lacks
+this project's packages; `python -m bench.scoring` makes that environment, whose folder its first run prints.
 
-    python bench/lm_harness.py rows.jsonl /path/to/model --labels Good Standard Bad
+    <that folder>/bin/python bench/lm_harness.py rows.jsonl /path/to/model --labels Good Standard Bad
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def write_task(folder: Path, rows: str, labels: list[str]) -> None:
-    """A task file; JSON is YAML too. The delimiter is empty, since a chat template ends where the answer begins."""
+    """Write a task file; JSON is YAML too. The delimiter is empty: a chat template ends where the answer begins."""
     task = {
         "task": "labels",
         "dataset_path": "json",
@@ -83,8 +84,8 @@ def main() -> None:
         manager = TaskManager(include_path=folder, include_defaults=False)
         print("ready", file=out, flush=True)
         for _ in sys.stdin:
-            found = simple_evaluate(model, tasks=["labels"], task_manager=manager, bootstrap_iters=0)
-            samples = sorted(found["samples"]["labels"], key=lambda sample: sample["doc_id"])
+            results = simple_evaluate(model, tasks=["labels"], task_manager=manager, bootstrap_iters=0)
+            samples = sorted(results["samples"]["labels"], key=lambda sample: sample["doc_id"])
             scores = [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples]
             print(json.dumps({"seconds": seconds[-1], "scores": scores}), file=out, flush=True)
 

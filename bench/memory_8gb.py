@@ -1,4 +1,4 @@
-"""Peak memory of real SFT, KD and DPO steps and of scoring, compared with the estimate that trainers refuse by.
+"""Measure the peak memory of SFT, KD and DPO steps and of scoring next to the estimate that trainers refuse by.
 
 The models have the shapes of Qwen2.5-3B-Instruct and SmolLM2-135M-Instruct and random weights in NF4, so nothing is
 downloaded. Each point runs the trainer's own script, from its flags to an optimiser step of two micro-batches, a short
@@ -107,10 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class StorageTracker(TorchDispatchMode):
-    """Bytes of live tensor storage by kind, while it is on, and those at the peak.
+    """Counts the bytes of live tensor storage by kind, while it is on, and those at the peak.
 
-    Each storage counts once, whatever tensors view it, from the operation that returns it until it is freed. Kinds
-    are given by `mark`; without a mark a storage is "logits" where one of its sides is in `widths`, else
+    Each storage counts once, whatever tensors view it, from the operation that returns it until it is freed. `mark`
+    sets kinds; without a mark a storage is "logits" where one of its sides is in `widths`, else
     "activations".
 
     filled=False: operations that return new floating-point tensors of some size allocate them and leave them
@@ -167,14 +167,14 @@ class StorageTracker(TorchDispatchMode):
 
 
 def to_meta(value: Any) -> Any:
-    """An operation's argument as its shape alone."""
+    """Return an operation's argument as its shape alone."""
     if isinstance(value, torch.Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 
 def weights_of(model: Any) -> Iterator[torch.Tensor]:
-    """All that a frozen base holds: parameters, buffers and the scales of 4-bit weights."""
+    """Yield all that a frozen base holds: parameters, buffers and the scales of 4-bit weights."""
     yield from (p for n, p in model.named_parameters() if "lora_" not in n)
     yield from model.buffers()
     states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
@@ -221,16 +221,16 @@ def random_model(config: Any, tokenizer: Any) -> Any:
 
 
 def make_rows(encoder: PromptEncoder, count: int, tokens: int, answer: int) -> list[tuple[str, str, str]]:
-    """(user turn, answer, worse answer) of rows of at least `tokens` tokens, `answer` of them answer and end-of-turn.
-    They are filled with digits, one token each; as in CreditMix data the beginning is common to all rows. Where there
-    is room the worse answer is the shorter, so that pairs need padding and a mask."""
+    """Return (user turn, answer, worse answer) of rows of at least `tokens` tokens, `answer` of them the answer with
+    its end-of-turn. They are filled with digits, one token each; as in CreditMix data the beginning is common to all
+    rows. Where there is room the worse answer is the shorter, so that pairs need padding and a mask."""
     turns = [f"Say of each customer whether the credit is good. Customer {number:03}: " for number in range(count)]
     spare = tokens - answer - len(encoder.prompt(turns[0]))
     return [(turn + "7" * spare, "1" * (answer - 1), "2" * max(1, answer - 2)) for turn in turns]
 
 
 def save_rows(path: Path, task: str, rows: list[tuple[str, str, str]]) -> None:
-    """The rows as the trainer's data file has them."""
+    """Write the rows as the trainer's data file has them."""
     probabilities = {"Good": 0.5, "Standard": 0.3, "Bad": 0.2}
     fields = {
         "sft": lambda turn, good, bad: {"input": turn, "output": good},
@@ -241,7 +241,7 @@ def save_rows(path: Path, task: str, rows: list[tuple[str, str, str]]) -> None:
 
 
 def tracked(model: Any, filled: bool) -> StorageTracker:
-    """A tracker that knows the model's weights and adapter, and new gradients when they come."""
+    """Return a tracker in which the model's weights, adapter and gradients are marked."""
     vocabulary = model.config.get_text_config().vocab_size
     tracker = StorageTracker({vocabulary, *TILES, *(vocabulary % tile for tile in TILES)}, filled)
     tracker.mark("weights", weights_of(model))
@@ -254,8 +254,8 @@ def tracked(model: Any, filled: bool) -> StorageTracker:
 
 
 def run_step(trainer: Any, filled: bool) -> dict[str, int]:
-    """Peak bytes by kind of the trainer's last optimiser step, in the middle of a long run: the moments are there
-    already, and the gradients of an earlier micro-batch."""
+    """Return the peak bytes by kind of the trainer's last optimiser step, as in the middle of a long run: with
+    moments, and with gradients of an earlier micro-batch."""
     trainable = [p for p in trainer.model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
@@ -280,7 +280,7 @@ def training_point(
     flags: Iterable[Any] = (),
     filled: bool = True,
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """(peak bytes by kind, the script's estimate in GB) of one optimiser step of a trainer's own script."""
+    """Return (peak bytes by kind, the estimate in GB) of one optimiser step of a trainer's script."""
     from safetensors.torch import save_file
 
     script, result = SCRIPTS[task], {}
@@ -301,7 +301,7 @@ def training_point(
         def steps(trainer, method, options, ref, data, estimate):
             result.update(peak=run_step(trainer, filled), estimate=estimate)
 
-        with mock.patch.object(script, "load", load), mock.patch.object(run, "train_and_save", steps):
+        with mock.patch.object(run, "load", load), mock.patch.object(run, "train_and_save", steps):
             script.main([str(flag) for flag in [*argv, *flags]])
     return result["peak"], result["estimate"]
 
@@ -309,7 +309,7 @@ def training_point(
 def scoring_point(
     config: Any, tokenizer: Any, batch: int, tokens: int, filled: bool = True
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """(peak bytes by kind, estimate in GB) of scoring one batch of rows."""
+    """Return (peak bytes by kind, estimate in GB) of scoring one batch of rows."""
     encoder = PromptEncoder(tokenizer)
     turns = [turn for turn, _, _ in make_rows(encoder, batch, tokens, 2)]
     model = random_model(copy.deepcopy(config), tokenizer).eval()
@@ -348,7 +348,7 @@ def estimate_scoring_memory(path: str, batch_size: int, longest: int, shared: in
 def measure(
     shape: str, task: str, batch: int, tokens: int, answer: int, layers: int | None = None, filled: bool = True
 ) -> dict[str, Any]:
-    """One point: GB by kind at the peak, their sum with the allowance, the estimate and its ratio to the peak."""
+    """Return GB by kind at a point's peak, their sum with the allowance, the estimate and its ratio to the peak."""
     from transformers import AutoConfig, AutoTokenizer
 
     started = time.monotonic()

@@ -1,6 +1,6 @@
-"""Draw the figures of docs/results/performance.md from what the benches printed with --json.
+"""Draw the figures of docs/results/performance.md from the --json output of the benches.
 
-Memory and scoring; bench/train.py draws its loss curves itself.
+Memory and scoring; bench/train.py draws its loss curves.
 
     python -m bench.memory_8gb --unfilled --json > docs/results/performance/memory.json
     python -m bench.scoring --json > docs/results/performance/scoring.json
@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ALTERNATIVES = {"six_forwards": "six forwards\na row", "lm_eval": "lm-evaluation-\nharness", "limit": "bare forward"}
 
 
-def draw_memory(found: dict, path: Path) -> None:
+def draw_memory(figures: dict, path: Path) -> None:
     """Draw the peak by kind of each point, the allowance, and the estimate."""
-    points = found["points"][::-1]
+    points = figures["points"][::-1]
     names = [point["point"] for point in points]
     figure = Figure(figsize=(9, 0.42 * len(points) + 1.3), layout="constrained")
     axis = figure.subplots()
@@ -41,15 +41,15 @@ def draw_memory(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_scoring(found: dict, path: Path) -> None:
+def draw_scoring(figures: dict, path: Path) -> None:
     """Draw rows a second relative to each alternative, with the range over the rounds."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
-    names = {"none": f"{found['compute_dtype']}, not quantised", "nf4": "NF4"}
-    for number, quantization in enumerate(found["quantization"]):
+    names = {"none": f"{figures['compute_dtype']}, not quantised", "nf4": "NF4"}
+    for number, quantization in enumerate(figures["quantization"]):
         prefix = f"{quantization}_" if number else ""
-        ratios = [found[f"{prefix}vs_{name}"] for name in ALTERNATIVES]
-        ranges = [found[f"{prefix}vs_{name}_spread"] for name in ALTERNATIVES]
+        ratios = [figures[f"{prefix}vs_{name}"] for name in ALTERNATIVES]
+        ranges = [figures[f"{prefix}vs_{name}_spread"] for name in ALTERNATIVES]
         errors = [[r - low for r, (low, _) in zip(ratios, ranges, strict=True)]]
         errors += [[high - r for r, (_, high) in zip(ratios, ranges, strict=True)]]
         places = [place + 0.4 * number - 0.2 for place in range(len(ratios))]

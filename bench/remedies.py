@@ -1,4 +1,4 @@
-"""What each remedy that only changes inference does to a model: scored once, measured under all of them.
+"""Measure what each remedy that only changes inference does to a model: scored once, measured under all of them.
 
 Alone and together: calibrators (contextual, batch, a fitted temperature, fitted biases, both, both with biases that
 match predicted shares), several surface forms of Standard joined in three ways, and shares of the field. Calibrations
@@ -24,7 +24,7 @@ from distil.files import write_json
 from distil.scoring import FastLabelScorer, ScoringOptions
 from distil.testing import load_named
 
-# Words that a model may mean Standard by, each of which starts with a token of its own.
+# Words that a model may mean Standard by, each of which starts with another token.
 FORMS = {"Good": ["Good"], "Standard": ["Standard", "Average", "Typical"], "Bad": ["Bad"]}
 FIELD = (0.30, 0.46, 0.24)  # shares of LABELS in the embedded data's labelled rows
 

@@ -1,4 +1,4 @@
-"""How the benches say what they found."""
+"""Print the figures of a bench."""
 
 from __future__ import annotations
 

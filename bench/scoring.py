@@ -1,14 +1,14 @@
-"""Rows per second of label scoring against what one would use instead, in turns in one run, with the spread of ratios.
+"""Compare the rows per second of label scoring with the alternatives, in turns in one run, with the spread of ratios.
 
 - six_forwards: what a plain script does, six full forwards a row at batch 1: each of the three labels with and without
   a leading space, with logits at every position. A quarter of the rows, as it is so slow.
-- lm_eval: lm-evaluation-harness, a multiple_choice task over the same prompts at the same batch size. It lives in an
-  environment of its own, made once (some minutes), that sees this one's torch and transformers.
+- lm_eval: lm-evaluation-harness, a multiple_choice task over the same prompts at the same batch size. It has a
+  separate environment, made once (some minutes), that sees this one's torch and transformers.
 - limit: a bare batched forward of just the tokens that rows do not share, in batches of like length, without a cache,
   a mask or an output head.
 
 The rows are of different customers, in random order, so they share the template alone. "file_order" is what our scorer
-gains on as many rows as they stand in the file, where several of one customer begin alike, which is run once.
+gains on as many rows in the order of the file, where several of one customer begin alike, which is run once.
 
 Label agreement with the harness leaves ties out. The harness adds up the log-probabilities of a label's tokens
 (its `acc`); here labels are one token each, so that sum and mean are the same.
@@ -32,6 +32,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,17 @@ ROOT = Path(__file__).resolve().parents[1]
 LM_EVAL = "0.4.13"
 # Closer than this, labels are a tie: in bf16 the harness rounds logits to steps of 1/8 from 16 to 32.
 TIE = {"bfloat16": 0.25, "float32": 0.001}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all ways of scoring share. lm_eval: with the harness."""
+
+    model_dir: str
+    compute_dtype: str
+    batch_size: int
+    repeats: int
+    lm_eval: bool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def six_forwards(model, encoder: PromptEncoder, prompts: list[str]) -> np.ndarray:
-    """[rows, labels]: the better of a label with and without a leading space, each from a forward of its own."""
+    """Return scores [rows, labels]: the better of a label with and without a leading space, one forward each."""
     import torch
 
     scores = np.empty((len(prompts), len(LABELS)))
@@ -100,7 +112,7 @@ def six_forwards(model, encoder: PromptEncoder, prompts: list[str]) -> np.ndarra
 
 
 def bare_forward(model, rows: list[list[int]], batch_size: int) -> None:
-    """The limit: batched forwards of the unshared tokens alone, without a cache, a mask or an output head."""
+    """Run the limit: batched forwards of the unshared tokens alone, without a cache, a mask or an output head."""
     import torch
 
     body = model.base_model if not hasattr(model, "get_base_model") else model.get_base_model().base_model
@@ -113,8 +125,7 @@ def bare_forward(model, rows: list[list[int]], batch_size: int) -> None:
 
 
 def lm_eval_python() -> str:
-    """The interpreter of the harness's environment, made in the cache folder where it is not there yet.
-
+    """Return the interpreter of the harness's environment, which is made in the cache folder the first time.
     It sees the packages of the running interpreter through a .pth file, so both compute with the same torch and
     transformers; what the harness needs beyond them is installed into it, under this project's pins."""
     folder = cache_dir() / f"lm-eval-{LM_EVAL}-py{sys.version_info.major}.{sys.version_info.minor}"
@@ -133,14 +144,14 @@ def lm_eval_python() -> str:
 
 
 @contextlib.contextmanager
-def harness(args: argparse.Namespace, texts: list[str], quantization: str, threads: int) -> Iterator[Callable]:
-    """A function that lets the harness score the texts once more and returns {"seconds", "scores"} [rows, labels]."""
+def harness(setup: Setup, texts: list[str], quantization: str, threads: int) -> Iterator[Callable]:
+    """Yield a function that lets the harness score the texts once and returns {"seconds", "scores"} [rows, labels]."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
         rows = Path(folder) / "rows.jsonl"
         write_jsonl(rows, [{"prompt": text} for text in texts])
-        command = [lm_eval_python(), str(ROOT / "bench/lm_harness.py"), str(rows), local_or_hub(args.model_dir)]
-        command += ["--labels", *LABELS, "--dtype", args.compute_dtype, "--quantization", quantization]
-        command += ["--batch_size", str(args.batch_size), "--threads", str(threads)]
+        command = [lm_eval_python(), str(ROOT / "bench/lm_harness.py"), str(rows), local_or_hub(setup.model_dir)]
+        command += ["--labels", *LABELS, "--dtype", setup.compute_dtype, "--quantization", quantization]
+        command += ["--batch_size", str(setup.batch_size), "--threads", str(threads)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
         )
@@ -164,8 +175,7 @@ def harness(args: argparse.Namespace, texts: list[str], quantization: str, threa
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray, tie: float) -> dict[str, float]:
-    """Share of rows with the same best label outside ties, the number of ties, and the share over all rows.
-
+    """Return the share of rows with the same best label outside ties, the number of ties, and the share over all rows.
     Scores are [rows, labels]; the best two of a tie are no further apart than `tie`."""
     gaps = [np.diff(np.sort(scores, axis=1)[:, -2:], axis=1)[:, 0] for scores in (ours, theirs)]
     clear = np.minimum(*gaps) > tie
@@ -174,13 +184,14 @@ def agreement(ours: np.ndarray, theirs: np.ndarray, tie: float) -> dict[str, flo
     return outside | {"ties": int((~clear).sum()), "label_agreement_with_ties": float(same.mean())}
 
 
-def measure(args: argparse.Namespace, prompts: list[str], in_file: list[str], quantization: str) -> dict[str, object]:
+def measure(setup: Setup, prompts: list[str], in_file: list[str], quantization: str) -> dict[str, object]:
+    """Return the figures of one quantization. in_file: prompts in the order of the file."""
     import torch
 
-    model, tokenizer = load_named(args.model_dir, quantization, args.compute_dtype)
+    model, tokenizer = load_named(setup.model_dir, quantization, setup.compute_dtype)
     encoder = PromptEncoder(tokenizer)
     shared = [creditmix_prompt("Age: 1"), creditmix_prompt("-")]
-    scorer = FastLabelScorer(model, encoder, {label: [label] for label in LABELS}, "max", args.batch_size, shared)
+    scorer = FastLabelScorer(model, encoder, {label: [label] for label in LABELS}, "max", setup.batch_size, shared)
     ids = [encoder.prompt(prompt) for prompt in prompts]
     unshared = [row[len(scorer.prefix) :] for row in ids]
     few = prompts[:: 4 if len(prompts) >= 16 else 1]
@@ -194,24 +205,24 @@ def measure(args: argparse.Namespace, prompts: list[str], in_file: list[str], qu
 
     threads = torch.get_num_threads()
     texts = [tokenizer.decode(row) for row in ids]
-    if not args.no_lm_eval and [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] != ids:
-        raise InputError(f"{args.model_dir}: prompts as text have other tokens than ours; use --no_lm_eval")
-    opened = contextlib.nullcontext() if args.no_lm_eval else harness(args, texts, quantization, threads)
+    if setup.lm_eval and [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] != ids:
+        raise InputError(f"{setup.model_dir}: prompts as text have other tokens than ours; use --no_lm_eval")
+    opened = harness(setup, texts, quantization, threads) if setup.lm_eval else contextlib.nullcontext()
     with opened as lm_eval:
         six_forwards(model, encoder, prompts[:2])  # warm-up
-        scorer.raw_scores(prompts[: args.batch_size])
+        scorer.raw_scores(prompts[: setup.batch_size])
         if lm_eval:
             lm_eval()
             seconds["lm_eval"] = []
-        for _ in range(args.repeats):
+        for _ in range(setup.repeats):
             clock("six_forwards", lambda: six_forwards(model, encoder, few), len(few))
             clock("ours", lambda: scorer.raw_scores(prompts), len(prompts))
             clock("file_order", lambda: scorer.raw_scores(in_file), len(in_file))
-            clock("limit", lambda: bare_forward(model, unshared, args.batch_size), len(prompts))
+            clock("limit", lambda: bare_forward(model, unshared, setup.batch_size), len(prompts))
             if lm_eval:
-                found = lm_eval()
-                outputs["lm_eval"] = np.array(found["scores"])
-                seconds["lm_eval"].append(found["seconds"] / len(prompts))
+                scored = lm_eval()
+                outputs["lm_eval"] = np.array(scored["scores"])
+                seconds["lm_eval"].append(scored["seconds"] / len(prompts))
     result: dict[str, object] = {}
     for name in ("six_forwards", "lm_eval", "limit"):
         ratios = [theirs / ours for theirs, ours in zip(seconds.get(name, []), seconds["ours"], strict=False)]
@@ -220,34 +231,32 @@ def measure(args: argparse.Namespace, prompts: list[str], in_file: list[str], qu
             result[f"vs_{name}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
     result["file_order"] = round(statistics.median(seconds["ours"]) / statistics.median(seconds["file_order"]), 3)
     if lm_eval:
-        result |= agreement(outputs["ours"], outputs["lm_eval"], TIE[args.compute_dtype])
+        result |= agreement(outputs["ours"], outputs["lm_eval"], TIE[setup.compute_dtype])
     result["rows_per_second"] = round(1 / statistics.median(seconds["ours"]), 2)
     return result
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    rows, repeats, quantizations = args.rows, args.repeats, args.quantization
     if args.quick:
-        args.rows, args.repeats, args.quantization = min(args.rows, 32), min(args.repeats, 2), args.quantization[:1]
-    args.compute_dtype = dtype_name(args.compute_dtype)
+        rows, repeats, quantizations = min(rows, 32), min(repeats, 2), quantizations[:1]
     if adapter_config(args.model_dir) and not args.no_lm_eval:
         raise InputError(f"--model_dir {args.model_dir} is an adapter: the harness takes a base here, or --no_lm_eval")
     import torch
 
-    rows, _ = read_creditmix(args.data)
-    in_file = [creditmix_prompt(row.features) for row in rows[: args.rows]]
-    random.Random(0).shuffle(rows)
-    one_each = list({row.customer: row for row in rows}.values())
-    prompts = [creditmix_prompt(row.features) for row in one_each[: args.rows]]
-    result = {name: getattr(args, name) for name in ("model_dir", "quantization", "compute_dtype", "repeats")}
-    result |= {"rows": len(prompts), "threads": torch.get_num_threads()}
-    for quantization in dict.fromkeys(args.quantization):
-        found = measure(args, prompts, in_file, quantization)
-        result |= (
-            found
-            if quantization == args.quantization[0]
-            else {f"{quantization}_{key}": value for key, value in found.items()}
-        )
+    setup = Setup(args.model_dir, dtype_name(args.compute_dtype), args.batch_size, repeats, not args.no_lm_eval)
+    data, _ = read_creditmix(args.data)
+    in_file = [creditmix_prompt(row.features) for row in data[:rows]]
+    random.Random(0).shuffle(data)
+    one_each = list({row.customer: row for row in data}.values())
+    prompts = [creditmix_prompt(row.features) for row in one_each[:rows]]
+    result = {"model_dir": setup.model_dir, "quantization": quantizations, "compute_dtype": setup.compute_dtype}
+    result |= {"repeats": repeats, "rows": len(prompts), "threads": torch.get_num_threads()}
+    for quantization in dict.fromkeys(quantizations):
+        prefix = "" if quantization == quantizations[0] else f"{quantization}_"
+        figures = measure(setup, prompts, in_file, quantization)
+        result |= {f"{prefix}{key}": value for key, value in figures.items()}
     report(result, args.json)
     return 0
 

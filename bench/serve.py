@@ -1,4 +1,4 @@
-"""The server under load next to the offline scorer: throughput, latency, health checks, memory, restart.
+"""Measure the server under load next to the offline scorer: throughput, latency, health checks, memory, restart.
 
 64 clients ask for rows of all four variants; the same rows are scored offline by the same model, variant by variant.
 The clients run in this process, on the same cores as the server. Ratios come from one run, on one machine.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import socket
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def random_adapters(base: str, folder: Path) -> None:
-    """Adapters of the size and form of trained ones."""
+    """Save adapters of the size and form of trained ones."""
     import torch
     from peft import get_peft_model
 
@@ -69,17 +70,17 @@ def random_adapters(base: str, folder: Path) -> None:
 
 
 class Server:
-    """A serve_creditmix.py process and how long it took to be ready."""
+    """A serve_creditmix.py process that answers requests. variants: those with an adapter in `folder`."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, variants: tuple[str, ...]):
+    def __init__(self, base: str, load: LoadOptions, calibration: str, folder: Path, variants: tuple[str, ...]):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        flags = ["--base", args.base, "--port", str(self.port), "--quantization", args.quantization]
+        flags = ["--base", base, "--port", str(self.port), "--quantization", load.quantization]
         for variant in VARIANTS[1:]:
             flags += [f"--{variant}", str(folder / f"creditmix_{variant}") if variant in variants else "none"]
-        flags += ["--calibration", args.calibration]
-        command = [sys.executable, str(ROOT / "serve_creditmix.py"), *flags, "--compute_dtype", args.compute_dtype]
+        flags += ["--calibration", calibration, "--compute_dtype", load.compute_dtype]
+        command = [sys.executable, str(ROOT / "serve_creditmix.py"), *flags]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(command, stderr=self.log)
         asyncio.run(self._until_ready())
@@ -92,7 +93,7 @@ class Server:
                 raise RuntimeError(f"the server ended: {self.log.read().decode()[-500:]}")
             try:
                 client = await Client.connect(self.port)
-                status, _ = await client.ask("GET", "/readyz")
+                status, _ = await client.request("GET", "/readyz")
                 client.close()
                 if status == 200:
                     return
@@ -101,11 +102,12 @@ class Server:
         raise RuntimeError("the server was not ready within two minutes")
 
     def memory_mb(self) -> float:
-        """Resident memory."""
+        """Return the resident memory."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
     def stop(self) -> None:
+        """End the process and wait for it."""
         self.process.terminate()
         self.process.wait(60)
 
@@ -118,13 +120,14 @@ class Client:
 
     @classmethod
     async def connect(cls, port: int) -> Client:
+        """Open a connection to this machine."""
         return cls(*await asyncio.open_connection("127.0.0.1", port))
 
-    async def ask(self, method: str, path: str, body: object = None) -> tuple[int, dict]:
+    async def request(self, method: str, path: str, body: object = None) -> tuple[int, dict]:
+        """Send a request and return (status, object in the answer)."""
         content = json.dumps(body).encode() if body is not None else b""
-        head = (
-            f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-        )
+        lines = (f"{method} {path} HTTP/1.1", "Host: x", "Content-Type: application/json")
+        head = "\r\n".join([*lines, f"Content-Length: {len(content)}"])
         self.writer.write(head.encode() + b"\r\n\r\n" + content)
         await self.writer.drain()
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
@@ -132,11 +135,12 @@ class Client:
         return int(head.split(" ")[1]), json.loads(await self.reader.readexactly(length))
 
     def close(self) -> None:
+        """Close the connection."""
         self.writer.close()
 
 
 async def load(port: int, jobs: list[tuple[str, str]], clients: int) -> dict:
-    """All jobs (variant, features) by this many clients, with health checks at the same time."""
+    """Send all jobs (variant, features) by this number of clients, with health checks at the same time."""
     answers: list[dict | None] = [None] * len(jobs)
     waiting, done = iter(range(len(jobs))), asyncio.Event()
     statuses: list[int] = []
@@ -145,7 +149,7 @@ async def load(port: int, jobs: list[tuple[str, str]], clients: int) -> dict:
     async def client() -> None:
         connection = await Client.connect(port)
         for i in waiting:
-            status, answers[i] = await connection.ask("POST", f"/infer/{jobs[i][0]}", {"features": jobs[i][1]})
+            status, answers[i] = await connection.request("POST", f"/infer/{jobs[i][0]}", {"features": jobs[i][1]})
             statuses.append(status)
         connection.close()
 
@@ -153,7 +157,7 @@ async def load(port: int, jobs: list[tuple[str, str]], clients: int) -> dict:
         connection = await Client.connect(port)
         while not done.is_set():
             start = time.perf_counter()
-            await connection.ask("GET", "/healthz")
+            await connection.request("GET", "/healthz")
             health.append(1000 * (time.perf_counter() - start))
             await asyncio.sleep(0.05)
         connection.close()
@@ -168,11 +172,11 @@ async def load(port: int, jobs: list[tuple[str, str]], clients: int) -> dict:
 
 
 async def one_by_one(port: int, jobs: list[tuple[str, str]]) -> list[float]:
-    """Seconds of each request of one client."""
+    """Return the seconds of each request of one client."""
     connection, seconds = await Client.connect(port), []
     for variant, text in jobs:
         start = time.perf_counter()
-        await connection.ask("POST", f"/infer/{variant}", {"features": text})
+        await connection.request("POST", f"/infer/{variant}", {"features": text})
         seconds.append(time.perf_counter() - start)
     connection.close()
     return seconds
@@ -193,85 +197,88 @@ def bare_forwards(model: CreditModel, texts: list[str]) -> list[float]:
 
 
 def offline_answers(models: dict[str, CreditModel], jobs: list[tuple[str, str]]) -> list[dict]:
-    """The responses of the offline scorer, in the jobs' order, scored variant by variant."""
-    asked = {variant: [text for v, text in jobs if v == variant] for variant in VARIANTS}
-    scored = {
-        variant: iter(models[variant].responses(models[variant].raw_scores(asked[variant]))) for variant in asked
+    """Return the responses of the offline scorer, in the jobs' order, scored variant by variant."""
+    responses = {}
+    for variant, model in models.items():
+        raw = model.raw_scores([text for v, text in jobs if v == variant])
+        responses[variant] = iter(model.responses(raw))
+    return [next(responses[variant]) for variant, _ in jobs]
+
+
+def compare_answers(answers: list[dict], expected: list[dict]) -> dict[str, float]:
+    """Return how far the server's answers agree with those of the offline scorer."""
+    pairs = list(zip(answers, expected, strict=True))
+    same = np.array([answer["prediction"] == offline["prediction"] for answer, offline in pairs])
+    clear = np.array([offline["top2_margin"] > 0.1 for offline in expected])
+    gaps = [abs(a["raw_scores"][label] - e["raw_scores"][label]) for a, e in pairs for label in LABELS]
+    return {
+        "label_agreement": round(float(same.mean()), 4),
+        "label_agreement_margin_above_0.1": round(float(same[clear].mean()), 4),
+        "largest_raw_score_difference": round(max(gaps), 6),
     }
-    return [next(scored[variant]) for variant, _ in jobs]
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.quick:
-        args.requests = min(args.requests, 320)
+    requests = min(args.requests, 320) if args.quick else args.requests
     import torch
 
     rows, _ = read_creditmix(args.data)
-    texts = [row.features for row in rows[: (args.requests + 3) // 4]]
-    jobs = [(VARIANTS[i % 4], texts[i // 4]) for i in range(args.requests)]
+    texts = [row.features for row in rows[: (requests + 3) // 4]]
+    jobs = [(VARIANTS[i % 4], texts[i // 4]) for i in range(requests)]
+    load_options = LoadOptions(args.quantization, args.compute_dtype)
     result: dict[str, object] = {"requests": len(jobs), "clients": args.clients, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.adapters or scratch)
         if not args.adapters:
             random_adapters(args.base, folder)
-        alone = Server(args, folder, ())
+        start_server = functools.partial(Server, args.base, load_options, args.calibration, folder)
+        alone = start_server(())
         asyncio.run(load(alone.port, [("base", text) for text in texts[:64]], args.clients))
         result["memory_mb_one_variant"] = round(alone.memory_mb())
         alone.stop()
-        server = Server(args, folder, VARIANTS)
+        server = start_server(VARIANTS)
         asyncio.run(load(server.port, jobs[:64], args.clients))
         result["memory_mb_four_variants"] = round(server.memory_mb())
         server.stop()
 
-        server = Server(args, folder, VARIANTS)  # now with priors on disk
+        server = start_server(VARIANTS)  # now with priors on disk
         times = asyncio.run(one_by_one(server.port, [("sft", text) for text in texts[:10]]))
         result["first_vs_tenth_request"] = round(times[0] / times[9], 3)
         options = ScoringOptions(
             forms={label: [label] for label in LABELS},
             bias=(0.0,) * len(LABELS),
             calibration=args.calibration,
-            load=LoadOptions(args.quantization, args.compute_dtype),
+            load=load_options,
         )
         names = {v: str(folder / f"creditmix_{v}") for v in VARIANTS[1:]} | {"base": args.base}
         models = {variant: CreditModel.load(resolve(names[variant]), options) for variant in VARIANTS}
         bare_forwards(models["sft"], texts[:4])
         ratios = []
         for start in range(0, 30, 10):  # in turns
-            ours = asyncio.run(one_by_one(server.port, [("sft", text) for text in texts[start : start + 10]]))
-            ratios.append(
-                statistics.median(ours) / statistics.median(bare_forwards(models["sft"], texts[start : start + 10]))
-            )
+            ten = texts[start : start + 10]
+            ours = asyncio.run(one_by_one(server.port, [("sft", text) for text in ten]))
+            ratios.append(statistics.median(ours) / statistics.median(bare_forwards(models["sft"], ten)))
         result["one_client_vs_bare_forward"] = round(statistics.median(ratios), 3)
         result["one_client_vs_bare_forward_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
 
         blocks = [jobs[start : start + (len(jobs) + 4) // 5] for start in range(0, len(jobs), (len(jobs) + 4) // 5)]
-        ratios, found, wanted = [], [], []
+        ratios, measured, expected = [], [], []
         for block in blocks:  # in turns, since two cores are not equally fast all the time
             start = time.perf_counter()
-            wanted += offline_answers(models, block)
+            expected += offline_answers(models, block)
             offline_seconds = time.perf_counter() - start
-            found.append(asyncio.run(load(server.port, block, args.clients)))
-            ratios.append(offline_seconds / found[-1]["seconds"])
+            measured.append(asyncio.run(load(server.port, block, args.clients)))
+            ratios.append(offline_seconds / measured[-1]["seconds"])
         server.stop()
-    result["rows_per_second"] = round(len(jobs) / sum(part["seconds"] for part in found), 2)
+    result["rows_per_second"] = round(len(jobs) / sum(part["seconds"] for part in measured), 2)
     result["vs_offline_scorer"] = round(statistics.median(ratios), 3)
     result["vs_offline_scorer_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
-    result["errors"] = sum(part["errors"] for part in found)
-    health = [ms for part in found for ms in part["health"]]
+    result["errors"] = sum(part["errors"] for part in measured)
+    health = [ms for part in measured for ms in part["health"]]
     result["healthz_ms_p50_p99"] = [round(float(np.percentile(health, p)), 1) for p in (50, 99)]
     result["memory_four_vs_one"] = round(result["memory_mb_four_variants"] / result["memory_mb_one_variant"], 3)
-    answers = [answer for part in found for answer in part["answers"]]
-    same = np.array([f["prediction"] == w["prediction"] for f, w in zip(answers, wanted, strict=True)])
-    clear = np.array([w["top2_margin"] > 0.1 for w in wanted])
-    result["label_agreement"] = round(float(same.mean()), 4)
-    result["label_agreement_margin_above_0.1"] = round(float(same[clear].mean()), 4)
-    gaps = [
-        abs(f["raw_scores"][label] - w["raw_scores"][label])
-        for f, w in zip(answers, wanted, strict=True)
-        for label in LABELS
-    ]
-    result["largest_raw_score_difference"] = round(max(gaps), 6)
+    result |= compare_answers([answer for part in measured for answer in part["answers"]], expected)
     report(result, args.json)
     return 0
 

@@ -1,4 +1,4 @@
-"""What the server does with bad clients: every reply must be an answer or a 4xx/503/504, and memory must stay flat.
+"""Check the server with bad clients: every reply must be an answer or a 4xx/503/504, and memory must stay flat.
 
 Against a real server process (by default on a random two-layer model, so that 20,000 requests take minutes): slow and
 huge bodies, invalid UTF-8, NaN, clients that leave, 5,000 requests that schemathesis makes up from the OpenAPI schema,
@@ -21,7 +21,9 @@ from pathlib import Path
 
 from bench.serve import Client, Server, load, random_adapters
 from distil.cli import run_script
+from distil.models import LoadOptions
 from distil.serving.engine import VARIANTS
+from distil.testing import build_tokenizer, save_random_model
 
 TEXT = "Age: 23, Occupation: Scientist, Annual Income: 19100, Outstanding Debt: 810"
 
@@ -37,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 async def raw(port: int, content: bytes, wait: float = 15) -> int:
-    """The status that some bytes get; 0 where the server closes without an answer."""
+    """Return the status that some bytes get; 0 where the server closes without an answer, -1 where it hangs."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(content)
     try:
@@ -50,12 +52,13 @@ async def raw(port: int, content: bytes, wait: float = 15) -> int:
 
 
 def post(body: bytes, length: int | None = None) -> bytes:
+    """Return the bytes of a request. length: the announced one, if not that of the body."""
     head = "POST /infer/sft HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
     return f"{head}{len(body) if length is None else length}\r\n\r\n".encode() + body
 
 
 async def bad_bodies(port: int) -> dict[str, int]:
-    """Status of each kind of bad request; -1 would be a hang."""
+    """Return the status of each kind of bad request."""
     kinds = {
         "ten_megabytes": post(b'{"features": "' + b"x" * 10_000_000 + b'"}'),
         "ten_megabytes_announced": post(b"{", 10_000_000),
@@ -73,7 +76,7 @@ async def bad_bodies(port: int) -> dict[str, int]:
 
 
 async def leaving_clients(port: int, count: int) -> None:
-    """Clients that close right after they asked."""
+    """Send requests and close each connection without reading."""
     for _ in range(count):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(post(json.dumps({"features": TEXT}).encode()))
@@ -82,24 +85,20 @@ async def leaving_clients(port: int, count: int) -> None:
 
 
 def fuzz(port: int, requests: int) -> str:
-    """Last lines of schemathesis's report."""
+    """Return the last lines of schemathesis's report."""
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"http://127.0.0.1:{port}/openapi.json"]
     command += ["--checks", "not_a_server_error", "--max-examples", str(requests // 8), "--no-color"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=3000)
-    return f"exit status {found.returncode}\n{found.stdout[-1500:]}"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
+    return f"exit status {done.returncode}\n{done.stdout[-1500:]}"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if not args.base:
-            from distil.testing import build_tokenizer, save_random_model
-
-            args.base = save_random_model(folder / "base", build_tokenizer(), "qwen2")
-        random_adapters(args.base, folder)
-        args.quantization, args.compute_dtype, args.calibration = "nf4", "auto", "auto"
-        server = Server(args, folder, VARIANTS)
+        base = args.base or save_random_model(folder / "base", build_tokenizer(), "qwen2")
+        random_adapters(base, folder)
+        server = Server(base, LoadOptions(), "auto", folder, VARIANTS)
         print("bad requests:", asyncio.run(bad_bodies(server.port)))
         asyncio.run(leaving_clients(server.port, 300))
         print("schemathesis:", fuzz(server.port, args.fuzz))
@@ -107,22 +106,22 @@ def main(argv: list[str] | None = None) -> int:
         memory = []
         for part in range(10):
             size = len(jobs) // 10
-            found = asyncio.run(load(server.port, jobs[part * size : (part + 1) * size], 64))
+            done = asyncio.run(load(server.port, jobs[part * size : (part + 1) * size], 64))
             memory.append(round(server.memory_mb(), 1))
-            if found["errors"]:
-                print("errors:", Counter(map(str, found["answers"])).most_common(3))
+            if done["errors"]:
+                print("errors:", Counter(map(str, done["answers"])).most_common(3))
         print("resident MB after each tenth:", memory, f"last/first {memory[-1] / memory[0]:.3f}")
         asyncio.run(killed_under_load(server, jobs))
         start = time.monotonic()
-        server = Server(args, folder, VARIANTS)
-        found = asyncio.run(load(server.port, jobs[:200], 64))
-        print(f"restarted after kill -9 in {time.monotonic() - start:.1f} s, errors {found['errors']}")
+        server = Server(base, LoadOptions(), "auto", folder, VARIANTS)
+        done = asyncio.run(load(server.port, jobs[:200], 64))
+        print(f"restarted after kill -9 in {time.monotonic() - start:.1f} s, errors {done['errors']}")
         print("accepted before SIGTERM and answered after it:", asyncio.run(stopped_under_load(server, jobs)))
     return 0
 
 
 async def killed_under_load(server: Server, jobs: list) -> None:
-    """kill -9 while 64 clients wait: they see a closed connection, not a hang."""
+    """Send kill -9 while 64 clients wait: they must see a closed connection, not a hang."""
     running = asyncio.create_task(load(server.port, jobs, 64))
     await asyncio.sleep(1)
     server.process.kill()
@@ -134,15 +133,15 @@ async def killed_under_load(server: Server, jobs: list) -> None:
 
 
 async def stopped_under_load(server: Server, jobs: list) -> str:
-    """SIGTERM while requests are in the queue: all that were accepted get their answer."""
+    """Send SIGTERM while requests are in the queue, and count the replies: all that were accepted must get one."""
     clients = await asyncio.gather(*(Client.connect(server.port) for _ in range(64)))
-    asked = [
-        asyncio.create_task(client.ask("POST", f"/infer/{variant}", {"features": text}))
+    requests = [
+        asyncio.create_task(client.request("POST", f"/infer/{variant}", {"features": text}))
         for client, (variant, text) in zip(clients, jobs, strict=False)
     ]
     await asyncio.sleep(0.05)
     server.process.terminate()
-    replies = await asyncio.gather(*asked, return_exceptions=True)
+    replies = await asyncio.gather(*requests, return_exceptions=True)
     statuses = Counter(reply[0] if isinstance(reply, tuple) else type(reply).__name__ for reply in replies)
     server.process.wait(60)
     return str(dict(statuses))

@@ -1,4 +1,4 @@
-"""Examples per second and peak memory of sft_train.py and dpo_train.py compared with TRL's own command line.
+"""Compare examples per second and peak memory of sft_train.py and dpo_train.py with TRL's command line.
 
 Each run is a separate process (`sft_train.py` or `trl sft`, `dpo_train.py` or `trl dpo`), and they take turns. Both
 have the same base in the same precision, LoRA, rows in the same order, tokens, batch, optimiser, learning rate and
@@ -93,6 +93,7 @@ def write_data(rows: list, encoder: PromptEncoder, folder: Path) -> None:
 
 
 def our_command(setup: Setup, method: str, folder: Path, output: Path) -> list[str]:
+    """Return the command of this project's trainer."""
     return [
         *(sys.executable, str(ROOT / f"{method}_train.py"), "--student", setup.student, "--save_dir", str(output)),
         *("--data", str(folder / f"{method}.jsonl"), "--quantization", setup.quantization, "--lora_dropout", "0"),
@@ -102,6 +103,7 @@ def our_command(setup: Setup, method: str, folder: Path, output: Path) -> list[s
 
 
 def trl_command(setup: Setup, method: str, folder: Path, output: Path) -> list[str]:
+    """Return the command of TRL's trainer."""
     import torch
 
     config = lora_config(dropout=0.0)
@@ -122,18 +124,19 @@ def trl_command(setup: Setup, method: str, folder: Path, output: Path) -> list[s
 
 
 def shared_flags(setup: Setup, method: str) -> list[str]:
-    """Flags that both have under one name."""
+    """Return the flags that both have under one name."""
     values = {"learning_rate": LEARNING_RATE[method], "warmup_steps": min(5, setup.steps // 2)}
     values |= {"max_steps": setup.steps, "seed": setup.seed} | ({"beta": 0.1} if method == "dpo" else {})
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 def batch_of(setup: Setup, method: str) -> int:
+    """Return the rows a forward; a pair counts as two."""
     return setup.batch_size if method == "sft" else max(1, setup.batch_size // 2)
 
 
 def train(command: list[str], threads: int) -> dict:
-    """{"seconds": first to last log line, "peak_gb", "loss": [of each log line]} of a training process."""
+    """Return {"seconds": first to last log line, "peak_gb", "loss": [of each log line]} of a training process."""
     # `trl` goes through `accelerate launch`, which would take one thread by default.
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     times, losses = [], []
@@ -152,6 +155,7 @@ def train(command: list[str], threads: int) -> dict:
 
 
 def plot_losses(path: Path, curves: dict[str, dict]) -> None:
+    """Draw the losses of both trainers, a panel for each method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(curves), 4), layout="constrained")

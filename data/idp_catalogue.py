@@ -1,4 +1,4 @@
-"""Words of the synthetic invoices: countries, vendors, customers, goods and labels. Read by make_idp.py.
+"""Words of the synthetic invoices: countries, vendors, customers, goods and labels. Used by make_idp.py.
 
 Every vendor and customer is invented; a match with the name of a firm is a coincidence. Each distinctive part of a
 vendor's name occurs in one vendor alone, so a validation vendor shares with the others no more than words of its trade

@@ -18,8 +18,8 @@ reference. Only that ratio counts: both are repeated until the clock of the mach
 
 Before anything is written every reference must pass its tests, every `fails` answer must fail one, every `slow` answer
 must be right and slow, and no `syntax` answer may parse. Answers run in separate processes without the caller's
-environment, in an empty folder, with limits on CPU time, memory and file size; that keeps mistakes harmless, it is no
-jail for hostile code.
+environment, in an empty folder, with limits on CPU time, memory and file size; that keeps mistakes harmless, but
+does not hold hostile code.
 
 A tenth of the tasks is held out for validation, see `is_held_out`.
 
@@ -145,6 +145,7 @@ class Task:
 
     @property
     def task_id(self) -> str:
+        """Return topic/name."""
         return f"{self.topic}/{self.name}"
 
 
@@ -152,7 +153,7 @@ class Task:
 
 
 def parse_block(topic: str, name: str, lines: list[str]) -> Task:
-    """The task in the lines after its `===` line. Raises ValueError saying what is missing."""
+    """Return the task in the lines after its `===` line. Raises ValueError with what is missing."""
     parts: dict[str, list[str]] = {"prompt": []}
     current, kind, why = "prompt", "", ""
     for line in lines:
@@ -168,7 +169,7 @@ def parse_block(topic: str, name: str, lines: list[str]) -> Task:
     wanted = {"prompt", "plan", "code", "tests", "rejected"} | ({"big"} if kind == "slow" else set())
     if set(parts) != wanted:
         raise ValueError(f"parts {sorted(parts)}, expected {sorted(wanted)}")
-    text = {part: "\n".join(found).strip("\n").rstrip() for part, found in parts.items()}
+    text = {part: "\n".join(its_lines).strip("\n").rstrip() for part, its_lines in parts.items()}
     if kind not in KINDS or not why or not all(text.values()):
         raise ValueError("an empty part, or a rejected answer of another kind than " + ", ".join(KINDS))
     return Task(
@@ -186,6 +187,7 @@ def parse_block(topic: str, name: str, lines: list[str]) -> Task:
 
 
 def parses(code: str) -> bool:
+    """Return whether the code is Python, without warnings about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -196,7 +198,7 @@ def parses(code: str) -> bool:
 
 
 def problem_of_form(task: Task) -> str | None:
-    """What is wrong with a task that can be seen without running it; None where nothing is."""
+    """Return what is wrong with a task, as far as it shows without running it, or None."""
     if not parses(task.code):
         return "the reference does not parse"
     defined = [node.name for node in ast.parse(task.code).body if hasattr(node, "name")]
@@ -219,9 +221,8 @@ def problem_of_form(task: Task) -> str | None:
 
 
 def read_tasks(folder: str | Path) -> list[Task]:
-    """All tasks of the *.txt files of a folder, in order of file and place.
-
-    Raises InputError naming file and task for the first block that is incomplete, inconsistent or there twice."""
+    """Return all tasks of the *.txt files of a folder, in order of file and place.
+    Raises InputError with file and task for the first block that is incomplete, inconsistent or there twice."""
     tasks: list[Task] = []
     seen: dict[str, str] = {}
     for path in sorted(Path(folder).glob("*.txt")):
@@ -251,7 +252,7 @@ def read_tasks(folder: str | Path) -> list[Task]:
 
 
 def limit_process() -> None:
-    """Called in the child before Python starts."""
+    """Limit the child process; called before Python starts in it."""
     cpu = JOBS_PER_PROCESS * SECONDS_PER_JOB
     for what, value in {
         resource.RLIMIT_CPU: cpu,
@@ -263,12 +264,12 @@ def limit_process() -> None:
 
 
 def job(code: str, tests: Sequence[str], big: str = "") -> dict:
-    """One answer to run; with `big` that test is timed after the others."""
+    """Return one answer to run; with `big` that test is timed after the others."""
     return {"code": code, "tests": list(tests), "big": big, "limit": SECONDS_PER_JOB}
 
 
 def run_jobs(jobs: Sequence[dict]) -> list[dict]:
-    """{"problem": None or what went wrong, "seconds": CPU time of the big test or None} for each job, in order."""
+    """Return {"problem": None or what went wrong, "seconds": CPU time of the big test or None} of each job."""
     results: list[dict] = []
     while len(results) < len(jobs):
         chosen = jobs[len(results) : len(results) + JOBS_PER_PROCESS]
@@ -288,9 +289,9 @@ def run_jobs(jobs: Sequence[dict]) -> list[dict]:
             except subprocess.TimeoutExpired as error:
                 answered = (error.stdout or b"").decode()
         # A line without its end was cut off when the process was ended.
-        found = [json.loads(line) for line in answered.split("\n")[:-1]]
-        results += found
-        if len(found) < len(chosen):
+        complete = [json.loads(line) for line in answered.split("\n")[:-1]]
+        results += complete
+        if len(complete) < len(chosen):
             results.append({"problem": "it ended the process or exceeded its limits", "seconds": None})
     return results
 
@@ -321,12 +322,12 @@ def check_tasks(tasks: Sequence[Task]) -> None:
 
 
 def is_held_out(task_id: str, split_seed: int = 0) -> bool:
-    """Whether a task is for validation: its share, by a hash of task_id and split seed, is below HELD_OUT."""
+    """Return whether a task is for validation: its share, by a hash of task_id and split seed, is below HELD_OUT."""
     return hash_share(task_id, split_seed) < HELD_OUT
 
 
 def build_files(tasks: Sequence[Task], split_seed: int = 0) -> dict[str, list[dict]]:
-    """{file name: rows}. Nothing is run; held-out tasks are in the validation file alone."""
+    """Return {file name: rows}. Nothing is run; held-out tasks are in the validation file alone."""
     files: dict[str, list[dict]] = {f"codegen_{name}.jsonl": [] for name in ("sft", "kd", "dpo", "validation")}
     for task in tasks:
         plain, with_plan = codegen_prompt(task.prompt), codegen_plan_prompt(task.prompt)
@@ -354,7 +355,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tasks",
         type=Path,
         default=here / "codegen_tasks",
-        help="folder of the task files (default: codegen_tasks beside this script)",
+        help="folder of the task files (default: codegen_tasks next to this script)",
     )
     parser.add_argument(
         "--outdir",

@@ -108,7 +108,7 @@ UTILISATION = [
     (180001, [22.8, 28.2, 30.2, 32.1, 33.8, 35.5, 37.5, 39.2, 40.7, 43.0, 46.9]),
 ]
 
-# ---- damage: shares of rows, each drawn for itself since in the real data none depends on another or on the class
+# ---- damage: shares of rows, drawn independently: in the real data none depends on another or on the class
 UNKNOWN_LABEL = 0.197  # "_"
 UNKNOWN_OCCUPATION = 0.068  # "_______"
 UNKNOWN_BEHAVIOUR = 0.0753  # "!@9#%8"
@@ -127,21 +127,25 @@ class Draw:
         self._random = random.Random(seed).random
 
     def chance(self, p: float) -> bool:
+        """Draw True with probability p."""
         return self._random() < p
 
     def between(self, low: float, high: float) -> float:
+        """Draw a number from low to below high."""
         return low + (high - low) * self._random()
 
     def index(self, weights: list[int]) -> int:
+        """Draw an index by weight."""
         totals = list(accumulate(weights))
         return bisect_right(totals, self._random() * totals[-1])
 
     def cell(self, edges: list[int], weights: list[int]) -> float:
-        """A value drawn evenly within a cell that is drawn by weight; below the last edge."""
+        """Draw a value evenly within a cell that is drawn by weight; below the last edge."""
         i = self.index(weights)
         return self.between(edges[i], edges[i + 1])
 
     def shuffle(self, items: list) -> None:
+        """Shuffle the items in place."""
         # Not random.shuffle: its use of the sequence is not promised to stay the same between Python versions.
         for i in range(len(items) - 1, 0, -1):
             j = int(self._random() * (i + 1))
@@ -149,12 +153,12 @@ class Draw:
 
 
 def by_income(table: list[tuple[int, list]], income: float) -> list:
-    """The entry of a table keyed by upper bounds of income."""
+    """Return the entry of a table keyed by upper bounds of income."""
     return next(values for bound, values in table if income < bound)
 
 
 def customer_kinds(n: int, draw: Draw) -> list[str]:
-    """n kinds in random order, by exact quota."""
+    """Return n kinds in random order, by exact quota."""
     names = list(KINDS)
     ends = [round(n * total / 1000) for total in accumulate(share for _, share in KINDS.values())]
     kinds = [names[bisect_right(ends, i)] for i in range(n)]
@@ -163,7 +167,7 @@ def customer_kinds(n: int, draw: Draw) -> list[str]:
 
 
 def customer_rows(number: int, kind: str, draw: Draw) -> list[dict[str, str]]:
-    """The months of one customer, damaged; only age, utilisation and payment behaviour change from month to month."""
+    """Return the months of one customer, damaged; only age, utilisation and payment behaviour change by month."""
     debt = draw.cell(*DEBT[kind])
     income = draw.cell(INCOME_EDGES, INCOME[kind])
     age = int(draw.cell(AGE_EDGES, AGE[kind]))
@@ -198,7 +202,7 @@ def customer_rows(number: int, kind: str, draw: Draw) -> list[dict[str, str]]:
 
 
 def generate(customers: int, seed: int) -> list[dict[str, str]]:
-    """All rows, MONTHS for each customer, in order of customer."""
+    """Return all rows, MONTHS for each customer, in order of customer."""
     draw = Draw(seed)
     rows: list[dict[str, str]] = []
     for number, kind in enumerate(customer_kinds(customers, draw), start=1):
@@ -207,7 +211,7 @@ def generate(customers: int, seed: int) -> list[dict[str, str]]:
 
 
 def write_json(rows: list[dict[str, str]], path: Path) -> None:
-    """One JSON list with a row a line, through a temporary name so that a killed run leaves no half file."""
+    """Write one JSON list with a row a line, through a temporary name so that a killed run leaves no half file."""
     text = "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]\n"
     part = path.with_name(path.name + ".part")
     part.write_bytes(text.encode("utf-8"))  # bytes: no line-end translation on any system

@@ -39,7 +39,7 @@ HELD_OUT = ("stacked_header", "slash_slip")  # layouts of validation alone
 RECEIPTS = ("thermal_receipt", "web_receipt", "slash_slip")  # titled and numbered as receipts
 FIRST_DAY, DAYS = datetime.date(2021, 1, 1), 7 * 365
 NOISY = 0.5  # share of documents with OCR damage
-LABEL_DAMAGE = 0.15  # share of labels with a wrong or lost character, in noisy documents
+LABEL_DAMAGE = 0.15  # share of labels with a wrong or missing character, in noisy documents
 LOST_COLON = 0.12  # share of labels without their colon, in noisy documents
 TABLE_DECIMALS = 0.12  # share of documents that print quantities as 2.00
 STUCK = "\x00"  # a space inside a value: line damage leaves it alone
@@ -86,16 +86,19 @@ class Draw:
         self._random = random.Random(seed).random
 
     def chance(self, p: float) -> bool:
+        """Draw True with probability p."""
         return self._random() < p
 
     def whole(self, low: int, high: int) -> int:
-        """A whole number from low to high, both included."""
+        """Draw a whole number from low to high, both included."""
         return low + int(self._random() * (high - low + 1))
 
     def pick(self, items):
+        """Draw one of the items."""
         return items[int(self._random() * len(items))]
 
     def shuffled(self, items) -> list:
+        """Return the items in random order."""
         # Not random.shuffle: its use of the sequence is not promised to stay the same between Python versions.
         items = list(items)
         for i in range(len(items) - 1, 0, -1):
@@ -119,6 +122,8 @@ class Line:
 
 @dataclass
 class Invoice:
+    """What a document states; money in cents."""
+
     vendor: words.Vendor
     number: str
     date: datetime.date
@@ -133,11 +138,12 @@ class Invoice:
 
     @property
     def net(self) -> int:
+        """Return the total without tax."""
         return self.total - self.tax
 
 
 def number_text(draw: Draw, vendor: words.Vendor, date: datetime.date) -> str:
-    """A number in the vendor's own style."""
+    """Return an invoice number in the vendor's style."""
     letters = re.sub(r"[^A-Z]", "", vendor.name.upper())
     prefix, count = letters[:2], draw.whole(1, 9999)
     styles = (
@@ -149,7 +155,7 @@ def number_text(draw: Draw, vendor: words.Vendor, date: datetime.date) -> str:
 
 
 def draw_line(draw: Draw, good: tuple, country: words.Country) -> Line:
-    """A priced line of a good of the catalogue."""
+    """Return a priced line of a good of the catalogue."""
     text, low, high, kind = good
     sizes = {
         "cm": 10 * draw.whole(4, 24), "mm": draw.pick((6, 9, 12, 15, 18, 22, 25)), "kg": draw.whole(1, 5),
@@ -267,7 +273,7 @@ class Page:
     """An invoice being written: lines so far, and the ways this document writes labels and values.
 
     Values go through `keep`, which guards their spaces; labels through `label`, which damages some where the document
-    is a noisy one. `shown` notes the misleading values that were printed: a wrong answer can name only those.
+    is a noisy one. `shown` notes the misleading values that were printed: a wrong answer can have only those.
     """
 
     def __init__(self, invoice: Invoice, draw: Draw, noisy: bool, receipt: bool = False) -> None:
@@ -284,8 +290,8 @@ class Page:
         self.gap = " " if letters or self.mark_last else ""
         self.full_qty = draw.chance(TABLE_DECIMALS)
         self.colon = " :" if self.language == "fr" and draw.chance(0.6) else ":"
-        streets, places, known = self.country.streets, self.country.places, sum(invoice.vendor.name.encode())
-        self.places = (streets[known % len(streets)], places[known // 7 % len(places)])
+        streets, places, choice = self.country.streets, self.country.places, sum(invoice.vendor.name.encode())
+        self.places = (streets[choice % len(streets)], places[choice // 7 % len(places)])
         self.chosen: dict[str, str] = {}  # the words of its labels
         self.lines: list[str] = []
         self.shown: dict[str, str | int] = {}
@@ -349,7 +355,7 @@ class Page:
     # labels
 
     def damaged(self, text: str) -> str:
-        """Return a label as OCR reads it: here and there a letter is lost or wrong."""
+        """Return a label as OCR reads it: here and there a letter is missing or wrong."""
         spots = [i for i, letter in enumerate(text) if letter.isalpha() and i]
         if not self.noisy or len(spots) < 4 or not self.draw.chance(LABEL_DAMAGE):
             return text
@@ -366,8 +372,8 @@ class Page:
 
     def pair(self, key: str, value: str, width: int = 0) -> str:
         label = self.label(key)
-        lost = label.endswith("#") or (self.noisy and self.draw.chance(LOST_COLON))
-        return f"{label + ('' if lost else self.colon):{width}} {value}"
+        bare = label.endswith("#") or (self.noisy and self.draw.chance(LOST_COLON))
+        return f"{label + ('' if bare else self.colon):{width}} {value}"
 
     def say(self, table: dict) -> str:
         return self.draw.pick(table[self.language])
@@ -390,7 +396,7 @@ class Page:
         return rows
 
     def included(self) -> list[tuple[str, str]]:
-        """Return (label, money) of the tax within the total, which comes after it: true but not asked for."""
+        """Return (label, money) of the tax within the total, which comes after it: true but not in the schema."""
         invoice = self.invoice
         if invoice.tax_included and self.draw.chance(0.7):
             return [(f"{self.label('incl')} {self.tax_name()}", self.money(invoice.tax))]
@@ -400,11 +406,11 @@ class Page:
         return ", ".join(self.places)
 
     def phone(self) -> str:
-        known = sum(self.invoice.vendor.name.encode())  # as the address, the same on all of a vendor's documents
-        return f"{self.label('phone')} {200 + known % 700} {100 + known % 890} {1000 + 7 * known % 8999}"
+        seed = sum(self.invoice.vendor.name.encode())  # as the address, the same on all of a vendor's documents
+        return f"{self.label('phone')} {200 + seed % 700} {100 + seed % 890} {1000 + 7 * seed % 8999}"
 
     def extras(self, most: int) -> list[str]:
-        """Return up to `most` further labelled lines, among them dates and numbers that are not asked for."""
+        """Return up to `most` further labelled lines, among them dates and numbers that are not in the schema."""
         rows = [
             lambda: self.pair("order", self.order),
             lambda: self.pair("account", str(self.draw.whole(1000, 9999))),
@@ -482,7 +488,7 @@ class Page:
 
 
 def letterhead_table(p: Page) -> None:
-    """Letterhead, then an aligned table under a rule, sums under the last column."""
+    """Write a letterhead, then an aligned table under a rule, sums under the last column."""
     p.add(p.vendor)
     if p.draw.chance(0.7):
         p.add(p.address())
@@ -503,7 +509,7 @@ def letterhead_table(p: Page) -> None:
 
 
 def key_value(p: Page) -> None:
-    """One `label: value` a line, items as numbered groups."""
+    """Write one `label: value` a line, items as numbered groups."""
     head = [p.pair("number", p.number), p.pair("date", p.date), p.pair("vendor", p.vendor)]
     p.add(*(p.draw.shuffled(head) if p.draw.chance(0.5) else head))
     if p.draw.chance(0.6):
@@ -523,7 +529,7 @@ def key_value(p: Page) -> None:
 
 
 def pipe_table(p: Page) -> None:
-    """Everything in rows between pipes."""
+    """Write everything in rows between pipes."""
     edge = p.draw.chance(0.6)
 
     def row(*cells: str) -> str:
@@ -545,7 +551,7 @@ def pipe_table(p: Page) -> None:
 
 
 def csv_export(p: Page) -> None:
-    """The lines of a spreadsheet: head row and value row, then items, split by semicolons or tabs."""
+    """Write the lines of a spreadsheet: head row and value row, then items, split by semicolons or tabs."""
     mark = p.draw.pick((";", ";", "\t"))
     names = ["number", "date", "vendor"] + (["customer"] if p.draw.chance(0.5) else []) + ["currency", "total"]
     values = {
@@ -563,7 +569,7 @@ def csv_export(p: Page) -> None:
 
 
 def prose_body(p: Page) -> list[str]:
-    """Sentences with everything in them, broken into lines of about 80 characters."""
+    """Write sentences with everything in them, broken into lines of about 80 characters."""
     items = [
         p.say(words.PROSE_ITEM).format(
             qty=p.qty(line), desc=p.text(line), price=p.priced(line.price), amount=p.priced(line.amount)
@@ -588,7 +594,7 @@ def prose_body(p: Page) -> list[str]:
 
 
 def email_prose(p: Page) -> None:
-    """An e-mail whose sentences name items and sums; no table."""
+    """Write an e-mail whose sentences have items and sums; no table."""
     subject = f"{words.SUBJECT[p.language]}: {p.label('invoice')} {p.number}"
     if p.draw.chance(0.5):
         p.add(f"{p.damaged(words.FROM[p.language])}: {p.vendor}")
@@ -600,7 +606,7 @@ def email_prose(p: Page) -> None:
 
 
 def thermal_receipt(p: Page) -> None:
-    """A narrow till roll: centred head, `2 x 14.00` under the goods, cash and change. One piece has no quantity."""
+    """Write a narrow till roll: centred head, `2 x 14.00` under the goods, cash, change. One piece has no quantity."""
     width = max(30, len(p.vendor))
     p.add(p.vendor.center(width))
     if p.draw.chance(0.8):
@@ -631,9 +637,9 @@ def thermal_receipt(p: Page) -> None:
     for label, money in p.sums():
         p.add(*row(label.upper() if p.draw.chance(0.4) else label, money))
     if p.draw.chance(0.35):
-        given = (p.invoice.total // 1000 + p.draw.whole(1, 3)) * 1000
-        p.shown["cash"] = given
-        p.add(*row(p.label("cash"), p.money(given)), *row(p.label("change"), p.money(given - p.invoice.total)))
+        cash = (p.invoice.total // 1000 + p.draw.whole(1, 3)) * 1000
+        p.shown["cash"] = cash
+        p.add(*row(p.label("cash"), p.money(cash)), *row(p.label("change"), p.money(cash - p.invoice.total)))
     for label, money in p.included():
         p.add(*row(label, money))
     if p.draw.chance(0.6):
@@ -641,7 +647,7 @@ def thermal_receipt(p: Page) -> None:
 
 
 def two_column_header(p: Page) -> None:
-    """Seller at the left and invoice data at the right in the same lines; items without a rule, quantity first."""
+    """Write seller at the left, invoice data at the right in the same lines; items without a rule, quantity first."""
     left = [p.vendor, *p.places]
     if p.draw.chance(0.4):
         left.append(p.phone())
@@ -663,7 +669,7 @@ def two_column_header(p: Page) -> None:
 
 
 def delivery_note(p: Page) -> None:
-    """Delivery note that is the bill too: numbered positions with pieces and price for each, arrow to the amount."""
+    """Write a delivery note that is the bill too: numbered positions, pieces and price of each, arrow to amount."""
     p.add(f"{p.damaged(words.DELIVERY_NOTE[p.language])} {p.number}")
     p.add(p.pair("vendor", p.vendor))
     p.add(p.pair("customer", p.customer))
@@ -681,7 +687,7 @@ def delivery_note(p: Page) -> None:
 
 
 def terse_note(p: Page) -> None:
-    """A hand-written note: hardly a label, whole sums without decimals."""
+    """Write a note as by hand: hardly a label, round sums without decimals."""
     bill, total, included = words.TERSE[p.language]
 
     def short(cents: int) -> str:
@@ -707,7 +713,7 @@ def terse_note(p: Page) -> None:
 
 
 def dot_leader(p: Page) -> None:
-    """A form whose values stand behind dots."""
+    """Write a form whose values follow dots."""
     width = 44
     mark = p.draw.pick("..._")
 
@@ -726,7 +732,7 @@ def dot_leader(p: Page) -> None:
 
 
 def letter_list(p: Page) -> None:
-    """A business letter: place and day at the top, services as a list with hyphens, signed by the vendor."""
+    """Write a business letter: place and day at the top, services as a list with hyphens, signed by the vendor."""
     town = " ".join(part for part in p.places[1].split(",")[0].split() if part.isalpha() and not part.isupper())
     p.add(f"{town}, {p.date}", "")
     p.add(p.customer, "", f"{p.label('number')} {p.number}", "")
@@ -738,7 +744,7 @@ def letter_list(p: Page) -> None:
 
 
 def boxed_form(p: Page) -> None:
-    """A form drawn with +, - and |."""
+    """Write a form drawn with +, - and |."""
     rows = p.columns("dqpa")
     inner = p.aligned(rows, (0,), 3)
     head = [p.vendor, f"{p.pair('number', p.number)}  {p.pair('date', p.date)}"]
@@ -752,7 +758,7 @@ def boxed_form(p: Page) -> None:
 
 
 def web_receipt(p: Page) -> None:
-    """A web shop's confirmation: goods with a times sign, price for each in brackets unless it is one piece."""
+    """Write a web shop's confirmation: goods with a times sign, price of each in brackets unless it is one piece."""
     p.add(p.say(words.WEB_THANKS), "")
     p.add(f"{p.damaged(words.SOLD_BY[p.language])} {p.vendor}")
     p.add(f"{p.label('number')} {p.number} · {p.date}")
@@ -771,7 +777,7 @@ def web_receipt(p: Page) -> None:
 
 
 def column_ocr(p: Page) -> None:
-    """A table read column by column: all descriptions, then all quantities, prices and amounts."""
+    """Write a table read column by column: all descriptions, then all quantities, prices and amounts."""
     p.add(p.label("invoice"), p.vendor)
     names = [p.label("number"), p.label("date")]
     p.add(*names, p.number, p.date)
@@ -783,7 +789,7 @@ def column_ocr(p: Page) -> None:
 
 
 def stacked_header(p: Page) -> None:
-    """Held out. A row of labels over a row of values, items with an article code, the seller at the foot."""
+    """Write labels over a row of values, items with an article code, the seller at the foot. Held out."""
     names = [
         (p.label("number"), p.number),
         (p.label("account"), str(p.draw.whole(1000, 9999))),
@@ -803,7 +809,7 @@ def stacked_header(p: Page) -> None:
 
 
 def slash_slip(p: Page) -> None:
-    """Held out. A slip with asterisks and slashes, seller in the last line."""
+    """Write a slip with asterisks and slashes, seller in the last line. Held out."""
     stars = "*" * p.draw.whole(2, 4)
     p.add(f"{stars} {p.label('invoice')} {p.number} {stars} {p.date} {stars}")
     for line in p.invoice.lines:
@@ -860,7 +866,7 @@ def wrong_answer(fields: dict, shown: dict, draw: Draw) -> dict:
         put("total", json_number(shown["net"]) if "net" in shown else None)
         + put("total", json_number(shown["cash"]) if "cash" in shown else None)
         + put("total", json_number(round(100 * float(swapped))) if swapped else None)
-        + put("total", round(100 * total) if total % 1 else None),  # the decimal mark is lost
+        + put("total", round(100 * total) if total % 1 else None),  # without the decimal mark
         put("vendor", shown.get("customer")),
         put("number", shown.get("order")) + put("number", swapped_digits(fields["number"], draw)),
         put("currency", draw.pick([code for code in family if code != fields["currency"]])),

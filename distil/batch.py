@@ -13,14 +13,36 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from common import InputError
 from distil.files import check_folder, parse_json, read_json, write_json
-from distil.processes import gather, own_share, rank_and_world
+from distil.models import ModelRef, model_fingerprint
+from distil.processes import gather, only_one, own_share, rank_and_world
+
+
+def add_file_flags(add: Callable, source: str, output: str) -> None:
+    """Add the flags of every script that answers a file's lines. source, output: what the lines are."""
+    add("--input", help=source)
+    add("--output", help=output)
+    add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's .part file")
+
+
+def check_one_or_file(flags: Mapping[str, Any], one: str) -> None:
+    """Raise InputError unless either the flag `one`, in a single process, or --input and --output are given."""
+    if (flags[one] is None) == (flags["input"] is None) or (flags["input"] is None) != (flags["output"] is None):
+        raise InputError(f"give either --{one}, or --input and --output")
+    if flags[one] is not None:
+        only_one(f"--{one}")
+
+
+def file_settings(flags: Mapping[str, Any], ref: ModelRef) -> dict[str, Any]:
+    """Return the settings of `run_file` that flags and model decide."""
+    settings = {name: value for name, value in flags.items() if name not in ("overwrite", "debug")}
+    return settings | {"model": model_fingerprint(ref)}
 
 
 def failed_line(row: dict, code: str, message: str) -> dict:
@@ -200,4 +222,5 @@ class AnswerFile:
                 bar.update()
 
     def remove(self) -> None:
+        """Remove the .part files, once the output is written."""
         _remove_parts(self.output)

@@ -8,23 +8,28 @@ negative log-likelihood of the right labels, in nats; lower is better.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from common import Calibration, InputError
 from distil.files import read_json, write_json
 from distil.models import ModelRef, model_fingerprint
 from distil.scoring import ScoringOptions
 
+if TYPE_CHECKING:
+    import numpy as np
+
+FILE = "calibration.json"
 BASE_FOLDER = Path("runs/creditmix_base")  # where the calibration of a base model is kept
 
 
 def uncalibrated(labels: int) -> Calibration:
     """Return the calibration 'none' for this number of labels."""
+    import numpy as np
+
     return Calibration("none", np.zeros(labels), np.zeros(labels))
 
 
@@ -33,6 +38,7 @@ def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> 
     raw: [N, labels]; prior: [labels]; answers: [N] label indices. Convex in (bias / T, 1 / T), so the start does not
     matter; the biases are centred, since a common shift changes nothing. Temperatures stay within 1/20 to 20 and
     biases within 50, for rows that a model answers all right or all alike. Source: Guo et al. 2017, with biases."""
+    import numpy as np
     from scipy.optimize import minimize
     from scipy.special import log_softmax
 
@@ -53,6 +59,8 @@ def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calib
     """Return `fit_calibration` with biases moved until each label is predicted as often as it occurs on these rows.
     The lowest NLL alone lets a label that is often second best be predicted too rarely: its recall falls below its
     precision. Matching the shares has one answer and less noise than a search for the best F1 on few rows."""
+    import numpy as np
+
     fitted = fit_calibration(raw, prior, answers)
     actual = np.bincount(answers, minlength=raw.shape[1])
     best = bias = fitted.bias
@@ -73,6 +81,7 @@ def cross_fitted_probabilities(
 ) -> np.ndarray:
     """Return probabilities [N, labels] by fitted calibrations that did not see the row's group, in five folds.
     They can be compared with those of calibrations that have nothing to fit."""
+    import numpy as np
     from sklearn.model_selection import GroupKFold
 
     probabilities = np.empty_like(raw)
@@ -82,15 +91,19 @@ def cross_fitted_probabilities(
 
 
 def row_losses(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """Return the negative log-likelihood (natural log) of each row, [N]."""
+    """Return the NLL of each row, [N]."""
+    import numpy as np
+
     return -np.log(probabilities[np.arange(len(answers)), answers].clip(1e-12))
 
 
 def choose_method(losses: dict[str, np.ndarray], groups: Sequence[str]) -> str:
     """Return the simplest method whose NLL is within one standard error of the lowest.
-    losses: {method: negative log-likelihoods [N]}, the simplest first; groups: [N] customer of each row, at least two
+    losses: {method: NLL of each row [N]}, the simplest first; groups: [N] customer of each row, at least two
     different. The standard error is that of the difference over groups: what few rows seem to gain is mostly noise
     (the one-standard-error rule, Breiman et al. 1984)."""
+    import numpy as np
+
     best = min(losses.values(), key=np.mean)
     _, group_index = np.unique(groups, return_inverse=True)
 
@@ -104,7 +117,7 @@ def choose_method(losses: dict[str, np.ndarray], groups: Sequence[str]) -> str:
 def candidates(
     raw: np.ndarray, contextual: np.ndarray, answers: np.ndarray, customers: Sequence[str], fit_bias: str
 ) -> tuple[dict[str, Calibration], dict[str, np.ndarray]]:
-    """Return ({method: calibration}, {method: negative log-likelihoods [N]}) on calibration rows, the simplest first.
+    """Return ({method: calibration}, {method: NLL of each row [N]}) on calibration rows, the simplest first.
     raw: [N, labels]; contextual: prior [labels] of content-free prompts. The losses of 'fitted' are those of fits
     that did not see the row's customer."""
     none, fit = uncalibrated(raw.shape[1]), FIT_BIAS[fit_bias]
@@ -118,7 +131,7 @@ def candidates(
 
 def calibration_path(ref: ModelRef) -> Path:
     """Return where a model's calibration is stored: next to the adapter, or in BASE_FOLDER for a base model."""
-    return (Path(ref.adapter) if ref.adapter else BASE_FOLDER) / "calibration.json"
+    return (Path(ref.adapter) if ref.adapter else BASE_FOLDER) / FILE
 
 
 def write_fitted(
@@ -155,9 +168,28 @@ def read_fitted(ref: ModelRef, options: ScoringOptions) -> dict | None:
     return stored
 
 
+def check_fitted(ref: ModelRef, split_seed: int, data_sha256: str, gold_share: float) -> None:
+    """Raise InputError for a stored calibration fitted under another split; print a note where it was fitted on other
+    rows or with labels that --gold_share excludes. data_sha256: of the rows that the model is measured on."""
+    path = calibration_path(ref)
+    stored = read_json(path) if path.is_file() else None
+    fitted_on = stored.get("fitted_on") if isinstance(stored, dict) else None
+    if not isinstance(fitted_on, dict):
+        return
+    if (fitted := fitted_on.get("split_seed")) != split_seed:
+        other = f"fitted with --split_seed {fitted}, evaluated with {split_seed}: its rows may be validation rows"
+        raise InputError(f"{path}: {other}; fit again with --fit, or use --calibration contextual")
+    if fitted_on.get("data_sha256") != data_sha256:
+        print(f"note: {path} was fitted on rows of {fitted_on.get('data')}, not of --data", file=sys.stderr)
+    if (share := fitted_on.get("gold_share", 1.0)) > gold_share:
+        print(f"note: {path} was fitted with --gold_share {share:g}, not {gold_share:g}", file=sys.stderr)
+
+
 def fitted_calibration(ref: ModelRef, options: ScoringOptions) -> Calibration | None:
-    """Return the stored calibration that --calibration asks for, None where another is to be used.
-    Raises InputError where the one asked for is not stored."""
+    """Return the stored calibration that --calibration selects, None where another is to be used.
+    Raises InputError where the selected one is not stored."""
+    import numpy as np
+
     method = options.calibration
     if method in ("none", "contextual"):
         return None
@@ -183,11 +215,15 @@ def unfitted_note(ref: ModelRef, fitted: Calibration | None, options: ScoringOpt
 def with_shares(calibration: Calibration, shares: np.ndarray) -> Calibration:
     """Return the calibration for class proportions `shares` [labels] in place of equal ones.
     The odds of each label change by its share (Saerens et al. 2002), in scores and probabilities alike."""
+    import numpy as np
+
     shift = calibration.temperature * np.log(shares * len(shares))
     return replace(calibration, bias=calibration.bias + shift)
 
 
 def adjusted(calibration: Calibration, options: ScoringOptions) -> Calibration:
     """Return the calibration with what --bias and --class_shares add."""
+    import numpy as np
+
     calibration = replace(calibration, bias=calibration.bias + np.array(options.bias))
     return calibration if options.class_shares is None else with_shares(calibration, np.array(options.class_shares))

@@ -6,13 +6,17 @@ A flag that several scripts have is defined here once, with the function that tu
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any, TextIO
 
 from common import InputError
+from distil.files import write_json
 from distil.models import LoadOptions
 from distil.scoring import METHODS, ScoringOptions, read_verbalizers
 
@@ -97,9 +101,9 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     add("--offload_folder", default=offload, help="for what does not fit the GPU ($OFFLOAD_FOLDER)")
 
 
-def loading_options(args: argparse.Namespace) -> LoadOptions:
+def loading_options(flags: Mapping[str, Any]) -> LoadOptions:
     """Return the options of `add_loading_flags`."""
-    return LoadOptions(args.quantization, args.compute_dtype, args.offload_folder)
+    return LoadOptions(flags["quantization"], flags["compute_dtype"], flags["offload_folder"])
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser, null_prompts: int) -> None:
@@ -120,28 +124,25 @@ def add_scoring_flags(parser: argparse.ArgumentParser, null_prompts: int) -> Non
     add_loading_flags(parser)
 
 
-def scoring_options(args: argparse.Namespace, labels: Sequence[str], null_prompts: int) -> ScoringOptions:
+def scoring_options(flags: Mapping[str, Any], labels: Sequence[str], null_prompts: int) -> ScoringOptions:
     """Return the checked options of `add_scoring_flags` for a task with these labels. Raises InputError."""
-    forms = read_verbalizers(args.verbalizers, labels)
-    bias = label_numbers(args.bias, "--bias", labels)
-    if args.batch_size != "auto" and args.batch_size < 1:
-        raise InputError(f"--batch_size {args.batch_size}: at least 1")
-    if args.abstain_below is not None and not 0 < args.abstain_below <= 1:
-        raise InputError(f"--abstain_below {args.abstain_below}: a probability above 0")
-    if not 1 <= args.null_prompts <= null_prompts:
-        raise InputError(f"--null_prompts {args.null_prompts}: 1 to {null_prompts} are available")
-    given = label_numbers(args.class_shares, "--class_shares", labels)
-    shares = [given.get(label, 0.0) for label in labels]
-    if given and (min(shares) <= 0 or abs(sum(shares) - 1) > 0.01):
-        raise InputError(f"--class_shares {args.class_shares}: a share above 0 for each label, 1 together")
     names = ("calibration", "abstain_below", "null_prompts", "aggregate", "batch_size")
-    return ScoringOptions(
-        forms,
-        bias=tuple(bias.get(label, 0.0) for label in labels),
-        class_shares=tuple(share / sum(shares) for share in shares) if given else None,
-        load=loading_options(args),
-        **{name: getattr(args, name) for name in names},
-    )
+    same = {name: flags[name] for name in names}
+    if same["batch_size"] != "auto" and same["batch_size"] < 1:
+        raise InputError(f"--batch_size {same['batch_size']}: at least 1")
+    if same["abstain_below"] is not None and not 0 < same["abstain_below"] <= 1:
+        raise InputError(f"--abstain_below {same['abstain_below']}: a probability above 0")
+    if not 1 <= same["null_prompts"] <= null_prompts:
+        raise InputError(f"--null_prompts {same['null_prompts']}: 1 to {null_prompts} are available")
+    forms = read_verbalizers(flags["verbalizers"], labels)
+    by_label = label_numbers(flags["bias"], "--bias", labels)
+    bias = tuple(by_label.get(label, 0.0) for label in labels)
+    by_label = label_numbers(flags["class_shares"], "--class_shares", labels)
+    shares = [by_label.get(label, 0.0) for label in labels]
+    if by_label and (min(shares) <= 0 or abs(sum(shares) - 1) > 0.01):
+        raise InputError(f"--class_shares {flags['class_shares']}: a share above 0 for each label, 1 together")
+    class_shares = tuple(share / sum(shares) for share in shares) if by_label else None
+    return ScoringOptions(forms, bias, class_shares=class_shares, load=loading_options(flags), **same)
 
 
 def label_numbers(text: str | None, flag: str, labels: Sequence[str]) -> dict[str, float]:
@@ -157,3 +158,40 @@ def label_numbers(text: str | None, flag: str, labels: Sequence[str]) -> dict[st
         if label not in labels or not math.isfinite(pairs[label]):
             raise InputError(f"{flag} {text}: labels are {', '.join(labels)}, numbers finite")
     return pairs
+
+
+def add_report_flags(parser: argparse.ArgumentParser, units: str, resamples: int) -> Callable:
+    """Add the flags of every evaluation, whose intervals come from resampled `units`; return `add` of their group."""
+    add = parser.add_argument_group("report").add_argument
+    add("--bootstrap", type=int, default=resamples, help=f"resamples of {units} for the 95 %% intervals (%(default)s)")
+    add("--report_dir", help="write metrics.json, and for each model its answers to the rows, into this folder")
+    add("--json", action="store_true", help="print metrics.json on standard output, all else on standard error")
+    return add
+
+
+def check_at_least_one(flags: Mapping[str, Any], *names: str) -> None:
+    """Raise InputError where one of these flags has a number below 1."""
+    if any(flags[name] is not None and flags[name] < 1 for name in names):
+        raise InputError(f"{', '.join(f'--{name}' for name in names)} are at least 1")
+
+
+def finish_report(summary: dict[str, Any], report_dir: str | None, as_json: bool) -> None:
+    """Write an evaluation's summary to <report_dir>/metrics.json and print it, as far as the flags ask for it."""
+    if report_dir:
+        write_json(Path(report_dir) / "metrics.json", summary)
+        print(f"report written to {report_dir}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(summary))
+
+
+def with_interval(value: float, ends: Sequence[float], form: str = ".4f") -> str:
+    """Return a table's cell such as `0.6916 [0.6700, 0.7100]`."""
+    return f"{value:{form}} [{ends[0]:{form}}, {ends[1]:{form}}]"
+
+
+def print_columns(rows: Iterable[Sequence[str]], out: TextIO) -> None:
+    """Print rows of cells as a table whose columns are as wide as their widest cell."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip(), file=out)

@@ -28,12 +28,14 @@ def atomic_writer(path: str | Path) -> Iterator[Any]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
     with atomic_writer(path) as out:
         json.dump(value, out, indent=1, ensure_ascii=False, allow_nan=False)
         out.write("\n")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Write one object a line, atomically."""
     with atomic_writer(path) as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -107,9 +109,9 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
         for names in (fields.split("|") for fields in required):
             field = next((name for name in names if name in row), names[0])
             if not isinstance(row.get(field), str) or not row[field].strip():
-                found = json.dumps(row[field])[:40] if field in row else f"fields {sorted(row)}"
+                value = json.dumps(row[field])[:40] if field in row else f"fields {sorted(row)}"
                 wanted = " or ".join(f'"{name}"' for name in names)
-                problems.append(f"line {number} needs {wanted} as a non-empty string, found {found}")
+                problems.append(f"line {number} needs {wanted} as a non-empty string, found {value}")
         rows.append(row)
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
@@ -120,6 +122,7 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
 
 
 def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's content."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

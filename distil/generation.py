@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import InputError
+from common import InputError, left_padded
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,9 @@ def generate(
     bar = functools.partial(tqdm, desc=progress, unit="batch", disable=progress is None, file=sys.stderr)
     for first in bar(range(0, len(order), batch_size)):
         chosen = order[first : first + batch_size]
-        width = max(len(starts[i]) for i in chosen)
-        pads = [width - len(starts[i]) for i in chosen]
-        ids = torch.tensor([[tokenizer.pad_token_id] * pad + starts[i] for pad, i in zip(pads, chosen, strict=True)])
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
-        batch = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        batch = left_padded([starts[i] for i in chosen], tokenizer.pad_token_id, model.device)
+        del batch["position_ids"]  # transformers derives them from the mask
+        width = batch["input_ids"].shape[1]
         with torch.inference_mode():
             output = model.generate(**batch, generation_config=config, stopping_criteria=criteria)
         for i, row in zip(chosen, output[:, width:].tolist(), strict=True):

@@ -1,6 +1,6 @@
 """One run in several processes, as torchrun or `accelerate launch` starts them: shares of rows, and gathering.
 
-Only scoring and asking over many rows is shared here; trainers leave it to accelerate.
+Only scoring and teachers' answers to many rows are shared here; trainers leave it to accelerate.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import InputError, LabelScorer, PromptEncoder, dtype_name, form_scores
+from common import InputError, LabelScorer, PromptEncoder, dtype_name, form_scores, left_padded
 from distil.files import cache_dir, read_json, write_json
 from distil.models import LoadOptions
 
@@ -50,6 +50,7 @@ class ScoringOptions:
 
     @property
     def labels(self) -> list[str]:
+        """Return the labels in the order of all arrays."""
         return list(self.forms)
 
     def raw_settings(self) -> dict[str, Any]:
@@ -64,12 +65,12 @@ def read_verbalizers(path: str | Path | None, labels: Sequence[str]) -> dict[str
     A label that the file does not name has itself as its form. Raises InputError."""
     forms = {label: [label] for label in labels}
     if path:
-        given = read_json(path)
-        for label, words in given.items() if isinstance(given, dict) else [("", None)]:
+        table = read_json(path)
+        for label, words in table.items() if isinstance(table, dict) else [("", None)]:
             strings = isinstance(words, list) and all(isinstance(word, str) and word.strip() for word in words)
             if label not in forms or not strings or not words:
                 raise InputError(f"{path}: expected an object of label: [words] with labels {', '.join(labels)}")
-        forms |= given
+        forms |= table
         every = [word for words in forms.values() for word in words]
         if twice := sorted({word for word in every if every.count(word) > 1}):
             raise InputError(f"{path}: {', '.join(twice)} occurs twice; each word belongs to one label")
@@ -86,7 +87,7 @@ class FastLabelScorer(LabelScorer):
 
     batch_size: rows a forward; 'auto' finds the fastest in the first call with 256 rows, and is 32 before.
     shared_by: user turns whose common beginning is run once and its key/value cache reused (none: no cache).
-    adapters: names of a PEFT model's adapters that rows may ask for, `BASE` for none; without them all rows are
+    adapters: names of a PEFT model's adapters that rows may use, `BASE` for none; without them all rows are
     scored by the model as it is."""
 
     def __init__(
@@ -106,7 +107,7 @@ class FastLabelScorer(LabelScorer):
         self._prefix_caches: dict[str | None, list[tuple[Any, Any]]] = {}
         if shared_by:
             self.prefix = common_beginning([encoder.prompt(turn) for turn in shared_by])
-        for adapter in (adapters or [None]) if self.prefix else []:  # each has keys and values of its own
+        for adapter in (adapters or [None]) if self.prefix else []:  # each computes other keys and values
             with torch.inference_mode(), self._using([adapter]):
                 ids = torch.tensor([self.prefix], device=self.device)
                 cache = self.body(input_ids=ids, use_cache=True).cache
@@ -117,12 +118,6 @@ class FastLabelScorer(LabelScorer):
         if adapters[0] is None:
             return contextlib.nullcontext()
         return self.model.base_model._enable_peft_forward_hooks(adapter_names=list(adapters))
-
-    def raw_scores(
-        self, user_turns: Sequence[str], progress: str | None = None, adapters: Adapters = ()
-    ) -> np.ndarray:
-        """Return `score` of user turns."""
-        return self.score([self.encoder.prompt(turn) for turn in user_turns], progress, adapters)
 
     def score(self, rows: Sequence[list[int]], progress: str | None = None, adapters: Adapters = ()) -> np.ndarray:
         """Return raw scores [N, labels] as `LabelScorer.score`; adapters: [N] names of each row's adapter."""
@@ -232,21 +227,12 @@ class FastLabelScorer(LabelScorer):
     ) -> Any:
         """Return the body's output for the tokens of each row from `start` on; `layers`: keys and values of those
         before, layer by layer. Padding is on the left, between the two."""
-        import torch
         from transformers import DynamicCache
 
-        width = max(map(len, rows)) - start
-        pads = [width + start - len(row) for row in rows]
-        tensor = functools.partial(torch.tensor, device=self.device)
-        filler = self.encoder.tokenizer.pad_token_id
+        inputs = left_padded(rows, self.encoder.tokenizer.pad_token_id, self.device, start)
+        cache = DynamicCache([tuple(layer) for layer in layers]) if layers else None
         with self._using(adapters):
-            return self.body(
-                input_ids=tensor([[filler] * pad + row[start:] for pad, row in zip(pads, rows, strict=True)]),
-                attention_mask=tensor([[1] * start + [0] * pad + [1] * (width - pad) for pad in pads]),
-                position_ids=tensor([[0] * pad + list(range(start, start + width - pad)) for pad in pads]),
-                cache=DynamicCache([tuple(layer) for layer in layers]) if layers else None,
-                use_cache=keep_cache or bool(layers),
-            )
+            return self.body(**inputs, cache=cache, use_cache=keep_cache or bool(layers))
 
 
 def label_prior(

@@ -32,8 +32,8 @@ def is_gold(customer: str, gold_share: float, split_seed: int) -> bool:
 
 def preparation(data: str, sha256: str | None = None) -> dict[str, Any]:
     """Return the note of a prepare script next to a data file (split seed, source), empty for data of another origin.
-    It has "changed" where the note is of other content of that file. sha256: the file's, where it is known. Raises
-    InputError for a damaged note."""
+    It has "changed" where the note is of other content of that file. sha256: the file's, computed here by
+    default. Raises InputError for a damaged note."""
     changed = {}
     for path in sorted(Path(data).parent.glob("*_prepared.json")):
         note = read_json(path)
@@ -42,14 +42,14 @@ def preparation(data: str, sha256: str | None = None) -> dict[str, Any]:
         if noted := note.get("files", {}).get(Path(data).name):
             if noted == (sha256 := sha256 or file_sha256(data)):
                 return note
-            changed = {"changed": str(path)}  # by another script, which left a note of its own, or by hand
+            changed = {"changed": str(path)}  # by another script, which left another note, or by hand
     return changed
 
 
-def unchanged_preparation(data: str) -> dict[str, Any]:
+def unchanged_preparation(data: str, sha256: str) -> dict[str, Any]:
     """Return `preparation` for a script that makes other data of the file. Raises InputError for a changed file:
     without a note the new data would pass for data of another origin, with unknown customers."""
-    note = preparation(data)
+    note = preparation(data, sha256)
     if "changed" in note:
         fix = "prepare it again, or move the changed file to a separate folder"
         raise InputError(f"{data}: changed since {note['changed']} was written; {fix}")

@@ -25,7 +25,7 @@ CHATML = (
 
 
 def build_tokenizer():
-    """Byte-level BPE with ChatML: Good, Standard and Bad are one token each, Typical is several, digits are single."""
+    """Return a byte-level BPE with ChatML: Good, Standard and Bad are one token each, Typical several."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +49,7 @@ def build_tokenizer():
 
 
 def save_random_model(folder: Path, tokenizer, architecture: str) -> str:
-    """A two-layer model ('qwen2' or 'llama'); its projections satisfy the 4-bit CPU kernel (64s in, 32s out)."""
+    """Save a two-layer model ('qwen2' or 'llama') and return its folder; widths as the 4-bit CPU kernel needs them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -72,7 +72,7 @@ def save_random_model(folder: Path, tokenizer, architecture: str) -> str:
 
 
 def credit_rows(customers: int = 240, months: int = 2, seed: int = 0) -> list[dict]:
-    """Raw CreditMix rows with the published data's damage; debt decides the label, so models can learn it."""
+    """Return raw CreditMix rows with the published data's damage; debt decides the label, so models can learn it."""
     rng = random.Random(seed)
     rows = []
     for number in range(customers):
@@ -112,7 +112,7 @@ def load_named(name: str, quantization: str = "nf4", dtype: str = "auto", traina
 
 
 def save_adapter(folder: Path, model_dir: str, seed: int = 0, split_seed: int = 0) -> str:
-    """A finished CreditMix adapter folder with random LoRA weights (both matrices, so it changes the model)."""
+    """Write a finished CreditMix adapter folder with random LoRA weights (both matrices) and return its path."""
     import torch
     from peft import get_peft_model
 
@@ -132,7 +132,7 @@ def save_adapter(folder: Path, model_dir: str, seed: int = 0, split_seed: int = 
 
 
 class TinyEngine:
-    """Has the methods of serving.Engine and answers with the whitepaper's example; 'raise X' in a text raises X."""
+    """Has the methods of serving.engine.Engine and answers the whitepaper's example; 'raise X' in a text raises X."""
 
     ready, failure, description = True, None, {"base": {"model_name": "base"}}
 

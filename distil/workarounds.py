@@ -1,13 +1,38 @@
 """Every patch of a library in one place: which library and version, symptom, the test that needs it, when it can go.
 
-One setting that belongs here stands in common.load_model, since every 4-bit model needs it from the start:
+Six cannot be here, since they are part of the code that needs them:
 
-    library      bitsandbytes 0.50.2, on processors with AVX512-BF16
+    library      bitsandbytes 0.50.2, on processors with AVX512-BF16; in common.load_model
     symptom      the first forward without gradients in eval mode repacks 4-bit weights for good, for a kernel without
                  gradient: every later training step is wrong without an error (cosine 0.18 to the true gradient). It
                  rounds scales to bf16, and from some 25 tokens on it is slower than to dequantise and multiply
     test         tests/test_workarounds.py: test_gradients_are_the_same_after_an_evaluation
     remove when  bitsandbytes keeps the unpacked weights for forwards with gradients
+
+    library      PEFT 0.21; in common.add_adapters (its warning becomes an error) and load_model (path of the base)
+    symptom      an adapter with other weights changes nothing; each save looks the base's name up on the hub
+    test         tests/test_models.py: test_an_adapter_that_would_change_nothing_is_refused
+    remove when  PEFT refuses such adapters, and saves without the base
+
+    library      PEFT 0.21; in scoring.FastLabelScorer._using (a private method)
+    symptom      only PeftModel.forward, with logits of all positions, takes rows of several adapters
+    test         tests/test_creditmix_model.py: test_variants_score_as_models_loaded_alone
+    remove when  PEFT has a public context for mixed batches
+
+    library      TRL 1.16; in training.pairs (share_prompts, PairTrainer._prepare_dataset)
+    symptom      a pair's prompt runs twice, and texts are tokenised with control tokens switched on
+    test         tests/test_training_pairs.py: test_a_prompt_is_run_once_with_the_same_gradients
+    remove when  TRL shares a pair's prompt and takes token ids
+
+    library      transformers 5.24 and PEFT 0.21; in training.run (progress bar, README.md)
+    symptom      Ctrl-C leaves a bar below the message; a model card with this machine's paths is saved
+    test         tests/test_training_run.py: test_run_folder (the files)
+    remove when  the Trainer closes its bar, and saving has a flag for the model card
+
+    library      asyncio of Python 3.11; in serve_creditmix.bound_socket
+    symptom      Nagle's algorithm stays on for sockets without a protocol number: each answer waits 40 ms
+    test         tests/test_serving_app.py: test_a_port_in_use_is_said_before_anything_loads
+    remove when  asyncio switches it off for every TCP socket
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,28 @@ def assert_error(reply: Any, status: int, code: str) -> dict:
 # Flags of a tiny model and of its scoring: unquantised float32, two content-free prompts.
 FLOAT32 = ["--quantization", "none", "--compute_dtype", "float32"]
 PLAIN = [*FLOAT32, "--null_prompts", "2"]
-CREDIT_TEXT = "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98"
+CREDIT_TEXT = (  # the example of the whitepaper
+    "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
+    "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
+)
+RESPONSE_FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
+
+
+def stored_priors() -> list[Path]:
+    """Return the files of the priors in the cache."""
+    from distil.files import cache_dir
+
+    return sorted((cache_dir() / "priors").glob("*"))
+
+
+def wait_for(check: Callable[[], Any], seconds: float = 60) -> Any:
+    """Return the first true result of check(). Fails where there is none within the seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := check():
+            return result
+        time.sleep(0.05)
+    raise AssertionError("nothing within the time")
 
 
 def infer_one(capsys: Any, model: str, *flags: str) -> dict:
@@ -135,14 +158,14 @@ ANSWERS = ("Good", "Standard, after a long and careful look at it", "Bad", "Typi
 
 
 def trainer(method: str) -> Any:
-    """The module of a trainer's script."""
+    """Return the module of a trainer's script."""
     import importlib
 
     return importlib.import_module(f"{method}_train")
 
 
 def row_of(method: str, turn: str = "Debt: 1") -> dict:
-    """One row as a trainer takes it."""
+    """Return one row as a trainer takes it."""
     return {
         "sft": {"input": turn, "output": "Good"},
         "kd": {"input": turn, "teacher_output": "Good"},
@@ -151,7 +174,7 @@ def row_of(method: str, turn: str = "Debt: 1") -> dict:
 
 
 def refused(method: str, rows: list[dict], folder: Path, model_dir: str, *flags: object) -> str:
-    """The error with which a trainer refuses rows or flags; it has written nothing."""
+    """Return the error with which a trainer refuses rows or flags; it has written nothing."""
     import pytest
 
     from common import InputError
@@ -165,19 +188,19 @@ def refused(method: str, rows: list[dict], folder: Path, model_dir: str, *flags:
 
 
 def adapter_tensors(save_dir: Path | str) -> dict[str, Any]:
-    """The tensors of a saved adapter by name."""
+    """Return the tensors of a saved adapter by name."""
     from safetensors.torch import load_file
 
     return load_file(Path(save_dir) / "adapter_model.safetensors")
 
 
 def first_step(save_dir: Path) -> dict:
-    """The first entry of a run's training curve."""
+    """Return the first entry of a run's training curve."""
     return json.loads((save_dir / "training_curve.json").read_text())[0]
 
 
 def run_json(save_dir: Path) -> dict:
-    """The record of a finished run."""
+    """Return the record of a finished run."""
     return json.loads((save_dir / "run.json").read_text())
 
 
@@ -256,7 +279,7 @@ def model_dir(tmp_path_factory, tokenizer) -> str:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch, request):
-    """Priors of one test never meet another; slow tests keep the user's cache, where the converted model is."""
+    """Give each test a separate cache of priors; slow tests keep the user's cache, where the converted model is."""
     if not request.node.get_closest_marker("slow"):
         monkeypatch.setenv("DISTIL_SLM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
@@ -270,14 +293,22 @@ def credit_file(tmp_path_factory) -> str:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """An empty folder that is the working directory."""
+    """Make an empty folder the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+@pytest.fixture
+def data(here) -> str:
+    """Write a raw CreditMix file of 60 customers in the working directory."""
+    path = here / "raw.json"
+    path.write_text(json.dumps(credit_rows(customers=60)))
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def decoder(model_dir):
-    """A JSON decoder of the tiny model."""
+    """Return a JSON decoder of the tiny model."""
     from distil.idp.decoder import JsonDecoder
 
     return JsonDecoder(*load_named(model_dir, "none", "float32"))
@@ -303,7 +334,7 @@ def own_server_log(here):
 
 @pytest.fixture(scope="session")
 def credit_adapter(tmp_path_factory, model_dir) -> str:
-    """A CreditMix adapter with random weights; copy it before anything is written next to it."""
+    """Save a CreditMix adapter with random weights; copy it before anything is written next to it."""
     return save_adapter(tmp_path_factory.mktemp("adapter") / "creditmix_sft", model_dir)
 
 
@@ -312,13 +343,13 @@ def credit_adapter(tmp_path_factory, model_dir) -> str:
 
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory, tokenizer) -> str:
-    """Folder of a random Llama: its projections have no bias, as the embedded model's."""
+    """Save a random Llama: its projections have no bias, as the embedded model's."""
     return save_random_model(tmp_path_factory.mktemp("model") / "tiny-llama", tokenizer, "llama")
 
 
 @pytest.fixture(scope="session")
 def training_files(tmp_path_factory) -> dict[str, str]:
-    """Ten rows for each trainer: not a multiple of 4, so the last step of an epoch is a small one."""
+    """Write ten rows for each trainer: not a multiple of 4, so the last step of an epoch is a small one."""
     folder = tmp_path_factory.mktemp("rows")
     turns = [f"Debt: {37 * number}, Age: {20 + number}" for number in range(10)]
     pairs = [(turn, ANSWERS[number % len(ANSWERS)]) for number, turn in enumerate(turns)]
@@ -341,7 +372,7 @@ def training_files(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def train(model_dir, training_files, tmp_path):
-    """Train in this process; returns the run folder. Flags given later win over the ones here."""
+    """Train in this process and return the run folder. Later flags win over the ones here."""
 
     def train(method: str, name: str, *flags, rows: str | None = None, base: bool = True) -> Path:
         save_dir = tmp_path / name
@@ -355,7 +386,7 @@ def train(model_dir, training_files, tmp_path):
 
 @pytest.fixture(scope="session")
 def sft_adapter(model_dir, training_files, tmp_path_factory) -> str:
-    """An adapter far enough from its start that rounding it to bf16 would show."""
+    """Train an adapter far enough from its start that rounding it to bf16 would show."""
     save_dir = str(tmp_path_factory.mktemp("adapters") / "sft")
     flags = ["--max_steps", "6", "--warmup_steps", "0", "--learning_rate", "3e-3", "--lora_dropout", "0.1"]
     trainer("sft").main(["--student", model_dir, "--data", training_files["sft"], "--save_dir", save_dir, *flags])
@@ -381,7 +412,7 @@ def built(monkeypatch, tmp_path):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """Make endpoints that stand in for a teacher's, without the long pauses between retries."""
+    """Make fake endpoints of a teacher, without the long pauses between retries."""
     from distil.teachers.endpoint import HttpTeacher
 
     monkeypatch.setattr(HttpTeacher, "_pause", lambda self, seconds: self._stopped.wait(min(seconds, 0.02)))

@@ -155,7 +155,7 @@ def test_auto_takes_the_simplest_within_a_standard_error(gains, wanted):
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory, credit_adapter, credit_file) -> str:
-    """An adapter with its calibration."""
+    """Return an adapter with its calibration."""
     own = str(shutil.copytree(credit_adapter, tmp_path_factory.mktemp("fitted") / "own"))
     assert evaluate(own, credit_file, "--fit", "--calibration", "fitted") == 0
     return own
@@ -215,7 +215,7 @@ def test_a_calibration_that_is_named_is_stored_whatever_its_nll(here, capsys, cr
         assert response["scores"] == response["raw_scores"]
     if method == "batch":  # the mean raw score of the calibration rows, whatever their labels
         rows, _ = read_creditmix(credit_file)
-        scoring = credit_options(infer_creditmix.build_parser().parse_args(["--model_dir", own, *PLAIN]))
+        scoring = credit_options(vars(infer_creditmix.build_parser().parse_args(["--model_dir", own, *PLAIN])))
         drawn = draw(rows, "calibration", None, EvalOptions("x", "", scoring))
         model = CreditModel.load(resolve(own), scoring)
         mean = model.raw_scores([row.features for row in drawn]).mean(axis=0)
@@ -240,8 +240,8 @@ def test_a_base_keeps_its_calibration_in_its_own_run_folder(here, capsys, model_
 
 def test_keep_base_stores_calibrations_of_adapters_alone(here, capsys, credit_adapter, model_dir, credit_file):
     own = str(shutil.copytree(credit_adapter, here / "own"))
-    found = evaluate_json(capsys, model_dir, credit_file, "--model_dir", model_dir, own, "--fit", "--keep_base")
-    assert [model["calibration"] for model in found["models"]] == ["fitted", "fitted"]
+    report = evaluate_json(capsys, model_dir, credit_file, "--model_dir", model_dir, own, "--fit", "--keep_base")
+    assert [model["calibration"] for model in report["models"]] == ["fitted", "fitted"]
     assert (here / "own/calibration.json").exists() and not (here / "runs").exists()
 
 

@@ -241,13 +241,6 @@ def test_a_path_of_the_wrong_kind_ends_with_status_2(capsys, tmp_path):
     assert "Is a directory; check the path" in capsys.readouterr().err
 
 
-@pytest.fixture
-def data(here) -> str:
-    path = here / "raw.json"
-    path.write_text(json.dumps(credit_rows(customers=60)))
-    return str(path)
-
-
 @pytest.mark.parametrize("seed", ["-1", str(2**32), "x"])
 def test_seeds_that_generators_do_not_take_are_refused(capsys, seed):
     for main in (creditmix_prepare.main, eval_creditmix.main, sft_train.main):
@@ -321,3 +314,10 @@ def test_prepare_refuses_wrong_flags(here, data, flags, message):
     with pytest.raises(InputError, match=message):
         creditmix_prepare.main(["--src", data, "--outdir", "out", *flags])
     assert all_files(here) == ["raw.json"]
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if path.stem != "common"))
+def test_help_needs_no_package(script):
+    """So that a script started outside the environment can say that it is outside."""
+    done = subprocess.run([sys.executable, "-S", str(ROOT / script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--debug" in done.stdout, done.stderr

@@ -17,6 +17,7 @@ import types
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 
 from distil.codegen import sandbox, sandbox_child
 from distil.codegen.sandbox import run_program, run_programs
@@ -100,7 +101,7 @@ FAKES = {
     "writes to every descriptor": "import os\nfor d in range(3, 64):\n    try:\n        os.write(d, b'[\"\", null]')\n"
     "    except OSError:\n        pass\nos._exit(0)",
     "changes what an assertion raises": "import builtins\nbuiltins.AssertionError = ValueError\ndef f(x): return 0",
-    "catches everything and goes on": "def f(x):\n    while True:\n        try:\n            while True: pass\n"
+    "catches everything and continues": "def f(x):\n    while True:\n        try:\n            while True: pass\n"
     "        except BaseException: pass",
     "raises at exit": "import atexit\natexit.register(print, 'passed')\ndef f(x): return 0",
 }
@@ -142,7 +143,7 @@ def test_many_files_do_not_fit(monkeypatch, namespaces):
 
 
 def test_a_program_that_nests_folders_leaves_nothing(monkeypatch, tmp_path):
-    without(monkeypatch, "namespaces", "hook")  # the hook would be slow here, a file system of its own hide it
+    without(monkeypatch, "namespaces", "hook")  # the hook would be slow here, a separate file system hide it
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     nests = "import os\nfor i in range(1500):\n    os.mkdir('d'); open('x', 'w').close(); os.chdir('d')\n"
     assert run_program(nests + "os.chmod('../../d', 0)\n" + RIGHT, TESTS, seconds=60).passed
@@ -192,7 +193,7 @@ def test_the_hook_alone_keeps_the_harness_environment(monkeypatch, program):
     without(monkeypatch, "namespaces", "landlock")
     outcome = run_program("import os\n" + program.format(pid=os.getpid()) + "\n" + RIGHT, TESTS)
     assert not outcome.passed and "Errno" not in outcome.problem, outcome  # the hook's own, not the system's
-    assert any(reason in outcome.problem for reason in ("processes", "outside", "no plain text")), outcome
+    assert any(reason in outcome.problem for reason in ("processes", "outside", "not plain text")), outcome
 
 
 REWRITES = {
@@ -259,7 +260,7 @@ def test_the_blocked_calls_have_the_numbers_of_the_header():
 
 @pytest.fixture(params=["all layers", "without the audit hook", "without namespaces"])
 def layers(request, monkeypatch):
-    """The kernel's layers must hold where Python's own is got around."""
+    """Check that the kernel's layers hold where Python's own is got around."""
     if request.param == "without the audit hook":
         if not sandbox.isolation():
             pytest.skip("no namespaces here")
@@ -334,7 +335,7 @@ print(sandbox.run_program(sys.argv[1].replace("HARNESS", str(__import__("os").ge
 
 @pytest.mark.parametrize("left", ["hook", "seccomp", "landlock"])
 def test_no_signal_comes_by_way_of_a_descriptor(left):
-    """To a harness of its own, which would be killed; by each layer alone."""
+    """To a separate harness, which would be killed; by each layer alone."""
     if left == "landlock" and ctypes.CDLL(None).syscall(444, None, 0, 1) < 6:
         pytest.skip("Landlock keeps signals from its 6th version")
     program = (
@@ -400,23 +401,23 @@ def test_nothing_outlives_the_run():
     marker = f"MARK{time.time_ns()}"
     run_program(f"{marker!r}\nwhile True: pass", TESTS, seconds=1)
     time.sleep(0.3)
-    found = []
+    matches = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/cmdline") as line:
-                found += ["RLIMIT_NPROC" in line.read()]
+                matches += ["RLIMIT_NPROC" in line.read()]
         except OSError:
             continue
-    assert not any(found)
+    assert not any(matches)
 
 
 def working_under(folder) -> list[str]:
-    """Processes whose working folder is under this one."""
-    found = []
+    """Return the processes with a working folder under this one."""
+    matches = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            found += [pid] if os.readlink(f"/proc/{pid}/cwd").startswith(f"{folder}/") else []
-    return found
+            matches += [pid] if os.readlink(f"/proc/{pid}/cwd").startswith(f"{folder}/") else []
+    return matches
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
@@ -432,13 +433,6 @@ def test_a_program_does_not_outlive_a_killed_harness(stop, tmp_path):
         harness.send_signal(stop)
         harness.wait()
     assert wait_for(lambda: not working_under(tmp_path))
-
-
-def wait_for(condition, seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.1)
-    return condition()
 
 
 def test_many_programs_keep_their_order():

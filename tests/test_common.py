@@ -58,8 +58,8 @@ def test_added_tokens_that_are_not_marked_as_special_are_text_too():
     encoder = PromptEncoder(tokenizer)
     for token in added:
         assert ids & set(tokenizer(f"a {token} b", split_special_tokens=True)["input_ids"])  # the library alone
-        for found in (encoder.prompt(f"a {token} b"), encoder.completion(token)):
-            assert not ids & set(found)
+        for encoded in (encoder.prompt(f"a {token} b"), encoder.completion(token)):
+            assert not ids & set(encoded)
         assert token in tokenizer.decode(encoder.prompt(f"a {token} b"))  # nothing is lost
 
 
@@ -121,7 +121,7 @@ def test_a_tokenizer_without_a_chat_template_keeps_its_own_first_token(tokenizer
     )
     encoder = PromptEncoder(bare)
     assert pieces(bare, encoder.prompt("Good")) == ["<|endoftext|>", "Good", "\n"]
-    assert pieces(bare, encoder.label("Good")) == ["Good"]  # an answer goes on after the prompt: no first token
+    assert pieces(bare, encoder.label("Good")) == ["Good"]  # an answer continues the prompt: no first token
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_labels_are_what_the_template_has_after_the_assistant_start(tokenizer, e
 
 
 def merging_tokenizer():
-    """A tokenizer that has one token for a line end and a following B, and none of the like for G."""
+    """Return a tokenizer that has one token for a line end and a following B, and none of the like for G."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import stored_priors
 from scipy.special import log_softmax
 
 from common import InputError
 from distil.creditmix import model as credit_model
 from distil.creditmix.model import CreditModel
 from distil.creditmix.rows import LABELS
-from distil.files import cache_dir
 from distil.models import LoadOptions, load, resolve
 from distil.scoring import ScoringOptions
 from distil.testing import CHATML, build_tokenizer, save_adapter
@@ -22,18 +21,14 @@ from distil.testing import CHATML, build_tokenizer, save_adapter
 FORMS = {label: [label] for label in LABELS}
 
 
-def stored_priors() -> list[Path]:
-    return sorted((cache_dir() / "priors").glob("*"))
-
-
-def options(**changes) -> ScoringOptions:
+def scoring_options(**changes) -> ScoringOptions:
     load = LoadOptions(changes.pop("quantization", "none"), changes.pop("compute_dtype", "float32"))
-    given = {"forms": FORMS, "bias": (0.0, 0.0, 0.0), "null_prompts": 2, "calibration": "contextual"}
-    return ScoringOptions(**given | {"batch_size": 8, "load": load} | changes)
+    values = {"forms": FORMS, "bias": (0.0, 0.0, 0.0), "null_prompts": 2, "calibration": "contextual"}
+    return ScoringOptions(**values | {"batch_size": 8, "load": load} | changes)
 
 
 def credit_model_of(name, **changes) -> CreditModel:
-    return CreditModel.load(resolve(str(name)), options(**changes))
+    return CreditModel.load(resolve(str(name)), scoring_options(**changes))
 
 
 def spoil_priors() -> None:
@@ -50,10 +45,10 @@ def test_an_old_prior_never_meets_changed_content(tmp_path, model_dir):
     np.testing.assert_array_equal(credit_model_of(adapter).calibration.prior, [777.0] * 3)  # the file is in use
 
     def prior(model=adapter, **changes):
-        found = credit_model_of(model, **changes).calibration.prior
-        assert found.max() < 0, (model, changes)
+        values = credit_model_of(model, **changes).calibration.prior
+        assert values.max() < 0, (model, changes)
         spoil_priors()
-        return found
+        return values
 
     assert not np.allclose(prior(null_prompts=3), first)
     prior(forms=words)
@@ -98,12 +93,12 @@ def test_calibration_none_has_no_prior(model_dir):
 def test_variants_score_as_models_loaded_alone(tmp_path, model_dir):
     refs = {"base": resolve(model_dir)}
     refs |= {f"sft{seed}": resolve(save_adapter(tmp_path / str(seed), model_dir, seed=seed)) for seed in (1, 2)}
-    variants = CreditModel.load_variants(refs, dict.fromkeys(refs), options())
+    variants = CreditModel.load_variants(refs, dict.fromkeys(refs), scoring_options())
     texts = ["Age: 30", "Age: 60, Occupation: Lawyer"]
     for variant, ref in refs.items():
-        alone, together = CreditModel.load(ref, options()), variants[variant]
+        alone, together = CreditModel.load(ref, scoring_options()), variants[variant]
         np.testing.assert_allclose(together.raw_scores(texts), alone.raw_scores(texts), atol=1e-4)
         np.testing.assert_allclose(together.calibration.prior, alone.calibration.prior, atol=1e-4)
         assert together.name == ref.name
-    only = CreditModel.load_variants({"base": refs["base"]}, {"base": None}, options())["base"]
+    only = CreditModel.load_variants({"base": refs["base"]}, {"base": None}, scoring_options())["base"]
     np.testing.assert_allclose(only.raw_scores(texts), variants["base"].raw_scores(texts), atol=1e-4)

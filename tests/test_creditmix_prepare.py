@@ -21,7 +21,7 @@ from distil.splits import is_gold, split_of
 from distil.testing import ROOT, credit_rows
 
 
-def read(folder: Path, name: str) -> list[dict]:
+def read_prepared(folder: Path, name: str) -> list[dict]:
     return read_lines(folder / f"creditmix_{name}.jsonl")
 
 
@@ -39,7 +39,7 @@ def prepared(tmp_path_factory, credit_file) -> Path:
 def test_prepare_writes_three_files_in_the_trainers_formats(prepared):
     names = [f"creditmix_{name}" for name in ("dpo.jsonl", "kd.jsonl", "prepared.json", "sft.jsonl")]
     assert sorted(digests(prepared)) == names
-    sft, kd, dpo = (read(prepared, name) for name in ("sft", "kd", "dpo"))
+    sft, kd, dpo = (read_prepared(prepared, name) for name in ("sft", "kd", "dpo"))
     assert len(sft) == len(kd) == len(dpo) > 60
     for a, b, c in zip(sft, kd, dpo, strict=True):
         assert list(a) == ["input", "output"] and a["output"] in LABELS
@@ -52,14 +52,14 @@ def test_prepare_writes_three_files_in_the_trainers_formats(prepared):
 
 
 def test_the_teacher_is_compared_with_the_gold_labels(prepared):
-    rows, note = read(prepared, "kd"), json.loads((prepared / "creditmix_prepared.json").read_text())
+    rows, note = read_prepared(prepared, "kd"), json.loads((prepared / "creditmix_prepared.json").read_text())
     right = [max(row["label_probs"], key=row["label_probs"].get) == row["teacher_output"] for row in rows]
     assert note["teacher"]["teacher"] == pytest.approx(np.mean(right)) and note["teacher"]["rows"] == len(rows)
     assert note["teacher"]["majority"] == pytest.approx(1 / 3) and 0 < note["teacher"]["logistic regression"] < 1
 
 
 def test_prepared_rows_are_balanced(prepared):
-    counts = Counter(row["output"] for row in read(prepared, "sft"))
+    counts = Counter(row["output"] for row in read_prepared(prepared, "sft"))
     assert set(counts) == set(LABELS) and len(set(counts.values())) == 1
 
 
@@ -68,7 +68,7 @@ def test_prepare_writes_training_customers_only(prepared, credit_file):
     owners: dict[str, set[str]] = {}
     for row in json.loads(Path(credit_file).read_text()):
         owners.setdefault(creditmix_prompt(row["question"]), set()).add(row["customer_id"])
-    written = {row["input"] for row in read(prepared, "sft")}
+    written = {row["input"] for row in read_prepared(prepared, "sft")}
     assert written <= set(owners)
     assert all(len(names) == 1 for names in owners.values())  # the texts identify customers in this file
     customers = {name for text in written for name in owners[text]}
@@ -82,14 +82,14 @@ def test_prepare_writes_training_customers_only(prepared, credit_file):
 
 def test_another_split_seed_writes_other_customers(tmp_path, prepared, credit_file):
     assert creditmix_prepare.main(["--src", credit_file, "--outdir", str(tmp_path), "--split_seed", "1"]) == 0
-    mine, other = ({row["input"] for row in read(folder, "sft")} for folder in (prepared, tmp_path))
+    mine, other = ({row["input"] for row in read_prepared(folder, "sft")} for folder in (prepared, tmp_path))
     assert mine - other and other - mine
 
 
 def test_rejected_is_the_more_plausible_wrong_label(prepared):
     """Under the KD row's own probabilities, which cross-fitting made without the row's customer."""
     seen = set()
-    for pair, row in zip(read(prepared, "dpo"), read(prepared, "kd"), strict=True):
+    for pair, row in zip(read_prepared(prepared, "dpo"), read_prepared(prepared, "kd"), strict=True):
         assert pair["rejected"] in LABELS and pair["rejected"] != pair["chosen"]
         (other,) = set(LABELS) - {pair["chosen"], pair["rejected"]}
         assert row["label_probs"][pair["rejected"]] >= row["label_probs"][other]
@@ -107,15 +107,15 @@ def test_prepare_refuses_too_few_customers(tmp_path):
 
 def test_per_class_is_followed_or_refused(tmp_path, credit_file):
     assert creditmix_prepare.main(["--src", credit_file, "--outdir", str(tmp_path), "--per_class", "7"]) == 0
-    assert Counter(row["output"] for row in read(tmp_path, "sft")) == dict.fromkeys(LABELS, 7)
+    assert Counter(row["output"] for row in read_prepared(tmp_path, "sft")) == dict.fromkeys(LABELS, 7)
     with pytest.raises(InputError, match="9999 rows a class requested"):
         creditmix_prepare.main(["--src", credit_file, "--outdir", str(tmp_path), "--per_class", "9999"])
-    assert len(read(tmp_path, "sft")) == 21  # the files of the run before are complete
+    assert len(read_prepared(tmp_path, "sft")) == 21  # the files of the run before are complete
 
 
 @pytest.fixture(scope="module")
 def noisy_file(tmp_path_factory) -> str:
-    """Customers with uninformative debt: many Standard rows are near misses, often with equal margins."""
+    """Write customers with uninformative debt: many Standard rows are near misses, often with equal margins."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(300):
@@ -141,7 +141,7 @@ def test_hard_standard_changes_standard_rows_only(tmp_path, noisy_file):
     common = ["--src", noisy_file, "--per_class", "30"]
     assert creditmix_prepare.main([*common, "--outdir", str(tmp_path / "plain")]) == 0
     assert creditmix_prepare.main([*common, "--outdir", str(tmp_path / "hard"), "--hard_standard", "0.5"]) == 0
-    plain, hard = (read(tmp_path / name, "kd") for name in ("plain", "hard"))
+    plain, hard = (read_prepared(tmp_path / name, "kd") for name in ("plain", "hard"))
     assert Counter(row["teacher_output"] for row in hard) == dict.fromkeys(LABELS, 30)
 
     def texts(rows, wanted):
@@ -169,7 +169,7 @@ def test_only_rows_of_the_gold_share_are_written(tmp_path, noisy_file, capsys):
         )
     rows, _ = read_creditmix(noisy_file)
     allowed = {creditmix_prompt(row.features) for row in rows if is_gold(row.customer, 0.5, 0)}
-    full, half = ({row["input"] for row in read(tmp_path / share, "sft")} for share in ("1", "0.5"))
+    full, half = ({row["input"] for row in read_prepared(tmp_path / share, "sft")} for share in ("1", "0.5"))
     assert half <= allowed and full - allowed and len(half) < 0.8 * len(full)
     assert "train, with a usable label" in capsys.readouterr().out
     assert json.loads((tmp_path / "0.5" / "creditmix_prepared.json").read_text())["gold_share"] == 0.5
@@ -191,7 +191,7 @@ def test_rows_that_name_no_customer_are_noted(tmp_path, credit_file, capsys):
         src = tmp_path / f"{name}.json"
         src.write_text(json.dumps([row | ({"customer_id": None} if noted else {}) for row in rows]))
         assert creditmix_prepare.main(["--src", str(src), "--outdir", str(tmp_path / name)]) == 0
-        assert ("rows name no customer, each text counts as one" in capsys.readouterr().err) == noted
+        assert ("rows have no customer id, each text counts as a customer" in capsys.readouterr().err) == noted
 
 
 def test_the_generator_makes_the_embedded_file(tmp_path):

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import labelled_rows
+from conftest import CREDIT_TEXT, labelled_rows
 
 from common import InputError
 from distil.creditmix.rows import (
@@ -101,12 +101,6 @@ def test_clean_field(field, value, expected):
     assert clean_field(field, expected) == expected
 
 
-WHITEPAPER = (
-    "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: "
-    "35.03, Payment Behaviour: Low_spent_Small_value_payments"
-)
-
-
 CANONICAL = (
     "Age: 23, Occupation: Scientist, Annual Income: 19100, Outstanding Debt: 810, Credit Utilization Ratio: 35, "
     "Payment Behaviour: Low_spent_Small_value_payments"
@@ -120,17 +114,17 @@ ONLY_AGE = (
 
 
 FEATURES = {
-    "the whitepaper's example": (WHITEPAPER, CANONICAL),
+    "the whitepaper's example": (CREDIT_TEXT, CANONICAL),
     "canonical already": (CANONICAL, CANONICAL),
-    "another order": (", ".join(reversed(WHITEPAPER.split(", "))), CANONICAL),
-    "lines instead of commas": (WHITEPAPER.replace(", ", "\n"), CANONICAL),
-    "semicolons": (WHITEPAPER.replace(", ", "; "), CANONICAL),
-    "no space after commas": (WHITEPAPER.replace(", ", ","), CANONICAL),
-    "a full stop at the end": (WHITEPAPER + ".", CANONICAL),
-    "names of the CSV": (WHITEPAPER.replace("Annual Income", "Annual_Income"), CANONICAL),
-    "small letters in names": (WHITEPAPER.replace("Credit Utilization Ratio", "credit utilization ratio"), CANONICAL),
-    "thousands commas": (WHITEPAPER.replace("19114.12", "19,114.12"), CANONICAL),
-    "stray underscores": (WHITEPAPER.replace("809.98", "809.98_").replace("23.0", "23_"), CANONICAL),
+    "another order": (", ".join(reversed(CREDIT_TEXT.split(", "))), CANONICAL),
+    "lines instead of commas": (CREDIT_TEXT.replace(", ", "\n"), CANONICAL),
+    "semicolons": (CREDIT_TEXT.replace(", ", "; "), CANONICAL),
+    "no space after commas": (CREDIT_TEXT.replace(", ", ","), CANONICAL),
+    "a full stop at the end": (CREDIT_TEXT + ".", CANONICAL),
+    "names of the CSV": (CREDIT_TEXT.replace("Annual Income", "Annual_Income"), CANONICAL),
+    "small letters in names": (CREDIT_TEXT.replace("Credit Utilization Ratio", "credit utilization ratio"), CANONICAL),
+    "thousands commas": (CREDIT_TEXT.replace("19114.12", "19,114.12"), CANONICAL),
+    "stray underscores": (CREDIT_TEXT.replace("809.98", "809.98_").replace("23.0", "23_"), CANONICAL),
     "missing fields": ("Age: 30", ONLY_AGE),
     "empty cells": ("Age: 30, Occupation: , Annual Income: ", ONLY_AGE),
     "marks for missing": ("Age: 30, Occupation: _______, Payment Behaviour: !@9#%8, Outstanding Debt: _", ONLY_AGE),
@@ -143,7 +137,7 @@ FEATURES = {
     "free text with digits that are not a number": ("owes 12,53,000 or 2.5.1", "owes 12,53,000 or 2.5.1"),
     "a mark alone": ("...", "..."),
     "a comma in a field of words": (
-        WHITEPAPER.replace("Scientist", "Scientist, retired"),
+        CREDIT_TEXT.replace("Scientist", "Scientist, retired"),
         CANONICAL.replace("Scientist", "Scientist, retired"),
     ),
     "words behind a number": ("Age: 23.0, a careful customer", "Age: 23, a careful customer"),
@@ -178,8 +172,8 @@ def test_a_text_without_a_known_field_is_noted(text, named):
 
 
 def test_prompts_have_the_canonical_text_of_any_spelling():
-    assert creditmix_prompt(WHITEPAPER) == creditmix_prompt(CANONICAL)
-    assert creditmix_prompt(WHITEPAPER).endswith("\n" + CANONICAL)
+    assert creditmix_prompt(CREDIT_TEXT) == creditmix_prompt(CANONICAL)
+    assert creditmix_prompt(CREDIT_TEXT).endswith("\n" + CANONICAL)
 
 
 def test_null_prompts_differ():
@@ -192,12 +186,12 @@ def test_null_prompts_differ():
 
 
 RAW = [
-    {"question": WHITEPAPER, "answer": "Good", "customer_id": "A"},
-    {"question": WHITEPAPER.replace("23.0", "-500"), "answer": "_", "customer_id": "A"},  # filled: A is Good
-    {"question": WHITEPAPER, "answer": "Standard", "customer_id": "B"},
-    {"question": WHITEPAPER, "answer": "Bad", "customer_id": "B"},
-    {"question": WHITEPAPER, "answer": "_", "customer_id": "B"},  # dropped: B is Standard and Bad
-    {"question": WHITEPAPER, "answer": "_", "customer_id": "D"},  # dropped: D has no label
+    {"question": CREDIT_TEXT, "answer": "Good", "customer_id": "A"},
+    {"question": CREDIT_TEXT.replace("23.0", "-500"), "answer": "_", "customer_id": "A"},  # filled: A is Good
+    {"question": CREDIT_TEXT, "answer": "Standard", "customer_id": "B"},
+    {"question": CREDIT_TEXT, "answer": "Bad", "customer_id": "B"},
+    {"question": CREDIT_TEXT, "answer": "_", "customer_id": "B"},  # dropped: B is Standard and Bad
+    {"question": CREDIT_TEXT, "answer": "_", "customer_id": "D"},  # dropped: D has no label
     {"question": "Age: 30", "answer": " Bad "},  # no customer id: its own customer
 ]
 

@@ -69,7 +69,7 @@ def test_few_labels_get_a_teacher_with_more_regularisation():
 
 
 def test_the_gates_regression_never_sees_the_customer():
-    """Each customer has an occupation of its own and random labels, the same in all its rows."""
+    """Each customer has a separate occupation and random labels, the same in all its rows."""
     labels = np.random.default_rng(0).choice(LABELS, 90)
     rows = [(f"Age: 30, Occupation: Job {n}, Annual Income: 5{n}0", label) for n, label in enumerate(labels)] * 4
     result = simple_baselines([f"Classify\n{text}" for text, _ in rows], [label for _, label in rows])

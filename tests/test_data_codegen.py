@@ -67,7 +67,7 @@ def test_readme_states_the_hashes_and_counts():
     text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     for name, rows in FILES.items():
         digest = sha256((ROOT / "data" / name).read_bytes()).hexdigest()
-        assert re.search(rf"\| `{name}` \| {len(rows)} \|.*`{digest}`", text), name
+        assert re.search(rf"\| \[{name}\]\({name}\) \| {len(rows)} \|.*`{digest}`", text), name
     for topic, count in Counter(task.topic for task in TASKS).items():
         assert re.search(rf"\| {topic} \| {count} \|", text), topic
 
@@ -116,7 +116,7 @@ def test_files_have_the_fields_of_their_kind(name, fields):
 
 
 def code_of(answer: str) -> str:
-    """The code of an answer in the plan form, whose structure is checked, or of a plain one."""
+    """Return the code of an answer in the plan form, after a check of its structure, or of a plain one."""
     if "<PLAN>" not in answer:
         return answer
     match = re.fullmatch(r"<PLAN>\n(.+?)\n</PLAN>\n<CODE>\n(.+)\n</CODE>", answer, flags=re.DOTALL)
@@ -164,9 +164,9 @@ def test_examples_in_the_prompts_are_true():
     """`call` is `value`, or a number, as the prompts write it."""
     jobs, names = [], []
     for task in TASKS:
-        found = re.findall(rf"`(\b{task.name}\([^`]*)` is (?:`([^`]+)`|(-?\d+(?:\.\d+)?))", task.prompt)
-        if found:
-            examples = [f"assert {call} == {value or number}" for call, value, number in found]
+        calls = re.findall(rf"`(\b{task.name}\([^`]*)` is (?:`([^`]+)`|(-?\d+(?:\.\d+)?))", task.prompt)
+        if calls:
+            examples = [f"assert {call} == {value or number}" for call, value, number in calls]
             jobs.append(job(task.code, examples))
             names.append(task.task_id)
     assert len(jobs) > 250

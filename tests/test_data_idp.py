@@ -23,19 +23,19 @@ FILES = ("idp_sft.jsonl", "idp_kd.jsonl", "idp_dpo.jsonl", "idp_validation.jsonl
 ANSWERS = {"output", "teacher_output", "chosen", "rejected", "expected"}
 
 
-def read(name: str) -> list[dict]:
+def data_rows(name: str) -> list[dict]:
     # Not splitlines(): it would also split at characters that JSON leaves inside strings.
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict]]:
-    return {name: read(name) for name in FILES}
+    return {name: data_rows(name) for name in FILES}
 
 
 @pytest.fixture(scope="module")
 def pairs(rows) -> list[tuple[str, dict, str]]:
-    """(document, expected fields, layout) of all training and validation documents."""
+    """Return (document, expected fields, layout) of all training and validation documents."""
     head = idp_prompt("")
     train = [(r["input"].removeprefix(head), json.loads(r["output"]), r["layout"]) for r in rows["idp_sft.jsonl"]]
     return train + [(r["document"], json.loads(r["expected"]), r["layout"]) for r in rows["idp_validation.jsonl"]]
@@ -180,7 +180,7 @@ def test_some_validation_goods_are_new(rows):
 
 
 def skeleton(text: str) -> str:
-    """A document without its words and numbers: w for words, 9 for numbers, runs of spaces and of rules as one."""
+    """Return a document with w for words, 9 for numbers, and runs of spaces and of rules as one."""
     text = re.sub(r"[^\W\d_]+", "w", text)
     text = re.sub(r"\d+", "9", text)
     return re.sub(r"([-=._* w9\t])[-=._* w9\t]*\1", r"\1", text)
@@ -188,7 +188,7 @@ def skeleton(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def clean_pages() -> dict[str, list[str]]:
-    """The same ten invoices in every layout, without OCR damage."""
+    """Return the same ten invoices in every layout, without OCR damage."""
     vendors = [v for v in make_idp.words.vendors() if split_of(v.name) == "train"][::16]
     pages = defaultdict(list)
     for number, vendor in enumerate(vendors):
@@ -223,7 +223,7 @@ def test_a_layout_is_not_one_form(pairs):
 
 
 def money_forms(value: float) -> set[str]:
-    """A value as any of the countries writes it, with and without decimals where they are zero."""
+    """Return a value as any of the countries writes it, with and without decimals where they are zero."""
     cents = round(value * 100)
     grouped, plain, rest = f"{cents // 100:,}", str(cents // 100), f"{cents % 100:02d}"
     wholes = {plain, grouped, grouped.replace(",", "."), grouped.replace(",", " "), grouped.replace(",", "'")}
@@ -248,11 +248,11 @@ MONTHS = {  # full and three-letter names of all languages
 
 
 def dates_in(document: str, month_first: bool) -> set[str]:
-    """ISO dates in a document: read here by the rules of data/README.md, not by the generator's code."""
-    found = set()
+    """Return ISO dates in a document, read by the rules of data/README.md, not by the generator's code."""
+    dates = set()
 
     def note(year: str, month: str | int, day: str) -> None:
-        found.add(date(int(year) + (2000 if len(year) == 2 else 0), int(month), int(day)).isoformat())
+        dates.add(date(int(year) + (2000 if len(year) == 2 else 0), int(month), int(day)).isoformat())
 
     for a, mark, b, year in re.findall(r"(?<!\d)(\d{1,2})([./])(\d{1,2})\2(\d{4}|\d{2})(?!\d)", document):
         note(year, *((a, b) if mark == "/" and month_first else (b, a)))
@@ -264,7 +264,7 @@ def dates_in(document: str, month_first: bool) -> set[str]:
     for name, day, year in re.findall(r"([^\W\d]+) (\d{1,2}), (\d{4})(?!\d)", document):
         if name.lower() in MONTHS:
             note(year, MONTHS[name.lower()], day)
-    return found
+    return dates
 
 
 CODES = {"$": "USD", "US$": "USD", "C$": "CAD", "CA$": "CAD", "A$": "AUD", "AU$": "AUD", "£": "GBP", "€": "EUR"}
@@ -379,7 +379,8 @@ def test_committed_files_are_what_the_default_command_writes(tmp_path):
 def test_readme_names_the_files_by_hash():
     text = (DATA / "README.md").read_text(encoding="utf-8")
     for name in (*FILES, "idp_schema.json"):
-        assert re.search(rf"\| {re.escape(name)} \|.*`{file_sha256(DATA / name)}`", text), name
+        link = re.escape(f"| [{name}]({name}) |")
+        assert re.search(rf"{link}.*`{file_sha256(DATA / name)}`", text), name
 
 
 @pytest.mark.parametrize("flags", [["--documents", "0"], ["--outdir", "no/such/folder"]])

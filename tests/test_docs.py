@@ -10,38 +10,42 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from distil.testing import ROOT
+
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
 PAGES = [README, ROOT / "data" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = {path.name: path.stem for path in ROOT.glob("*.py") if path.stem != "common"}
 SHA256 = re.compile(r"`[0-9a-f]{64}`")
-AVOID = ("mends?", "likeliest", "to be had", "go(es|ne)? on with", "asked anew", "earlier version", "to the byte")
+AVOID = ("mends?", "likeliest", "to be had", "go(es|ne)? on", "asked anew", "earlier version", "to the byte")
+AVOID += ("of (its|their) own", "beside", "stands? in", "so many", "nobody reads", "told", "likelihood of the labels?")
+SOURCES = [path for folder in ("", "distil/**/", "bench/", "data/", "tests/") for path in ROOT.glob(f"{folder}*.py")]
+ALLOWED = {"tests/test_docs.py": AVOID}  # file: phrases of AVOID that it may contain
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(text: str) -> list[tuple[str, list[str]]]:
-    """(language, lines) of every fenced block; a block that is never closed fails."""
-    found: list[tuple[str, list[str]]] = []
+    """Return (language, lines) of every fenced block; a block that is never closed fails."""
+    fenced: list[tuple[str, list[str]]] = []
     inside = False
     for line in text.splitlines():
         if line.lstrip().startswith("```"):
             if not inside:
-                found.append((line.strip().removeprefix("```"), []))
+                fenced.append((line.strip().removeprefix("```"), []))
             inside = not inside
         elif inside:
-            found[-1][1].append(line)
+            fenced[-1][1].append(line)
     assert not inside, "a code block is not closed"
-    return found
+    return fenced
 
 
 def prose(text: str) -> str:
-    """The text without fenced blocks."""
+    """Return the text without fenced blocks."""
     return re.sub(r"(?ms)^ *```.*?^ *```$", "", text)
 
 
 def commands(text: str) -> list[list[str]]:
-    """Shell words of every command in fenced bash blocks and in inline code that starts like a command."""
+    """Return the shell words of each command in fenced bash blocks and in inline code that starts like one."""
     shell = "\n".join("\n".join(lines) for language, lines in blocks(text) if language == "bash")
     shell = shell.replace("\\\n", "")
     inline = re.findall(r"`((?:python |make )?[\w./]+[^`\n]*)`", prose(text).replace("\n", " "))
@@ -51,7 +55,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """GitHub's anchors of a page."""
+    """Return GitHub's anchors of a page."""
     headings = re.findall(r"(?m)^#+ (.+)$", prose(page.read_text(encoding="utf-8")))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -61,10 +65,10 @@ def check_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
     for number, word in enumerate(words):
         if not word.startswith("--"):
             continue
-        flag, _, given = word.partition("=")
+        flag, _, inline = word.partition("=")
         assert flag in parser._option_string_actions, f"{flag} is not a flag"
         choices = parser._option_string_actions[flag].choices
-        value = given or "".join(words[number + 1 : number + 2])
+        value = inline or "".join(words[number + 1 : number + 2])
         if choices and value and not value.startswith("--"):
             assert set(value.split("|")) <= set(choices), f"{flag} {value}"
 
@@ -117,14 +121,34 @@ def test_commands_are_accepted(page):
 
 @each_page
 def test_plain_english(page):
-    text = " ".join(page.read_text(encoding="utf-8").lower().split())
-    assert not [words for words in AVOID if re.search(rf"\b{words}\b", text)]
+    text = page.read_text(encoding="utf-8")
+    assert not phrases(text), phrases(text)
+    assert "TODO" not in text
 
 
-def test_readme_links_the_files_that_it_mentions():
-    text = prose(README.read_text(encoding="utf-8"))
-    names = re.findall(r"(?<!\[)`([\w./-]+\.\w+)`", text)
-    assert not [name for name in names if (ROOT / name).is_file()]
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_plain_english_in_code(path):
+    """The same phrases in comments, docstrings and messages."""
+    allowed = ALLOWED.get(str(path.relative_to(ROOT)), ())
+    assert not set(phrases(path.read_text(encoding="utf-8"))) - set(allowed)
+
+
+def phrases(text: str) -> list[str]:
+    """Return the phrases of AVOID that a text contains, also over a line break."""
+    text = " ".join(text.lower().replace("#", " ").split())
+    return [phrase for phrase in AVOID if re.search(rf"\b{phrase}\b", text)]
+
+
+@each_page
+def test_every_file_that_a_page_mentions_is_linked(page):
+    """Once on the page; names in commands do not count."""
+    text = prose(page.read_text(encoding="utf-8"))
+    linked = {(page.parent / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)\s]+)\)", text)}
+    linked |= {(page.parent / target).resolve() for target in re.findall(r"(?m)^\[[^\]]+\]: ([^#\s]+)", text)}
+    rest = re.sub(r"(?m)^\[[^\]]+\]: .*$|\[[^\]]*\]\([^)]*\)|`(?:python|make) [^`]*`", " ", text)
+    names = set(re.findall(r"(?<![\w/*.-])(\w[\w./-]*\.(?:py|md|jsonl?|ya?ml|txt|png|html))\b", rest))
+    files = {name: next((f for f in (ROOT / name, page.parent / name) if f.is_file()), None) for name in names}
+    assert not [name for name, file in files.items() if file and file.resolve() not in linked]
 
 
 def test_architecture_names_are_defined_in_the_linked_files():

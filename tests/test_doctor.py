@@ -18,22 +18,22 @@ from distil.testing import ROOT
 
 @pytest.fixture
 def lines(model_dir, capsys):
-    """The doctor's exit status and its lines by the name of the check."""
+    """Return the doctor's exit status and its lines by the name of the check."""
 
     def lines(student: str = model_dir) -> tuple[int, dict[str, str]]:
         status = doctor.main(["--student", student])
-        found, name = {}, ""
+        checks, name = {}, ""
         for line in capsys.readouterr().out.splitlines():
             name = line[9:18].strip() if line[0] != " " else name
-            found[name] = found.get(name, "") + line
-        return status, found
+            checks[name] = checks.get(name, "") + line
+        return status, checks
 
     return lines
 
 
 @pytest.fixture(autouse=True)
 def plenty(monkeypatch):
-    """A machine with room, so that only the fault of the test is found."""
+    """Make a machine with room, so that only the fault of the test is reported."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=80e9))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16e9))
     monkeypatch.setattr(doctor, "version", dict(doctor_pins()).__getitem__)
@@ -45,38 +45,38 @@ def doctor_pins() -> list[tuple[str, str]]:
 
 
 def test_a_sound_machine_has_no_problem(lines):
-    status, found = lines()
-    assert status == 0 and not [line for line in found.values() if "PROBLEM" in line]
-    assert set(found) == {"packages", "gpu", "4bit", "memory", "disk", "model", "labels"}
+    status, checks = lines()
+    assert status == 0 and not [line for line in checks.values() if "PROBLEM" in line]
+    assert set(checks) == {"packages", "gpu", "4bit", "memory", "disk", "model", "labels"}
 
 
 def test_a_package_of_another_version(lines, monkeypatch):
     pins = dict(doctor_pins()) | {"peft": "0.9.0"}
     monkeypatch.setattr(doctor, "version", pins.__getitem__)
-    status, found = lines()
-    assert status == 1 and "PROBLEM" in found["packages"] and "peft 0.9.0 (tested: " in found["packages"]
-    assert "requirements.txt" in found["packages"].split("fix:")[1]
+    status, checks = lines()
+    assert status == 1 and "PROBLEM" in checks["packages"] and "peft 0.9.0 (tested: " in checks["packages"]
+    assert "requirements.txt" in checks["packages"].split("fix:")[1]
 
 
 def test_little_memory_under_wsl2(lines, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=4e9))
     monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
-    status, found = lines()
-    assert status == 1 and "4.0 GB" in found["memory"] and ".wslconfig" in found["memory"].split("fix:")[1]
+    status, checks = lines()
+    assert status == 1 and "4.0 GB" in checks["memory"] and ".wslconfig" in checks["memory"].split("fix:")[1]
 
 
 def test_a_package_that_does_not_load(lines, monkeypatch):
-    """The other checks go on."""
+    """The other checks run nevertheless."""
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    status, found = lines()
-    assert status == 1 and "PROBLEM" in found["4bit"] and "requirements.txt" in found["4bit"].split("fix:")[1]
-    assert found["labels"].startswith("ok")
+    status, checks = lines()
+    assert status == 1 and "PROBLEM" in checks["4bit"] and "requirements.txt" in checks["4bit"].split("fix:")[1]
+    assert checks["labels"].startswith("ok")
 
 
 def test_a_full_disk(lines, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2e9))
-    status, found = lines()
-    assert status == 1 and "2.0 GB free" in found["disk"] and "HF_HOME" in found["disk"].split("fix:")[1]
+    status, checks = lines()
+    assert status == 1 and "2.0 GB free" in checks["disk"] and "HF_HOME" in checks["disk"].split("fix:")[1]
 
 
 @pytest.mark.parametrize(
@@ -93,25 +93,25 @@ def test_a_gpu_that_pytorch_does_not_use(lines, monkeypatch, tmp_path, shown, st
     program.write_text(f"#!/bin/sh\necho '{shown}'\nexit {status}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    found_status, found = lines()
-    assert found_status == 1 and found_words in found["gpu"] and fix in found["gpu"].split("fix:")[1]
+    found_status, checks = lines()
+    assert found_status == 1 and found_words in checks["gpu"] and fix in checks["gpu"].split("fix:")[1]
 
 
 def test_4bit_that_packs_wrongly(lines, monkeypatch):
     import bitsandbytes.functional
 
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda packed, state: torch.zeros(64, 64))
-    status, found = lines()
-    assert status == 1 and "off by" in found["4bit"] and "bitsandbytes" in found["4bit"].split("fix:")[1]
+    status, checks = lines()
+    assert status == 1 and "off by" in checks["4bit"] and "bitsandbytes" in checks["4bit"].split("fix:")[1]
 
 
 def test_a_model_that_is_not_there(lines, tmp_path):
-    status, found = lines(str(tmp_path / "none"))
-    assert status == 1 and "none" in found["model"]
-    assert "labels" not in found  # no second problem, whose fix would not help
+    status, checks = lines(str(tmp_path / "none"))
+    assert status == 1 and "none" in checks["model"]
+    assert "labels" not in checks  # no second problem, whose fix would not help
 
 
 def test_labels_of_several_tokens(lines, monkeypatch):
     monkeypatch.setattr(doctor, "LABELS", ("Good", "Qqqzzz 77x", "Bad"))
-    status, found = lines()
-    assert status == 1 and "several tokens each: Qqqzzz 77x" in found["labels"]
+    status, checks = lines()
+    assert status == 1 and "several tokens each: Qqqzzz 77x" in checks["labels"]

@@ -10,12 +10,9 @@ from conftest import FLOAT32, gold_rows, read_lines, write_lines
 
 import dpo_prepare
 from common import InputError, PromptEncoder
-from distil.codegen.judge import code_scores
-from distil.codegen.tasks import task_of
 from distil.creditmix.rows import LABELS
 from distil.scoring import FastLabelScorer
 from distil.teachers import preferences
-from distil.teachers.preferences import best_and_worst, json_judge
 from distil.testing import ROOT, load_named
 
 INVOICE = json.loads(json.loads((ROOT / "data/idp_validation.jsonl").read_text().split("\n")[0])["expected"])
@@ -60,30 +57,6 @@ def test_the_rejected_label_is_the_most_likely_wrong_one(here, model_dir):
     for pair, row, scores in zip(read_lines("dpo.jsonl"), rows, raw, strict=True):
         wrong = max((label for label in LABELS if label != row["output"]), key=lambda x: scores[LABELS.index(x)])
         assert pair == {"prompt": row["input"], "chosen": row["output"], "rejected": wrong}
-
-
-def test_json_is_judged_by_schema_and_fields():
-    schema = json.loads((ROOT / "data/idp_schema.json").read_text())
-    judge = json_judge([{"output": json.dumps(INVOICE)}], "in.jsonl", schema, "schema")
-    right = judge(0, json.dumps(INVOICE))
-    wrong_total = judge(0, json.dumps(INVOICE | {"total": INVOICE["total"] + 1}))
-    assert right == 1.0 and 0 < wrong_total < 1
-    for broken in ("{", "[]", json.dumps(INVOICE | {"more": 1}), json.dumps({"total": 5}), "NaN"):
-        assert judge(0, broken) == -1.0
-
-
-def test_code_is_judged_by_its_tests():
-    task = task_of({"prompt": "add(a, b)", "tests": ["assert add(1, 2) == 3"]}, "row 1")
-    answers = ["def add(a, b):\n    return a + b", "def add(a, b):\n    return a - b", "def add(", "exit()"]
-    assert code_scores([task], [answers], 5.0) == [[1.0, 0.0, -1.0, 0.0]]
-
-
-def test_best_and_worst():
-    texts = ["aa", "b", "ccc", "d"]
-    assert best_and_worst(texts, [1.0, 1.0, 0.0, 0.0]) == ("aa", "ccc")  # the first, of any length
-    assert best_and_worst(texts, [0.0, 0.5, 0.0, 1.0]) == ("d", "aa")
-    assert best_and_worst(["a", "b"], [0.5, 0.5]) is None
-    assert best_and_worst(["a", "b"], [0.0, -1.0]) is None  # the better one is wrong too
 
 
 def test_pairs_of_code_and_what_is_dropped(here, answer_by, model_dir, capsys):

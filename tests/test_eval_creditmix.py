@@ -26,7 +26,7 @@ from distil.splits import is_gold, split_of
 from distil.testing import credit_rows, save_adapter
 
 
-def options(**changes) -> EvalOptions:
+def eval_options(**changes) -> EvalOptions:
     scoring = ScoringOptions({label: [label] for label in LABELS}, (0.0, 0.0, 0.0))
     return EvalOptions("x", "", scoring, **changes)
 
@@ -37,7 +37,7 @@ def options(**changes) -> EvalOptions:
 @pytest.mark.parametrize("split_seed", range(5))
 @pytest.mark.parametrize("seed", [0, 3])
 def test_validation_fit_and_training_rows_share_no_customer(split_seed, seed):
-    rows, args = labelled_rows(), options(split_seed=split_seed, seed=seed)
+    rows, args = labelled_rows(), eval_options(split_seed=split_seed, seed=seed)
     customers = {}
     for split in ("train", "calibration", "validation"):
         drawn = draw(rows, split, None, args)
@@ -53,20 +53,20 @@ def test_validation_fit_and_training_rows_share_no_customer(split_seed, seed):
 @pytest.mark.parametrize("how", [{"val_per_class": 10}, {"val_frac": 0.1}, {}])
 def test_what_eval_draws_comes_from_the_split_it_is_for(fit_per_class, how):
     """The capped calibration rows and the baselines' training rows too."""
-    args = options(fit=True, baselines=True, fit_per_class=fit_per_class, **how)
+    args = eval_options(fit=True, baselines=True, fit_per_class=fit_per_class, **how)
     drawn = dict(zip(("validation", "calibration", "train"), draw_samples(labelled_rows(), args), strict=True))
     for split, rows in drawn.items():
         assert rows and {split_of(row.customer) for row in rows} == {split}
     assert len(drawn["calibration"]) <= 3 * fit_per_class
-    assert draw_samples(labelled_rows(), options(**how))[1:] == ([], [])
+    assert draw_samples(labelled_rows(), eval_options(**how))[1:] == ([], [])
 
 
 def test_a_share_of_the_gold_labels_limits_all_but_validation():
     """A larger share has the customers of a smaller one, so that scripts and runs can be compared."""
     rows, customers = labelled_rows(), {}
     for share in (0.2, 0.5, 1.0):
-        validation, *others = draw_samples(rows, options(gold_share=share, fit=True, baselines=True))
-        assert validation == draw(rows, "validation", None, options())
+        validation, *others = draw_samples(rows, eval_options(gold_share=share, fit=True, baselines=True))
+        assert validation == draw(rows, "validation", None, eval_options())
         assert all(is_gold(row.customer, share, 0) for part in others for row in part)
         customers[share] = {row.customer for row in rows if is_gold(row.customer, share, 0)}
     assert customers[0.2] < customers[0.5] < customers[1.0] and 40 < len(customers[0.2]) < 120
@@ -76,12 +76,12 @@ def test_a_split_without_rows_of_a_label_is_refused():
     rows = [row for row in labelled_rows() if row.label != "Bad"]
     for per_class in (None, 5):
         with pytest.raises(InputError, match=r"x: validation rows: .* only 0 are Bad"):
-            draw(rows, "validation", per_class, options())
+            draw(rows, "validation", per_class, eval_options())
 
 
 def test_the_evaluations_teacher_is_the_one_that_labels_kd_rows(credit_file):
     """Of all training rows whose labels may be used, not only of the balanced ones that the other baselines have."""
-    args = options(gold_share=0.5, bootstrap=10)
+    args = eval_options(gold_share=0.5, bootstrap=10)
     rows, _ = read_creditmix(credit_file)
     train, validation = draw(rows, "train", None, args), draw(rows, "validation", None, args)
     pool = [row for row in rows if split_of(row.customer) == "train" and is_gold(row.customer, 0.5, 0)]
@@ -122,9 +122,9 @@ def test_baselines_learn_nothing_from_validation_customers(here, capsys, model_d
     ]
     Path("chance.json").write_text(json.dumps(rows))
     flags = ("--calibration", "none", "--baselines", "--bootstrap", "10")
-    found = evaluate_json(capsys, model_dir, "chance.json", *flags, "--val_per_class", "150")["models"]
-    assert found[-1]["model"] == "gradient boosting"
-    assert found[-1]["accuracy"] < 0.5
+    measured = evaluate_json(capsys, model_dir, "chance.json", *flags, "--val_per_class", "150")["models"]
+    assert measured[-1]["model"] == "gradient boosting"
+    assert measured[-1]["accuracy"] < 0.5
 
 
 def test_fitting_lowers_the_nll_of_the_rows_it_was_fitted_on(here, capsys, credit_adapter, credit_file, monkeypatch):
@@ -187,10 +187,10 @@ def test_eval_agrees_with_infer_on_rows_of_validation_customers(here, capsys, cr
 def test_any_model_is_the_reference(here, capsys, credit_adapter, model_dir, credit_file):
     flags = ("--model_dir", model_dir, credit_adapter, "--baselines", "--calibration", "none")
     for name in ("tabular teacher", credit_adapter):
-        found = evaluate_json(capsys, model_dir, credit_file, *flags, "--reference", name)["models"]
-        assert {m["difference"]["to"] for m in found if "difference" in m} == {name}
-        assert [m["model"] for m in found if "difference" not in m] == [name]
-        of = {m["model"]: m for m in found}
+        measured = evaluate_json(capsys, model_dir, credit_file, *flags, "--reference", name)["models"]
+        assert {m["difference"]["to"] for m in measured if "difference" in m} == {name}
+        assert [m["model"] for m in measured if "difference" not in m] == [name]
+        of = {m["model"]: m for m in measured}
         point, low, high = of[model_dir]["difference"]["nll"]
         assert point == pytest.approx(of[model_dir]["nll"] - of[name]["nll"]) and low <= point <= high
     with pytest.raises(InputError, match="--reference majority is not one of "):
@@ -250,8 +250,8 @@ def test_class_shares_weigh_the_evaluation(here, capsys, credit_adapter, credit_
 
 def test_uncertain_rows_are_measured_as_flagged_for_review(here, capsys, model_dir, credit_file):
     middle = max(infer_one(capsys, model_dir)["probabilities"].values())
-    found = evaluate_json(capsys, model_dir, credit_file, "--abstain_below", str(middle), "--report_dir", "report")
-    abstain = found["models"][0]["abstain"]
+    measured = evaluate_json(capsys, model_dir, credit_file, "--abstain_below", str(middle), "--report_dir", "report")
+    abstain = measured["models"][0]["abstain"]
     lines = read_lines(next((here / "report").glob("*/predictions.jsonl")))
     sure = [line for line in lines if not line["extra"]["refer"]]
     assert 0 < abstain["coverage"] < 1 and abstain["coverage"] == pytest.approx(len(sure) / len(lines))

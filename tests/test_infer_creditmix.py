@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CREDIT_TEXT, PLAIN, evaluate, infer_one, read_lines, write_lines
+from conftest import CREDIT_TEXT, PLAIN, RESPONSE_FIELDS, evaluate, infer_one, read_lines, write_lines
 
 import infer_creditmix
 from common import InputError
@@ -16,15 +16,12 @@ from distil.creditmix.rows import LABELS
 from distil.scoring import FastLabelScorer
 from distil.testing import credit_rows
 
-FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
-
-
 # -------------------------------------------------------------------------------------------------------- one response
 
 
 def test_the_response_has_the_whitepapers_fields_and_adds_up(here, capsys, model_dir):
     response = infer_one(capsys, model_dir)
-    assert list(response) == FIELDS
+    assert list(response) == RESPONSE_FIELDS
     assert response["model_name"] == model_dir and response["prediction"] in LABELS
     for field in ("scores", "raw_scores", "prior", "probabilities"):
         assert list(response[field]) == list(LABELS), field
@@ -74,7 +71,7 @@ def test_class_shares_change_the_odds(here, capsys, model_dir):
 
 def test_an_uncertain_row_is_flagged_for_review(here, capsys, model_dir):
     response = infer_one(capsys, model_dir, "--abstain_below", "0.999")
-    assert list(response) == [*FIELDS, "extra"] and response["extra"] == {"refer": True}
+    assert list(response) == [*RESPONSE_FIELDS, "extra"] and response["extra"] == {"refer": True}
     assert infer_one(capsys, model_dir, "--abstain_below", "0.0001")["extra"] == {"refer": False}
 
 
@@ -98,7 +95,7 @@ def test_an_adapter_without_a_calibration_gets_a_note(here, capsys, credit_adapt
 def test_a_text_without_a_known_feature_gets_a_note(here, capsys, model_dir):
     for text, noted in (("Age: 30", False), ("outstanding_debt: 30", False), ("hello", True), ("Height: 3", True)):
         assert infer_creditmix.main(["--model_dir", model_dir, *PLAIN, "--features", text]) == 0
-        assert ("names none of Age, Occupation" in capsys.readouterr().err) == noted
+        assert ("has no field of Age, Occupation" in capsys.readouterr().err) == noted
     lines = [json.dumps({"features": text}) for text in ("Age: 30", "hello", "Age: many", "Outstanding Debt: 3")]
     write_lines(here / "in.jsonl", lines)
     assert infer_file(model_dir, "in.jsonl", "out.jsonl") == 0
@@ -137,9 +134,9 @@ def test_a_file_keeps_order_and_objects_and_adds_the_response(here, capsys, mode
     assert infer_file(model_dir, "in.jsonl", "new/out.jsonl", "--batch_size", "4") == 0
     results = [json.loads(line) for line in (here / "new/out.jsonl").read_text().split("\n")[:-1]]
     for line, result in zip(lines, results, strict=True):
-        given = json.loads(line)
-        assert {name: result[name] for name in given} == given
-        assert list(result) == [*given, *FIELDS]
+        sent = json.loads(line)
+        assert {name: result[name] for name in sent} == sent
+        assert list(result) == [*sent, *RESPONSE_FIELDS]
     alone = infer_one(capsys, model_dir)
     for label in LABELS:
         assert results[4]["scores"][label] == pytest.approx(alone["scores"][label], abs=1e-4)

@@ -74,7 +74,7 @@ def test_killed_and_resumed(here, endpoint):
 
 @pytest.fixture
 def one_fails(here, endpoint):
-    """An endpoint that has answered 11 of 12 prompts and failed for one."""
+    """Return an endpoint that has answered 11 of 12 prompts and failed for one."""
     write_lines("in.jsonl", gold_rows(12))
     server = endpoint(("500",))
     assert ask_endpoint(server.url, "--concurrency", 1, "--retries", 0) == 1

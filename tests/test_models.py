@@ -20,7 +20,7 @@ import sft_train
 from common import InputError, load_model
 from distil.files import write_jsonl
 from distil.models import ModelRef, model_fingerprint, resolve, warn_if_slow
-from distil.testing import ROOT, credit_rows, load_named, save_adapter
+from distil.testing import ROOT, load_named, save_adapter
 
 
 def fingerprint(name: str) -> str:
@@ -89,10 +89,10 @@ def test_offloading_is_for_inference_on_a_gpu(model_dir, monkeypatch, tmp_path):
     class Stop(Exception):
         pass
 
-    asked = []
+    requested = []
 
     def load(*args, **kwargs):
-        asked.append(kwargs)
+        requested.append(kwargs)
         raise Stop
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
@@ -100,19 +100,12 @@ def test_offloading_is_for_inference_on_a_gpu(model_dir, monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         with pytest.raises(Stop):
             load_model(model_dir, None, "nf4", "float32", str(tmp_path), trainable)
-    there = [kwargs.get("offload_folder") == str(tmp_path) for kwargs in asked]
-    assert there == [kwargs["quantization_config"].llm_int8_enable_fp32_cpu_offload for kwargs in asked]
-    assert there == [kwargs["device_map"] == "auto" for kwargs in asked] == [True, False, False]
+    offloaded = [kwargs.get("offload_folder") == str(tmp_path) for kwargs in requested]
+    assert offloaded == [kwargs["quantization_config"].llm_int8_enable_fp32_cpu_offload for kwargs in requested]
+    assert offloaded == [kwargs["device_map"] == "auto" for kwargs in requested] == [True, False, False]
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
-
-
-@pytest.fixture
-def data(here) -> str:
-    path = here / "raw.json"
-    path.write_text(json.dumps(credit_rows(customers=60)))
-    return str(path)
 
 
 def refusal(main, *flags: str) -> str:

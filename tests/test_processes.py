@@ -112,7 +112,7 @@ for script, argv in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, model_dir) -> Path:
-    """Folder with the runs of each trainer in one process and in two, which take half as many micro-batches a step.
+    """Train in one process and in two, which take half as many micro-batches a step; return the folder.
 
     SGD, since Adam hides a gradient of the wrong scale. In the way of the two lies a checkpoint that a kill left half
     written: the first process alone removes it."""
@@ -144,7 +144,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(method, trained)
     one, two = (trained / f"{method}_{name}" for name in ("one", "two"))
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
     metrics = [json.loads((run / "run.json").read_text())["metrics"] for run in (one, two)]
-    assert [found["steps"] for found in metrics] == [8, 8]
+    assert [values["steps"] for values in metrics] == [8, 8]
     for name in ("train_loss",) if method == "dpo" else ("train_loss", "mean_token_accuracy"):
         assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-4)
     first = [json.loads((run / "training_curve.json").read_text())[0] for run in (one, two)]

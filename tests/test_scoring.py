@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import stored_priors
 from scipy.special import logsumexp
 
 from common import InputError, LabelScorer, PromptEncoder
 from distil import scoring
 from distil.creditmix.rows import LABELS, creditmix_prompt, null_prompts
-from distil.files import cache_dir
 from distil.scoring import FastLabelScorer, label_prior, read_verbalizers
 from distil.testing import load_named
 
@@ -37,7 +36,7 @@ def loaded(model_dir):
 
 @torch.no_grad()
 def plain_scores(model, encoder, turns, forms, aggregate) -> np.ndarray:
-    """Reference: one forward of the whole model for each prompt with each surface form, no batch, no cache."""
+    """Return reference scores: one forward for each prompt with each surface form, no batch, no cache."""
     join = {"max": max, "mean": lambda values: sum(values) / len(values), "logsumexp": logsumexp}[aggregate]
     table = []
     for turn in turns:
@@ -124,8 +123,8 @@ def test_what_rows_of_a_customer_share_is_run_once(loaded, shared, monkeypatch):
         return forward(rows, start, *rest)
 
     monkeypatch.setattr(scorer, "_forward", counting)
-    found, run = scorer.raw_scores(texts), sum(tokens)
-    np.testing.assert_allclose(found, plain_scores(model, encoder, texts, SEVERAL_FORMS, "max"), atol=1e-4)
+    fast, run = scorer.raw_scores(texts), sum(tokens)
+    np.testing.assert_allclose(fast, plain_scores(model, encoder, texts, SEVERAL_FORMS, "max"), atol=1e-4)
     tokens.clear()
     monkeypatch.setattr(scoring, "STEM_TOKENS", 10**9)
     scorer.raw_scores(texts)
@@ -243,10 +242,6 @@ def test_nf4_on_the_cpu_agrees_across_batch_sizes(model_dir, dtype):
 # ------------------------------------------------------------------------------------------------- prior and its cache
 
 
-def stored_priors() -> list[Path]:
-    return sorted((cache_dir() / "priors").glob("*"))
-
-
 def test_the_prior_is_the_mean_raw_score_of_the_null_prompts(loaded):
     model, encoder = loaded
     turns = null_prompts(4)
@@ -282,8 +277,8 @@ def test_verbalizers_default_to_the_label_itself(tmp_path):
 
 def test_a_word_of_two_labels_is_refused(tmp_path):
     path = tmp_path / "words.json"
-    for given in ({"Good": ["Good", "Bad"]}, {"Standard": ["Fair", "Fair"]}, {"Good": ["OK"], "Standard": ["OK"]}):
-        path.write_text(json.dumps(given))
+    for forms in ({"Good": ["Good", "Bad"]}, {"Standard": ["Fair", "Fair"]}, {"Good": ["OK"], "Standard": ["OK"]}):
+        path.write_text(json.dumps(forms))
         with pytest.raises(InputError, match=r"words\.json: (Bad|Fair|OK) occurs twice"):
             read_verbalizers(path, LABELS)
 

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import assert_error
+from conftest import RESPONSE_FIELDS, assert_error
 from fastapi.testclient import TestClient
 
 import serve_creditmix
@@ -24,7 +24,6 @@ from distil.workarounds import impatient_protocol
 from serve_creditmix import bound_socket, build_parser, engine_options
 
 pytestmark = pytest.mark.usefixtures("own_server_log")
-RESPONSE_FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
 
 
 def client_of(engine, key: str | None = None, log_features: bool = False) -> TestClient:
@@ -272,8 +271,8 @@ def test_wrong_environment_ends_with_one_line_under_uvicorn_too(monkeypatch, cap
             patch.setenv(name, value)
             with pytest.raises(SystemExit) as stop:
                 serve_creditmix.app  # noqa: B018
-        said = capsys.readouterr().err
-        assert stop.value.code == 2 and said.count("\n") == 1 and message in said
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and printed.count("\n") == 1 and message in printed
 
 
 def test_half_a_request_head_is_not_waited_for():

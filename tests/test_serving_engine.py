@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_error
+from conftest import RESPONSE_FIELDS, assert_error
 from fastapi.testclient import TestClient
 
 from common import InputError, add_adapters
@@ -30,12 +30,11 @@ from distil.testing import load_named, save_adapter
 from serve_creditmix import build_parser, engine_options
 
 pytestmark = pytest.mark.usefixtures("own_server_log")
-RESPONSE_FIELDS = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
 
 
 @pytest.fixture(scope="module")
 def folders(model_dir, tmp_path_factory) -> dict[str, str]:
-    """Adapters of the tiny model that answer differently."""
+    """Save adapters of the tiny model that answer differently."""
     made = {}
     for seed, variant in enumerate(VARIANTS[1:], 1):
         folder = tmp_path_factory.mktemp("serve") / f"creditmix_{variant}"
@@ -45,10 +44,19 @@ def folders(model_dir, tmp_path_factory) -> dict[str, str]:
 
 
 def arguments(model_dir: str, folders: dict[str, str], *flags: str) -> EngineOptions:
-    given = ["--base", model_dir, "--quantization", "none", "--compute_dtype", "float32", "--gather_ms", "5"]
+    flags_of_folders = [
+        "--base",
+        model_dir,
+        "--quantization",
+        "none",
+        "--compute_dtype",
+        "float32",
+        "--gather_ms",
+        "5",
+    ]
     for variant in VARIANTS[1:]:
-        given += [f"--{variant}", folders.get(variant, "none")]
-    return engine_options(build_parser().parse_args([*given, *flags]))
+        flags_of_folders += [f"--{variant}", folders.get(variant, "none")]
+    return engine_options(build_parser().parse_args([*flags_of_folders, *flags]))
 
 
 async def when_ready(engine: Engine) -> None:
@@ -76,15 +84,15 @@ TEXTS = [f"Age: {20 + i}, Outstanding Debt: {37 * i}, Occupation: {'Doctor' * (i
 
 
 def alone(name: str, options: EngineOptions) -> list[dict]:
-    """What infer_creditmix.py answers."""
+    """Return what infer_creditmix.py answers."""
     model = CreditModel.load(resolve(name), options.scoring)
     return model.responses(model.raw_scores(TEXTS))
 
 
-def assert_same_answers(found: list[dict], wanted: list[dict], atol: float = 1e-4) -> None:
-    assert [answer["model_name"] for answer in found] == [answer["model_name"] for answer in wanted]
+def assert_same_answers(observed: list[dict], wanted: list[dict], atol: float = 1e-4) -> None:
+    assert [answer["model_name"] for answer in observed] == [answer["model_name"] for answer in wanted]
     for kind in ("scores", "raw_scores", "prior", "probabilities"):
-        values = [[[answer[kind][label] for label in LABELS] for answer in answers] for answers in (found, wanted)]
+        values = [[[answer[kind][label] for label in LABELS] for answer in answers] for answers in (observed, wanted)]
         np.testing.assert_allclose(*values, atol=atol)
 
 
@@ -94,14 +102,14 @@ def test_mixed_batches_answer_as_infer_does(quantization, atol, model_dir, folde
     args = arguments(model_dir, folders, "--batch_size", "7", "--quantization", quantization)
 
     async def use(engine):
-        asked = [(text, variant) for text in TEXTS for variant in VARIANTS]
-        answers = await asyncio.gather(*(engine.score(variant, [text]) for text, variant in asked))
-        return {v: [a[0] for a, (_, w) in zip(answers, asked, strict=True) if w == v] for v in VARIANTS}
+        requests = [(text, variant) for text in TEXTS for variant in VARIANTS]
+        answers = await asyncio.gather(*(engine.score(variant, [text]) for text, variant in requests))
+        return {v: [a[0] for a, (_, w) in zip(answers, requests, strict=True) if w == v] for v in VARIANTS}
 
-    found = with_engine(args, use)
+    observed = with_engine(args, use)
     wanted = {variant: alone(folders.get(variant, model_dir), args) for variant in VARIANTS}
     for variant in VARIANTS:
-        assert_same_answers(found[variant], wanted[variant], atol)
+        assert_same_answers(observed[variant], wanted[variant], atol)
     raw = [[a["raw_scores"]["Good"] for a in wanted[variant]] for variant in VARIANTS]
     assert min(np.abs(np.subtract(raw[i], raw[j])).max() for i in range(4) for j in range(i)) > 0.01
 
@@ -141,9 +149,9 @@ def test_rows_of_many_requests_share_batches(model_dir, folders, monkeypatch):
 
 def test_a_missing_adapter_answers_503_with_its_command(model_dir, folders):
     async def use(engine):
-        with pytest.raises(Refusal) as found:
+        with pytest.raises(Refusal) as observed:
             await engine.score("dpo", ["Age: 3"])
-        return found.value, await engine.score("kd", ["Age: 3"])
+        return observed.value, await engine.score("kd", ["Age: 3"])
 
     refusal, answers = with_engine(arguments(model_dir, {"kd": folders["kd"], "dpo": "runs/creditmix_dpo"}), use)
     assert (refusal.status, refusal.code) == (503, "adapter_missing")
@@ -153,9 +161,9 @@ def test_a_missing_adapter_answers_503_with_its_command(model_dir, folders):
 
 def test_an_endpoint_that_was_left_out_says_so(model_dir, folders):
     async def use(engine):
-        with pytest.raises(Refusal) as found:
+        with pytest.raises(Refusal) as observed:
             await engine.score("dpo", ["Age: 3"])
-        return found.value
+        return observed.value
 
     assert (
         with_engine(arguments(model_dir, folders | {"dpo": "none"}), use).hint
@@ -179,8 +187,8 @@ def test_a_base_may_be_named_by_any_path_to_it(model_dir, folders, monkeypatch):
 
 def test_adapters_without_a_calibration_are_named_in_the_log(model_dir, folders, caplog):
     Engine(arguments(model_dir, folders))
-    said = [record.fields["variant"] for record in caplog.records if record.message == "not calibrated"]
-    assert said == list(folders)
+    logged = [record.fields["variant"] for record in caplog.records if record.message == "not calibrated"]
+    assert logged == list(folders)
 
 
 def test_a_folder_that_was_named_must_have_an_adapter(model_dir, tmp_path):
@@ -208,8 +216,8 @@ def test_one_bad_row_does_not_fail_its_neighbours(model_dir, folders, monkeypatc
     monkeypatch.setattr(FastLabelScorer, "score", failing)
 
     async def use(engine):
-        asked = [engine.score("sft", [text]) for text in ("Age: 1", "poison", "Age: 2", "Age: 3")]
-        return await asyncio.gather(*asked, return_exceptions=True)
+        requests = [engine.score("sft", [text]) for text in ("Age: 1", "poison", "Age: 2", "Age: 3")]
+        return await asyncio.gather(*requests, return_exceptions=True)
 
     answers = with_engine(arguments(model_dir, folders), use)
     assert isinstance(answers[1], Refusal) and (answers[1].status, answers[1].code) == (500, "failed")
@@ -260,8 +268,8 @@ def test_a_full_queue_refuses_and_a_long_wait_ends(model_dir, folders, monkeypat
 
 def test_rows_of_batch_requests_count_against_the_limit(model_dir, folders):
     async def use(engine):
-        asked = [engine.score("sft", (TEXTS * 11)[:200]) for _ in range(3)]
-        replies = await asyncio.gather(*asked, return_exceptions=True)
+        requests = [engine.score("sft", (TEXTS * 11)[:200]) for _ in range(3)]
+        replies = await asyncio.gather(*requests, return_exceptions=True)
         return replies, await engine.score("sft", (TEXTS * 11)[:200])
 
     (first, *others), again = with_engine(arguments(model_dir, folders, "--queue_rows", "256"), use)
@@ -303,9 +311,9 @@ def test_neither_kind_of_request_starves(size, model_dir):
 def test_a_failure_in_the_loop_is_said_to_all_who_wait(model_dir, folders, monkeypatch):
     async def use(engine):
         monkeypatch.setattr(Engine, "_take", lambda self: 1 / 0)
-        found = await asyncio.gather(engine.score("sft", ["Age: 1"]), return_exceptions=True)
+        observed = await asyncio.gather(engine.score("sft", ["Age: 1"]), return_exceptions=True)
         late = await asyncio.gather(engine.score("sft", ["Age: 1"]), return_exceptions=True)
-        return [(refusal.status, refusal.code) for refusal in found + late], engine.ready
+        return [(refusal.status, refusal.code) for refusal in observed + late], engine.ready
 
     assert with_engine(arguments(model_dir, folders), use) == ([(503, "stopped")] * 2, False)
 
@@ -340,9 +348,9 @@ def test_each_variant_has_its_own_calibration(model_dir, folders, tmp_path):
         described = {variant: model["calibration"] for variant, model in engine.description.items()}
         return {variant: await engine.score(variant, TEXTS) for variant in VARIANTS}, described
 
-    found, described = with_engine(args, use)
+    observed, described = with_engine(args, use)
     for variant in VARIANTS:
-        assert_same_answers(found[variant], alone(own.get(variant, model_dir), args))
+        assert_same_answers(observed[variant], alone(own.get(variant, model_dir), args))
     assert [described[v]["temperature"] for v in VARIANTS] == [1, 2, 3, 4]
     assert [described[v]["method"] for v in VARIANTS] == ["contextual", "fitted", "fitted", "fitted"]
     assert described["kd"]["bias"] == dict.fromkeys(LABELS, 2.0)
@@ -405,9 +413,9 @@ def test_rows_of_a_caller_that_left_are_not_scored(model_dir, folders, monkeypat
 
 def test_text_longer_than_the_context_is_refused(model_dir, folders):
     async def use(engine):
-        with pytest.raises(Refusal) as found:
+        with pytest.raises(Refusal) as observed:
             await engine.score("sft", ["Age: 1", "x y " * 400])
-        return found.value
+        return observed.value
 
     refusal = with_engine(arguments(model_dir, folders), use)
     assert (refusal.status, refusal.code) == (422, "too_long") and "features[1]" in refusal.message
@@ -479,10 +487,10 @@ def test_a_failed_load_is_said_and_does_not_hang(model_dir, folders, monkeypatch
         await engine.start()
         while not engine.failure:
             await asyncio.sleep(0.01)
-        with pytest.raises(Refusal) as found:
+        with pytest.raises(Refusal) as observed:
             await engine.score("sft", ["Age: 1"])
         await engine.stop()
-        return found.value
+        return observed.value
 
     assert asyncio.run(run()).code == "load_failed"
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import uvicorn
+from conftest import wait_for
 
 from distil.serving.app import create_app
 from distil.serving.metrics import Metrics
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def address():
-    """A server on loopback whose engine answers by rule; dpo has no adapter."""
+    """Serve on loopback an engine that answers by rule; dpo has no adapter."""
     app = create_app(TinyEngine(missing=("dpo",)), Metrics())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
@@ -67,15 +68,6 @@ def by_id(page, name: str):
     return page.find_element("id", name)
 
 
-def wait_for(check, seconds: float = 10):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := check():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("nothing within the time")
-
-
 def cards(page) -> dict[str, str]:
     return {card.text.split("\n")[0].lower(): card.text for card in page.find_elements("css selector", ".card")}
 
@@ -117,7 +109,7 @@ def test_all_of_it_works_from_the_keyboard(page):
     assert outline == "solid"
     ActionChains(page).send_keys(Keys.ENTER).perform()
     wait_for(lambda: len(cards(page)) == 4)
-    assert "Standard" in by_id(page, "status").text  # said to screen readers too
+    assert "Standard" in by_id(page, "status").text  # announced to screen readers too
 
 
 def test_every_control_has_a_name(page):
@@ -134,7 +126,7 @@ def test_nothing_is_wider_than_the_window(page, width):
     by_id(page, "example").click()
     by_id(page, "compare").click()
     wait_for(lambda: len(cards(page)) == 4)
-    # Headless Chromium has a least window width of its own, so the page is squeezed into a frame.
+    # Headless Chromium has a least window width, so the page is squeezed into a frame.
     wide = page.execute_script(
         "document.body.style.width = arguments[0] + 'px';"
         "const over = [...document.body.querySelectorAll('*')].filter((e) => e.getClientRects().length"
@@ -180,7 +172,7 @@ def test_a_csv_is_scored_and_downloaded(page, downloads, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a,b\n1,2\n", "names no known column"),
         ("features\n", "has no rows"),
@@ -189,11 +181,11 @@ def test_a_csv_is_scored_and_downloaded(page, downloads, tmp_path):
         ("features\nAge: 1\nraise ValueError\n", "After 0 rows: something went wrong"),
     ],
 )
-def test_bad_csv_files_are_explained(page, tmp_path, text, said):
+def test_bad_csv_files_are_explained(page, tmp_path, text, message):
     source = tmp_path / "rows.csv"
     source.write_text(text)
     by_id(page, "file").send_keys(str(source))
-    wait_for(lambda: said in by_id(page, "csvstatus").text)
+    wait_for(lambda: message in by_id(page, "csvstatus").text)
     assert not by_id(page, "download").is_displayed()
 
 
@@ -201,7 +193,7 @@ def test_no_other_host_is_asked(page, address):
     by_id(page, "example").click()
     by_id(page, "compare").click()
     wait_for(lambda: len(cards(page)) == 4)
-    asked = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
-    assert asked and all(name.startswith(address) for name in asked)
+    requested = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert requested and all(name.startswith(address) for name in requested)
     problems = [entry for entry in page.get_log("browser") if entry["source"] != "network"]  # scripts and policy
     assert problems == []

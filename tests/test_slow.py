@@ -14,6 +14,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from conftest import CREDIT_TEXT
 
 import creditmix_prepare
 import eval_creditmix
@@ -30,11 +31,6 @@ from distil.testing import ROOT, load_named
 
 pytestmark = pytest.mark.slow
 DATA = ROOT / "data" / "creditmix_dataset.json"
-# The example of the whitepaper.
-FEATURES = (
-    "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
-    "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,43 +47,43 @@ def work(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(work) -> Path:
+def data_folder(work) -> Path:
     argv = ["--src", str(DATA), "--outdir", str(work / "data"), "--per_class", "40"]
     assert creditmix_prepare.main(argv) == 0
     return work / "data"
 
 
 @pytest.fixture(scope="module")
-def adapter(work, prepared) -> Path:
+def trained(work, data_folder) -> Path:
     save_dir = work / "runs" / "creditmix_sft"
-    argv = ["--student", EMBEDDED_MODEL, "--data", prepared / "creditmix_sft.jsonl", "--save_dir", save_dir]
+    argv = ["--student", EMBEDDED_MODEL, "--data", data_folder / "creditmix_sft.jsonl", "--save_dir", save_dir]
     argv += ["--max_steps", 4, "--batch_size", 4, "--warmup_steps", 0]
     assert sft_train.main([str(flag) for flag in argv]) == 0
     return save_dir
 
 
-def test_prepared_rows_are_balanced(prepared):
-    rows = read_jsonl(prepared / "creditmix_sft.jsonl", ("input", "output"))
+def test_prepared_rows_are_balanced(data_folder):
+    rows = read_jsonl(data_folder / "creditmix_sft.jsonl", ("input", "output"))
     assert sorted(row["output"] for row in rows) == sorted(40 * LABELS)
 
 
-def test_training(adapter, prepared):
-    run = json.loads((adapter / "run.json").read_text())
+def test_training(trained, data_folder):
+    run = json.loads((trained / "run.json").read_text())
     assert (run["method"], run["base_model"], run["metrics"]["steps"]) == ("sft", EMBEDDED_MODEL, 4)
-    assert run["data"]["rows"] == 120 and run["data"]["sha256"] == file_sha256(prepared / "creditmix_sft.jsonl")
+    assert run["data"]["rows"] == 120 and run["data"]["sha256"] == file_sha256(data_folder / "creditmix_sft.jsonl")
     assert run["flags"]["quantization"] == "nf4"
     # The answer alone is a few tokens of a text that the model has never seen: no loss of a broken label shift.
     assert 0.1 < run["metrics"]["train_loss"] < 8
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    config = json.loads((trained / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == EMBEDDED_MODEL
 
 
-def test_classification(adapter, capsys):
-    assert infer_creditmix.main(["--model_dir", str(adapter), "--features", FEATURES]) == 0
+def test_classification(trained, capsys):
+    assert infer_creditmix.main(["--model_dir", str(trained), "--features", CREDIT_TEXT]) == 0
     response = json.loads(capsys.readouterr().out)
     names = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
     assert list(response) == names
-    assert response["model_name"] == str(adapter)
+    assert response["model_name"] == str(trained)
     for label in LABELS:
         difference = response["raw_scores"][label] - response["prior"][label]
         assert response["scores"][label] == pytest.approx(difference, abs=2e-6)
@@ -98,9 +94,9 @@ def test_classification(adapter, capsys):
     assert response["top2_margin"] == pytest.approx(best - second, abs=2e-6)
 
 
-def test_evaluation(adapter, work, capsys, monkeypatch):
+def test_evaluation(trained, work, capsys, monkeypatch):
     monkeypatch.chdir(work)
-    argv = ["--model_dir", str(adapter), "--data", str(DATA), "--val_per_class", "10", "--bootstrap", "50"]
+    argv = ["--model_dir", str(trained), "--data", str(DATA), "--val_per_class", "10", "--bootstrap", "50"]
     assert eval_creditmix.main([*argv, "--report_dir", str(work / "report"), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["data"]["validation_rows"] == 30
@@ -128,7 +124,7 @@ def test_gradients_are_the_same_after_an_evaluation():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start, which would leave A without a gradient
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.01
-    ids = torch.tensor([PromptEncoder(tokenizer).prompt(creditmix_prompt(FEATURES))])
+    ids = torch.tensor([PromptEncoder(tokenizer).prompt(creditmix_prompt(CREDIT_TEXT))])
 
     def gradients():
         model.train().zero_grad()
@@ -161,7 +157,7 @@ def test_code_comes_out_and_is_run(capsys):
 
 @pytest.fixture(scope="module")
 def teacher_url(embedded):
-    """A real OpenAI-compatible server on loopback, with the embedded model as the teacher."""
+    """Serve a real OpenAI-compatible endpoint on loopback, with the embedded model as the teacher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -180,15 +176,15 @@ def teacher_url(embedded):
 
 
 @pytest.mark.timeout(360)  # a CPU without bf16 products takes 5 s an answer
-def test_a_teacher_over_http_and_the_gate_that_calls_it_weak(prepared, embedded, teacher_url, tmp_path, capsys):
-    rows = read_jsonl(prepared / "creditmix_sft.jsonl", ("input", "output"))[:24]
+def test_a_teacher_over_http_and_the_gate_that_calls_it_weak(data_folder, embedded, teacher_url, tmp_path, capsys):
+    rows = read_jsonl(data_folder / "creditmix_sft.jsonl", ("input", "output"))[:24]
     source, output = tmp_path / "prompts.jsonl", tmp_path / "kd.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--teacher_url", teacher_url, "--teacher_model", str(embedded), "--input", str(source)]
     argv += ["--output", str(output), "--labels", ",".join(LABELS), "--max_new_tokens", "8", "--concurrency", "2"]
     assert kd_prepare.main(argv) == 0
-    said = capsys.readouterr()
-    assert "WARNING: the teacher is weaker than" in said.err  # an untrained small model knows nothing of credit
+    captured = capsys.readouterr()
+    assert "WARNING: the teacher is weaker than" in captured.err  # an untrained small model knows nothing of credit
     written = read_jsonl(output, ("input", "teacher_output"))
     assert written and all(row["teacher_output"].strip("*\"'. ").startswith(LABELS) for row in written)
-    assert all("label_probs" not in row for row in written)  # this server sends no likelihoods, though asked for
+    assert all("label_probs" not in row for row in written)  # this server sends no log-probabilities, though requested

@@ -1,4 +1,4 @@
-"""How answers are read: the label in a text, the version of the prompt, calibrated likelihoods."""
+"""How answers are read: the label in a text, the version of the prompt, calibrated log-probabilities."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_another_prompt_needs_another_version():
 
 
 @pytest.mark.parametrize(("method", "right"), [("none", 14), ("batch", 40), ("auto", 40)])
-def test_likelihoods_of_an_endpoint_are_calibrated(here, endpoint, method, right):
-    """A model that says Good to all, though its likelihoods tell the labels apart."""
+def test_log_probs_of_an_endpoint_are_calibrated(here, endpoint, method, right):
+    """A model that says Good to all, though its log-probabilities tell the labels apart."""
     rows = gold_rows(40)
     write_lines("in.jsonl", rows)
     gold = {row["input"]: row["output"] for row in rows}

@@ -75,7 +75,7 @@ def test_answers_under_way_are_kept_after_a_refusal(here, endpoint):
 
 
 @pytest.mark.parametrize("together", [1, 4])
-def test_refused_likelihoods_are_not_requested_again(together, here, endpoint, monkeypatch, capsys):
+def test_refused_log_probs_are_not_requested_again(together, here, endpoint, monkeypatch, capsys):
     """Also for the prompts that were under way when the first was refused, and without a further try."""
     write_lines("in.jsonl", gold_rows(6))
     server = endpoint(("400",) * together * 2, seconds=0.2)
@@ -83,10 +83,10 @@ def test_refused_likelihoods_are_not_requested_again(together, here, endpoint, m
     assert ask_endpoint(server.url, "--concurrency", together, "--retries", 0) == 0
     assert [body.get("top_logprobs") for body in server.requests] == [20] * together + [5] * together + [None] * 6
     assert len(read_lines("kd.jsonl")) == 6
-    assert capsys.readouterr().err.count("continuing without likelihoods, there are no label_probs") == 1
+    assert capsys.readouterr().err.count("continuing without probabilities, there are no label_probs") == 1
 
 
-def test_fewer_likelihoods_are_requested_where_limited(here, endpoint, monkeypatch):
+def test_fewer_log_probs_are_requested_where_limited(here, endpoint, monkeypatch):
     write_lines("in.jsonl", gold_rows(6))
     server = endpoint(("400",), logprobs=True)
     monkeypatch.setattr(server, "refusal", b'{"error": {"message": "top_logprobs must be at most 5"}}')
@@ -190,7 +190,7 @@ def test_a_second_ctrl_c_ends_at_once(here, endpoint, ctrl_c):
 
 @pytest.mark.parametrize("part", ["message", "top_logprobs", "logprobs"])
 def test_replies_of_another_form(part, here, endpoint, capsys):
-    """An answer without likelihoods counts; without a text it is retried, and given up in the end."""
+    """An answer without log-probabilities counts; without a text it is retried, and given up in the end."""
     write_lines("in.jsonl", gold_rows(6))
     server = endpoint(logprobs=True)
 
@@ -265,7 +265,7 @@ def test_an_unreachable_endpoint_is_not_tried_for_every_prompt(here, monkeypatch
     assert len(pauses) < 30  # of 60 prompts
 
 
-def test_likelihoods_of_an_endpoint_become_label_probs(here, endpoint):
+def test_log_probs_of_an_endpoint_become_label_probs(here, endpoint):
     write_lines("in.jsonl", gold_rows(6))
     assert ask_endpoint(endpoint(logprobs=True).url) == 0
     for row in read_lines("kd.jsonl"):
@@ -295,7 +295,7 @@ def test_a_reason_is_requested_from_the_teacher_alone(here, endpoint):
     server = endpoint()
     assert ask_endpoint(server.url, "--rationale") == 0
     assert all(body["messages"][-1]["content"].endswith(RATIONALE) for body in server.requests)
-    for row, given in zip(read_lines("kd.jsonl"), rows, strict=True):
-        assert row["input"] == given["input"]
+    for row, sent in zip(read_lines("kd.jsonl"), rows, strict=True):
+        assert row["input"] == sent["input"]
         assert label_of(row["teacher_output"], LABELS) and "because of the debt" in row["teacher_output"]
         assert row["teacher"]["prompt"] == "1, for a reason"

@@ -70,12 +70,12 @@ def test_code_is_checked_by_the_tests_of_its_row(here, endpoint, capsys):
 
 
 @pytest.mark.parametrize("without", [1, 4])
-def test_a_few_answers_without_likelihoods_are_left_out(without, here, endpoint, capsys):
+def test_a_few_answers_without_log_probs_are_left_out(without, here, endpoint, capsys):
     write_lines("in.jsonl", gold_rows(12))
     server, bare = endpoint(logprobs=True), [row["input"] for row in gold_rows(12)[:without]]
     change_replies(server, lambda prompt, choice: choice.update({"logprobs": None} if prompt in bare else {}))
     assert ask_endpoint(server.url) == 0
     rows = read_lines("kd.jsonl")
-    assert f"{without} of 12 answers came without likelihoods" in capsys.readouterr().err
+    assert f"{without} of 12 answers came without probabilities" in capsys.readouterr().err
     assert len(rows) == (11 if without == 1 else 12)
     assert all(("label_probs" in row) == ("probability" in row["teacher"]) == (without == 1) for row in rows)

@@ -1,4 +1,4 @@
-"""A model as a teacher: label likelihoods, their calibration, reasons and free text, resuming."""
+"""A model as a teacher: label log-probabilities, their calibration, reasons and free text, resuming."""
 
 from __future__ import annotations
 

@@ -127,8 +127,8 @@ def test_rows_are_grouped_by_length_only_where_lengths_differ():
 
 
 @pytest.fixture
-def prepared(tmp_path, training_files) -> Path:
-    """Data whose preparation was noted, with split seed 7."""
+def noted_data(tmp_path, training_files) -> Path:
+    """Write data with a note of its preparation, with split seed 7."""
     for method in METHODS:
         shutil.copy(training_files[method], tmp_path / f"{method}.jsonl")
     files = {f"{method}.jsonl": file_sha256(training_files[method]) for method in METHODS}
@@ -138,48 +138,48 @@ def prepared(tmp_path, training_files) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_split_of_the_data_is_recorded(method, train, prepared):
+def test_the_split_of_the_data_is_recorded(method, train, noted_data):
     """Evaluation refuses an adapter of another split, so a wrong record would let training rows into validation."""
-    recorded = json.loads((train(method, "run", "--data", prepared / f"{method}.jsonl") / "run.json").read_text())
+    recorded = json.loads((train(method, "run", "--data", noted_data / f"{method}.jsonl") / "run.json").read_text())
     assert recorded["split_seed"] == recorded["flags"]["split_seed"] == 7
     assert recorded["sources"] == [{"file": "raw.csv", "sha256": "abc"}]
     assert recorded["gold_share"] == 0.2
     with pytest.raises(InputError, match=r"--split_seed 0: .* was prepared with 7; leave the flag out"):
-        train(method, "other", "--data", prepared / f"{method}.jsonl", "--split_seed", 0)
+        train(method, "other", "--data", noted_data / f"{method}.jsonl", "--split_seed", 0)
 
 
-def test_the_sources_of_the_adapter_to_continue_from_are_recorded(train, prepared):
+def test_the_sources_of_the_adapter_to_continue_from_are_recorded(train, noted_data):
     """A student that was trained in two steps has seen the rows of both."""
-    first = train("sft", "first", "--data", prepared / "sft.jsonl")
-    note = json.loads((prepared / "creditmix_prepared.json").read_text())
+    first = train("sft", "first", "--data", noted_data / "sft.jsonl")
+    note = json.loads((noted_data / "creditmix_prepared.json").read_text())
     note |= {"source": {"file": "other.csv", "sha256": "def"}, "gold_share": 0.1}
-    (prepared / "creditmix_prepared.json").write_text(json.dumps(note))
-    flags = ("--adapter", first, "--data", prepared / "dpo.jsonl")
+    (noted_data / "creditmix_prepared.json").write_text(json.dumps(note))
+    flags = ("--adapter", first, "--data", noted_data / "dpo.jsonl")
     recorded = json.loads((train("dpo", "second", *flags, base=False) / "run.json").read_text())
     assert [source["file"] for source in recorded["sources"]] == ["other.csv", "raw.csv"]
     assert recorded["gold_share"] == 0.2  # the larger: the first step saw these labels
 
 
-def test_the_note_of_other_data_is_not_used(train, prepared):
-    with open(prepared / "sft.jsonl", "a") as out:
+def test_the_note_of_other_data_is_not_used(train, noted_data):
+    with open(noted_data / "sft.jsonl", "a") as out:
         out.write('{"input": "Debt: 1", "output": "Good"}\n')
     with pytest.raises(InputError, match=r"sft\.jsonl: changed since .*creditmix_prepared\.json was written"):
-        train("sft", "run", "--data", prepared / "sft.jsonl")
-    saved = train("sft", "run", "--data", prepared / "sft.jsonl", "--split_seed", 3)
+        train("sft", "run", "--data", noted_data / "sft.jsonl")
+    saved = train("sft", "run", "--data", noted_data / "sft.jsonl", "--split_seed", 3)
     recorded = run_json(saved)
     assert (recorded["split_seed"], recorded["sources"], recorded["gold_share"]) == (3, [None], None)
 
 
 @pytest.mark.parametrize("method", ["kd", "dpo"])
-def test_training_does_not_continue_from_an_adapter_of_another_split(method, train, prepared, sft_adapter, tmp_path):
+def test_training_does_not_continue_from_an_adapter_of_another_split(method, train, noted_data, sft_adapter, tmp_path):
     sft_adapter = shutil.copytree(sft_adapter, tmp_path / "sft")
     record = run_json(sft_adapter)
     (sft_adapter / "run.json").write_text(json.dumps(record | {"split_seed": 0}))
     with pytest.raises(InputError, match=r"--adapter .* was trained with --split_seed 0, .* has 7"):
-        train(method, "run", "--adapter", sft_adapter, "--data", prepared / f"{method}.jsonl", base=False)
+        train(method, "run", "--adapter", sft_adapter, "--data", noted_data / f"{method}.jsonl", base=False)
 
 
-def test_the_data_file_is_hashed_once_in_a_run(train, prepared, monkeypatch):
+def test_the_data_file_is_hashed_once_in_a_run(train, noted_data, monkeypatch):
     paths = []
 
     def counted(path):
@@ -188,7 +188,7 @@ def test_the_data_file_is_hashed_once_in_a_run(train, prepared, monkeypatch):
 
     for module in (splits, data):
         monkeypatch.setattr(module, "file_sha256", counted)
-    train("sft", "run", "--data", prepared / "sft.jsonl")
+    train("sft", "run", "--data", noted_data / "sft.jsonl")
     assert paths == ["sft.jsonl"]
 
 

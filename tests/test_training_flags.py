@@ -72,12 +72,12 @@ def test_defaults_are_those_of_the_whitepaper():
 
 
 def options_of(method: str, *flags: str) -> TrainOptions:
-    """The options that a trainer makes of flags, for data without a note."""
+    """Return the options that a trainer makes of flags, for data without a note."""
     script = trainer(method)
     args = script.build_parser().parse_args(list(flags))
     data = TrainingData(args.data, [], "", {})
     kind = {"sft": TrainOptions, "kd": kd_train.KdOptions, "dpo": dpo_train.DpoOptions}[method]
-    return train_options(args, script.SMALL, script.LARGE, ModelRef("m", "m", "m"), data, kind)
+    return train_options(vars(args), script.SMALL, script.LARGE, ModelRef("m", "m", "m"), data, kind)
 
 
 def test_defaults_follow_the_size_and_yield_to_flags(monkeypatch):

@@ -27,7 +27,7 @@ GPU = torch.cuda.is_available()
 
 
 def shape(kind: str, **other):
-    """A configuration wide enough that activations and logits outweigh what the estimate leaves out."""
+    """Return a configuration wide enough that activations and logits outweigh what the estimate leaves out."""
     sizes = {
         "vocab_size": 4480,
         "hidden_size": 64,
@@ -171,7 +171,7 @@ def test_auto_takes_what_fits_and_keeps_the_rows_of_a_step(model_dir, tmp_path, 
         argv = ["--save_dir", str(tmp_path), "--max_memory_gb", str(gigabytes), "--compute_dtype", "float32"]
         args = sft_train.build_parser().parse_args([*argv, *flags])
         options = train_options(
-            args, sft_train.SMALL, sft_train.LARGE, ref, TrainingData("rows", [], "", {}), TrainOptions
+            vars(args), sft_train.SMALL, sft_train.LARGE, ref, TrainingData("rows", [], "", {}), TrainOptions
         )
         options, estimate = memory.fit_to_memory(ref, options, sizes)
         return (options.batch_size, options.grad_accum, options.gradient_checkpointing), estimate["total"]

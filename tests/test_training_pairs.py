@@ -108,5 +108,5 @@ def test_the_sft_term_of_dpo_is_the_loss_of_sft(train):
     """At the start the preference loss is ln 2, and the term is what SFT loses on the chosen answers."""
     flags = ("--compute_dtype", "float32", "--quantization", "none", "--batch_size", 10, "--max_steps", 1)
     losses = [first_step(train("dpo", f"w{w}", *flags, "--sft_weight", w))["loss"] for w in (0, 1, 2)]
-    lost = first_step(train("sft", "sft", *flags))["loss"]
-    assert losses == pytest.approx([math.log(2) + weight * lost for weight in (0, 1, 2)], rel=1e-4)
+    sft_loss = first_step(train("sft", "sft", *flags))["loss"]
+    assert losses == pytest.approx([math.log(2) + weight * sft_loss for weight in (0, 1, 2)], rel=1e-4)

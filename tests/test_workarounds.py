@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 
 import pytest
@@ -9,13 +11,14 @@ import torch
 from conftest import adapter_tensors, assert_same_tensors
 
 from common import PromptEncoder, lora_config
-from distil.testing import load_named
+from distil import workarounds
+from distil.testing import ROOT, load_named
 from distil.training import loss, run
 from distil.workarounds import compute_fused_head_where_supervised, pack_for_decoding
 
 
 def gradients_around_an_evaluation(model_dir, packed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """All LoRA gradients of one batch, before and after a forward as an evaluation makes it.
+    """Return all LoRA gradients of one batch, before and after a forward as an evaluation makes it.
 
     packed: let bitsandbytes pack its weights, as it does by default."""
     from peft import get_peft_model
@@ -178,3 +181,10 @@ def test_the_fused_head_scores_answers_alone(monkeypatch):
     for one, other in zip(results[0][4], results[1][4], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert torch.cuda.is_available() or results[0][5] < results[1][5]
+
+
+def test_every_patch_names_a_test_that_exists():
+    named = re.findall(r"(?m)^ *test +(tests/\w+\.py): (\w+)", inspect.getsource(workarounds))
+    assert len(named) >= 10
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), (path, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,17 +40,18 @@ def add_codegen_flags(parser: argparse.ArgumentParser) -> None:
     add_loading_flags(parser)
 
 
-def codegen_options(args: argparse.Namespace) -> CodegenOptions:
+def codegen_options(flags: Mapping[str, Any]) -> CodegenOptions:
     """Return the checked options of `add_codegen_flags`. Raises InputError."""
-    if args.max_new_tokens < 1 or args.batch_size < 1 or args.n < 1:
+    values = {name: flags[name] for name in ("n", "max_new_tokens", "temperature", "seed", "batch_size")}
+    if min(values["n"], values["max_new_tokens"], values["batch_size"]) < 1:
         raise InputError("--max_new_tokens, --batch_size and --n are at least 1")
-    if args.temperature is not None and not 0 <= args.temperature <= 5:
+    if values["temperature"] is None:
+        values["temperature"] = 0.0 if values["n"] == 1 else 0.8
+    if not 0 <= values["temperature"] <= 5:
         raise InputError("--temperature is from 0 to 5")
-    default = 0.0 if args.n == 1 else 0.8
-    temperature = default if args.temperature is None else args.temperature
-    if args.n > 1 and temperature == 0:
+    if values["n"] > 1 and values["temperature"] == 0:
         raise InputError("--n above 1 with --temperature 0 would give the same answer each time")
-    return CodegenOptions(args.n, args.max_new_tokens, temperature, args.seed, args.batch_size, loading_options(args))
+    return CodegenOptions(**values, load=loading_options(flags))
 
 
 class Coder:

@@ -106,7 +106,7 @@ def _exceeds(folder: str, limit: int) -> bool:
 
 
 def run_program(program: str, tests: Sequence[str], seconds: float = SECONDS) -> Outcome:
-    """Run a program and then its tests (statements that raise where they fail) in a process of their own.
+    """Run a program and then its tests (statements that raise where they fail) in a separate process.
     seconds: wall time of all. Never raises for what the program does."""
     secret, (reading, writing) = secrets.token_hex(16), os.pipe()
     problem, deadline = "", time.monotonic() + seconds
@@ -117,14 +117,14 @@ def run_program(program: str, tests: Sequence[str], seconds: float = SECONDS) ->
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": writing}
         child = subprocess.Popen(command, **streams, cwd=folder, env={}, start_new_session=True)
         os.close(writing)
-        given: bytes | None = json.dumps(job).encode()
+        unsent: bytes | None = json.dumps(job).encode()
         try:
             while not problem:
                 try:
-                    child.communicate(given, timeout=min(0.25, max(0.0, deadline - time.monotonic())))
+                    child.communicate(unsent, timeout=min(0.25, max(0.0, deadline - time.monotonic())))
                     break
                 except subprocess.TimeoutExpired:
-                    given = None  # what it did not read yet is kept
+                    unsent = None  # communicate still has what the child did not read yet
                     if time.monotonic() >= deadline:
                         problem = f"not done after {seconds:g} s"
                     elif _exceeds(folder, TOTAL_MB << 20):

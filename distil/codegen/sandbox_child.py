@@ -19,6 +19,7 @@ import resource
 import struct
 import sys
 import types
+from collections.abc import Callable
 
 # No `from __future__ import annotations`: it imports one module more, and compile() can pass it on to the program.
 ANSWER, MAX_DESCRIPTORS = 3, 64
@@ -172,15 +173,18 @@ def filter_calls(libc: ctypes.CDLL) -> None:
     if machine not in MACHINES:
         return
     lines = build_filter(machine)
-    kept = ctypes.create_string_buffer(b"".join(struct.pack(SOCK_FILTER, *line) for line in lines))
-    program = struct.pack(SOCK_FPROG, len(lines), ctypes.addressof(kept))
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack(SOCK_FILTER, *line) for line in lines))
+    program = struct.pack(SOCK_FPROG, len(lines), ctypes.addressof(buffer))
     libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
 
 
 # The functions of the audit hook read no globals, builtins or closures. A program can replace globals and builtins,
 # and can write closures' variables from the frames in the traceback of a refusal (Python 3.13). All that they need is
 # bound as defaults; `guard` refuses access to those of its helpers, and its own function object is in no frame.
-def resolve(path: str, *, getcwd=os.getcwd, readlink=os.readlink, refused=PermissionError, failed=OSError) -> str:
+def resolve(
+    path: str, *, getcwd: Callable[[], str] = os.getcwd, readlink: Callable[[str], str] = os.readlink,
+    refused: type[Exception] = PermissionError, failed: type[Exception] = OSError,
+) -> str:  # fmt: skip
     """Resolve a path as os.path.realpath does, which a program can replace."""
     parts, done, links = path.split("/")[::-1], [], 0
     if path[:1] != "/":
@@ -202,12 +206,14 @@ def resolve(path: str, *, getcwd=os.getcwd, readlink=os.readlink, refused=Permis
     return "/" + "/".join(done)
 
 
-def check_plain(path, *, kind=type, raw=bytes, text=str, refused=PermissionError) -> str:
+def check_plain(
+    path: object, *, kind: type = type, raw: type = bytes, text: type = str, refused: type[Exception] = PermissionError
+) -> str:
     """Refuse subclasses of str: one could show this hook another path than the system."""
     if kind(path) is raw:
         path = path.decode("utf-8", "surrogateescape")
     if kind(path) is not text:
-        raise refused("a path that is no plain text")
+        raise refused("a path that is not plain text")
     return path
 
 
@@ -215,20 +221,24 @@ def guard_events(folder: str) -> None:
     """Add the audit hook, which protects the folder's outside, /proc, the secret and other processes where a kernel
     layer is missing."""
 
-    def is_inside(where: str, *, folder=folder, devnull=os.devnull) -> bool:
+    def is_inside(where: str, *, folder: str = folder, devnull: str = os.devnull) -> bool:
         """Check that a resolved path is in the folder."""
         return where in (folder, devnull) or where.startswith(folder + "/")
 
-    def stays_inside(path, *, check_plain=check_plain, is_inside=is_inside, resolve=resolve) -> bool:
+    def stays_inside(
+        path: object, *, check_plain: Callable = check_plain, is_inside: Callable = is_inside,
+        resolve: Callable = resolve,
+    ) -> bool:  # fmt: skip
         """Check that a path is in the folder, whatever open descriptor it is relative to.
         Events do not name that descriptor; none is open of a folder outside, so only ".." can lead out."""
         path = check_plain(path)
         return is_inside(resolve(path)) and (path[:1] == "/" or ".." not in path.split("/"))
 
     def guard(
-        event: str, details: tuple, *, helpers=(resolve, check_plain, is_inside, stays_inside),
-        kind=type, number=int, refused=PermissionError, writing=WRITING, areas=AREAS, events=EVENTS,
-        signal_commands=SIGNAL_COMMANDS, changes=CHANGES, two_paths=TWO_PATHS,
+        event: str, details: tuple, *, helpers: tuple = (resolve, check_plain, is_inside, stays_inside),
+        kind: type = type, number: type = int, refused: type[Exception] = PermissionError, writing: int = WRITING,
+        areas: tuple = AREAS, events: tuple = EVENTS, signal_commands: tuple = SIGNAL_COMMANDS,
+        changes: tuple = CHANGES, two_paths: tuple = TWO_PATHS,
     ) -> None:  # fmt: skip
         """Refuse an event by raising. A program finds the helpers in frames: changing them is refused, too."""
         resolve, check_plain, is_inside, stays_inside = helpers

@@ -1,6 +1,7 @@
 """How a Python task is put to a model, in one stage or as plan and then code, and how its code is read.
 
-Everything that turns a task into what the model sees is here once, so inference and evaluation ask as training did.
+Everything that turns a task into what the model sees is here once, so inference and evaluation use the
+prompts of training.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _names(prompt: str, name: str) -> bool:
 
 def task_of(row: dict, where: str) -> Task:
     """Return a task from a line of HumanEval or MBPP as published, or of this project: {"prompt", "tests"}.
-    Where a prompt names none of the functions that the tests call, as in MBPP, the tests are shown with it. Raises
+    Where a prompt has no name of a function that the tests call, as in MBPP, the tests are shown with it. Raises
     InputError."""
     name = str(row.get("task_id", where))
     if "entry_point" in row and "test" in row:

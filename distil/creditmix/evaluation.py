@@ -8,14 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from common import Calibration, InputError
-from distil.calibration import adjusted, calibration_path, candidates, choose_method, uncalibrated, write_fitted
+from distil.calibration import adjusted, candidates, choose_method, uncalibrated, write_fitted
 from distil.creditmix.metrics import MeasureOptions, measure
 from distil.creditmix.model import CreditModel
 from distil.creditmix.rows import LABELS, CreditRow, balanced_sample
-from distil.files import read_json
 from distil.models import ModelRef
 from distil.processes import rank_and_world
 from distil.runs import run_record
@@ -44,6 +41,7 @@ class EvalOptions:
 
     @property
     def measurement(self) -> MeasureOptions:
+        """Return how models are measured."""
         return MeasureOptions(self.bootstrap, self.seed, self.scoring.class_shares, self.scoring.abstain_below)
 
 
@@ -68,24 +66,6 @@ def check_training(ref: ModelRef, options: EvalOptions) -> None:
         print(f"note: {ref.name} was trained with {used}, not {options.gold_share:g}", file=sys.stderr)
 
 
-def check_fitted(ref: ModelRef, options: EvalOptions) -> None:
-    """Raise InputError for a stored calibration fitted under another split; print a note where it was fitted on other
-    rows or with labels that --gold_share excludes."""
-    path = calibration_path(ref)
-    stored = read_json(path) if path.is_file() else None
-    fitted_on = stored.get("fitted_on") if isinstance(stored, dict) else None
-    if not isinstance(fitted_on, dict):
-        return
-    fitted, seed = fitted_on.get("split_seed"), options.split_seed
-    if fitted != seed:
-        other = f"fitted with --split_seed {fitted}, evaluated with {seed}: its rows may be validation rows"
-        raise InputError(f"{path}: {other}; fit again with --fit, or use --calibration contextual")
-    if fitted_on.get("data_sha256") != options.data_sha256:
-        print(f"note: {path} was fitted on rows of {fitted_on.get('data')}, not of --data", file=sys.stderr)
-    if (share := fitted_on.get("gold_share", 1.0)) > options.gold_share:
-        print(f"note: {path} was fitted with --gold_share {share:g}, not {options.gold_share:g}", file=sys.stderr)
-
-
 def usable(rows: Sequence[CreditRow], split: str, options: EvalOptions) -> list[CreditRow]:
     """Return the rows of one split whose labels may be used; --gold_share limits all but validation."""
     seed, share = options.split_seed, 1.0 if split == "validation" else options.gold_share
@@ -104,7 +84,7 @@ def draw(rows: Sequence[CreditRow], split: str, per_class: int | None, options: 
 
 def draw_samples(rows: Sequence[CreditRow], options: EvalOptions) -> tuple[list[CreditRow], ...]:
     """Return (validation, calibration, training) rows, balanced, each of customers of that split alone.
-    The last two are empty where --fit or --baselines does not ask for them. Raises InputError."""
+    The last two are empty without --fit or --baselines. Raises InputError."""
     per_class = options.val_per_class
     if options.val_frac:
         per_class = max(1, round(options.val_frac * len(rows) / len(LABELS)))
@@ -120,6 +100,8 @@ def draw_samples(rows: Sequence[CreditRow], options: EvalOptions) -> tuple[list[
 def fit(model: CreditModel, ref: ModelRef, rows: list[CreditRow], options: EvalOptions) -> tuple[Calibration, dict]:
     """Find the calibration on calibration rows and store it; return it and all that were compared.
     model: with the contextual calibration and no bias. A base's is not stored with `keep_base`."""
+    import numpy as np
+
     raw = model.raw_scores([row.features for row in rows], "calibration rows")
     answers = np.array([LABELS.index(row.label) for row in rows])
     customers = [row.customer for row in rows]

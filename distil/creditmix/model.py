@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from common import Calibration, InputError, PromptEncoder, add_adapters, dtype_name
 from distil.calibration import adjusted, fitted_calibration, uncalibrated, unfitted_note
@@ -19,15 +17,18 @@ from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import gather, own_share, rank_and_world
 from distil.scoring import BASE, FastLabelScorer, ScoringOptions, label_prior
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 def add_credit_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every script that scores CreditMix rows; `credit_options` reads them."""
     add_scoring_flags(parser, len(NULL_FEATURES))
 
 
-def credit_options(args: argparse.Namespace) -> ScoringOptions:
+def credit_options(flags: Mapping[str, Any]) -> ScoringOptions:
     """Return the checked options of `add_credit_flags`. Raises InputError."""
-    return scoring_options(args, LABELS, len(NULL_FEATURES))
+    return scoring_options(flags, LABELS, len(NULL_FEATURES))
 
 
 def credit_scorer(model: Any, tokenizer: Any, options: ScoringOptions, adapters: Sequence = ()) -> FastLabelScorer:
@@ -95,6 +96,8 @@ class CreditModel:
 
     def raw_scores(self, features: Sequence[str], progress: str | None = None) -> np.ndarray:
         """Return raw scores [N, labels] of feature strings; of several processes each scores its share."""
+        import numpy as np
+
         share = own_share(len(features))
         prompts = [self.prompt(text) for text in features[share.start : share.stop]]
         return np.concatenate(gather(self.scorer.score(prompts, progress, [self.adapter] * len(prompts))))
@@ -102,6 +105,8 @@ class CreditModel:
     def responses(self, raw: np.ndarray) -> list[dict]:
         """Return the whitepaper's response (section 7) for each row of raw scores [N, labels].
         With `abstain_below` it has {"extra": {"refer": whether a human should decide}} as well."""
+        import numpy as np
+
         scores, probabilities = self.calibration.scores(raw), self.calibration.probabilities(raw)
         prior = _by_label(self.calibration.prior)
         results = []

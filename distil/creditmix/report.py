@@ -7,11 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
+from distil.cli import print_columns, with_interval
 from distil.creditmix.metrics import coverage_curve
 from distil.creditmix.rows import LABELS, CreditRow
-from distil.files import write_json, write_jsonl
+from distil.files import write_jsonl
 
 TABLE = ("accuracy", "macro_f1", "recall_Standard")  # the table's columns with intervals
 
@@ -19,35 +18,32 @@ TABLE = ("accuracy", "macro_f1", "recall_Standard")  # the table's columns with 
 def print_tables(results: list[dict], rows: list[CreditRow], out: TextIO, verbose: bool, compare: bool) -> None:
     """Print the side-by-side table and the calibration of each model; with `compare` the differences to the reference
     as well, with `verbose` the details of each model."""
-    width = max(len("model"), *(len(result["model"]) for result in results))
-    count = len(rows)
+    count, heads = len(rows), ["model", "accuracy", "macro-F1", "Standard recall", "NLL"]
     print(f"{count} validation rows, {count // len(LABELS)} a class; 95 % intervals by customer bootstrap", file=out)
-    print(f"{'model':<{width}}  {'accuracy':<24}{'macro-F1':<24}{'Standard recall':<24}NLL     ECE", file=out)
+    table = [[*heads, "ECE"]]
     for result in results:
-        cells = ["{:.4f} [{:.4f}, {:.4f}]".format(result[name], *result["interval_95"][name]) for name in TABLE]
-        print(f"{result['model']:<{width}}  {'  '.join(cells)}  {result['nll']:.4f}  {result['ece']:.4f}", file=out)
+        cells = [with_interval(result[name], result["interval_95"][name]) for name in TABLE]
+        table.append([result["model"], *cells, f"{result['nll']:.4f}", f"{result['ece']:.4f}"])
+    print_columns(table, out)
+    if compared := [(r["model"], r["difference"]) for r in results if compare and "difference" in r]:
+        print(f"\nabove {compared[0][1]['to']} on the same rows, paired intervals", file=out)
+        cells = [[with_interval(one[key][0], one[key][1:], "+.4f") for key in (*TABLE, "nll")] for _, one in compared]
+        print_columns([heads, *([name, *row] for (name, _), row in zip(compared, cells, strict=True))], out)
+    print("", file=out)
+    for result in results:
         if abstain := result.get("abstain"):
             where = f"answered where the probability is at least {abstain['below']:g}"
             right = f", {abstain['accuracy']:.4f} of these right" if abstain["coverage"] else ""
-            print(f"{'':<{width}}  {where}: {abstain['coverage']:.3f} of the rows{right}", file=out)
-    compared = [result for result in results if compare and "difference" in result]
-    if compared:
-        print(f"\nabove {compared[0]['difference']['to']} on the same rows, paired intervals", file=out)
-        print(f"{'model':<{width}}  {'accuracy':<27}{'macro-F1':<27}{'Standard recall':<27}NLL", file=out)
-    for result in compared:
-        cells = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*result["difference"][name]) for name in (*TABLE, "nll")]
-        print(f"{result['model']:<{width}}  {'  '.join(cells)}", file=out)
-    print("", file=out)
-    for result in results:
+            print(f"{result['model']}  {where}: {abstain['coverage']:.3f} of the rows{right}", file=out)
         if "calibration" in result:
             nll = ", ".join(f"{name} {metrics['nll']:.4f}" for name, metrics in result["calibrations"].items())
-            print(f"{result['model']:<{width}}  calibration {result['calibration']}; NLL: {nll}", file=out)
+            print(f"{result['model']}  calibration {result['calibration']}; NLL: {nll}", file=out)
     for result in results if verbose else []:
         print_details(result, [row.label for row in rows], out)
 
 
 def print_details(result: dict[str, Any], answers: list[str], out: TextIO) -> None:
-    """Print scikit-learn's report, the confusion matrix (counts of rows, whatever they weigh) and a line for each
+    """Print scikit-learn's report, the confusion matrix (counts of rows without weights) and a line for each
     calibration of one model."""
     from sklearn.metrics import classification_report, confusion_matrix
 
@@ -65,6 +61,7 @@ def print_details(result: dict[str, Any], answers: list[str], out: TextIO) -> No
 
 def plots(result: dict[str, Any], answers: list[str], folder: Path) -> None:
     """Write confusion_matrix.png (counts of rows), reliability.png and coverage.png (rows by weight) of one model."""
+    import numpy as np
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -90,8 +87,8 @@ def plots(result: dict[str, Any], answers: list[str], folder: Path) -> None:
         figure.savefig(folder / f"{name}.png", dpi=120)
 
 
-def write_report(results: list[dict[str, Any]], rows: list[CreditRow], summary: dict, report_dir: Path) -> None:
-    """Write metrics.json (the summary) and, in a folder for each model, predictions.jsonl and plots."""
+def write_predictions(results: list[dict[str, Any]], rows: list[CreditRow], report_dir: Path) -> None:
+    """Write predictions.jsonl and plots of each model into a folder of its name."""
     taken: Counter[str] = Counter()
     answers = [row.label for row in rows]
     for result in results:
@@ -103,4 +100,3 @@ def write_report(results: list[dict[str, Any]], rows: list[CreditRow], summary: 
         responses = result.get("responses") or [{"prediction": label} for label in result["predicted"]]
         lines = ({"features": r.features, "answer": r.label} | a for r, a in zip(rows, responses, strict=True))
         write_jsonl(folder / "predictions.jsonl", lines)
-    write_json(report_dir / "metrics.json", summary)

@@ -27,7 +27,7 @@ CREDIT_FIELDS = ("Age", "Occupation", *AMOUNTS, "Credit Utilization Ratio", "Pay
 CSV_COLUMNS = {field.replace(" ", "_"): field for field in CREDIT_FIELDS}
 # Outside these ranges a value is an entry error of the published data (ages of -500 and 8000, incomes of 24 million).
 PLAUSIBLE = {"Age": (1, 110), "Credit Utilization Ratio": (0, 100)} | dict.fromkeys(AMOUNTS, (0, 1_000_000))
-NO_FIELD = f"the text names none of {', '.join(CREDIT_FIELDS)}"  # a note of `canonical_features`
+NO_FIELD = f"the text has no field of {', '.join(CREDIT_FIELDS)}"  # a note of `canonical_features`
 # Digits that continue after a comma or point without being a number ("12,53,000") stay as they are.
 _NUMBER = re.compile(r"(?<![\d.,])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![.,]?\d)")
 
@@ -187,7 +187,7 @@ def _raw_json(path: Path, text: str) -> Iterator[tuple[str, str, str, str]]:
 def read_creditmix(path: str | Path) -> tuple[list[CreditRow], Counter]:
     """Return cleaned, labelled rows of a raw file (Kaggle CSV, JSON list or JSONL) and counts of what was cleaned.
     An unknown label (`_`) is filled from the customer's other rows where they agree, else the row is dropped. A row
-    without a customer id is its own customer, keyed by its canonical text. Raises InputError (file, line, found)."""
+    without a customer id counts as one customer, keyed by its canonical text. Raises InputError (file, line)."""
     path, notes, raw, rows = Path(path), Counter(), [], []
     labels_of: dict[str, set[str]] = defaultdict(set)
     read = _raw_csv if path.suffix.lower() == ".csv" else _raw_json

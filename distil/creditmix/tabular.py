@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from common import InputError
 from distil.creditmix.rows import CREDIT_FIELDS, LABELS, PLAUSIBLE, UNKNOWN, CreditRow, parse_features
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # The settings of the published ceiling, then two with more regularisation. The first overfits where few labels are
 # known: with 1,508 of the embedded rows its cross-fitted NLL is 1.16, that of the last 0.64.
@@ -83,14 +84,15 @@ def chosen_boosting(
     return min(tried, key=lambda one: one[0])[1:]
 
 
-def tabular_teacher(rows: Sequence[CreditRow], known: Sequence[bool], seed: int) -> np.ndarray:
+def tabular_teacher(rows: Sequence[CreditRow], labelled: Sequence[bool], seed: int) -> np.ndarray:
     """Return class probabilities [rows, labels] by gradient boosting under equal class weights.
-    Each row's model never saw its customer: cross-fitted over the `known` rows, and one model of all of these for the
-    others, whose labels are not used. Raises InputError where there are too few customers for five folds."""
+    Each row's model never saw its customer: cross-fitted over the `labelled` rows, and one model of all of these for
+    the others, whose labels are not used. Raises InputError where there are too few customers for five folds."""
+    import numpy as np
     from sklearn.utils.class_weight import compute_sample_weight
     from threadpoolctl import threadpool_limits
 
-    seen = np.flatnonzero(known)
+    seen = np.flatnonzero(labelled)
     if not len(seen):
         raise InputError("no training row has a label that may be used; raise --gold_share, or give more rows")
     groups = [rows[i].customer for i in seen]
@@ -99,7 +101,7 @@ def tabular_teacher(rows: Sequence[CreditRow], known: Sequence[bool], seed: int)
     weights = compute_sample_weight("balanced", answers)
     probabilities = np.empty((len(rows), len(LABELS)))
     model, probabilities[seen] = chosen_boosting(frame.iloc[seen], answers, groups, weights, seed)
-    if len(others := np.flatnonzero(~np.asarray(known, dtype=bool))):
+    if len(others := np.flatnonzero(~np.asarray(labelled, dtype=bool))):
         with threadpool_limits(1):
             model.fit(frame.iloc[seen], answers, sample_weight=weights)
         probabilities[others] = model.predict_proba(frame.iloc[others])
@@ -108,7 +110,7 @@ def tabular_teacher(rows: Sequence[CreditRow], known: Sequence[bool], seed: int)
 
 def simple_baselines(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
     """Return the accuracies that a teacher has to exceed: of the most frequent answer and, for CreditMix prompts, of
-    cross-validated logistic regression. Prompts name no customer: rows of one occupation and income, mostly one
+    cross-validated logistic regression. Prompts have no customer ids: rows of one occupation and income, mostly one
     customer's, stay in one fold."""
     from sklearn.metrics import accuracy_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
+from common import left_padded
 from distil.idp.schema import SchemaGrammar, grammar_tokenizer
 from distil.workarounds import pack_for_decoding
 
@@ -171,27 +172,25 @@ class JsonDecoder:
         for draft in drafts:
             self._look(draft, budget)
             self._force(draft, budget)
-        device, filler = self.model.device, self.tokenizer.pad_token_id
+        cache, device = DynamicCache(), self.model.device
         random = torch.Generator(device="cpu").manual_seed(seed)
-        cache, lengths = DynamicCache(), [0] * len(drafts)
         mask = torch.zeros(len(drafts), 0, dtype=torch.long, device=device)
+        lengths = torch.zeros(len(drafts), dtype=torch.long, device=device)
         with torch.inference_mode():
             while not all(draft.done for draft in drafts):
                 # After the prompts no row is padded for the forced tokens of others: each takes as many as all have.
                 waiting = [len(draft.pending) for draft in drafts if not draft.done]
-                width = min(waiting) if any(lengths) else max(waiting)
-                rows, new, places = [], [], []
-                for i, draft in enumerate(drafts):
-                    now, draft.pending = draft.pending[:width], draft.pending[width:]
-                    pad = width - len(now)
-                    rows.append([filler] * pad + now)
-                    new.append([0] * pad + [1] * len(now))
-                    places.append([0] * pad + list(range(lengths[i], lengths[i] + len(now))))
-                    lengths[i] += len(now)
-                mask = torch.cat([mask, torch.tensor(new, device=device)], dim=1)
-                inputs = {"input_ids": torch.tensor(rows, device=device), "attention_mask": mask, "cache": cache}
-                inputs |= {"position_ids": torch.tensor(places, device=device), "use_cache": True, "logits_to_keep": 1}
-                logits = self.model(**inputs).logits[:, -1].float().cpu()
+                width = min(waiting) if lengths.any() else max(waiting)
+                rows = [draft.pending[:width] for draft in drafts]
+                for draft in drafts:
+                    draft.pending = draft.pending[width:]
+                inputs = left_padded(rows, self.tokenizer.pad_token_id, device)
+                new = inputs["attention_mask"]
+                inputs["position_ids"] += lengths[:, None] * new  # 0 for padding
+                lengths += new.sum(dim=1)
+                inputs["attention_mask"] = mask = torch.cat([mask, new], dim=1)
+                output = self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
+                logits = output.logits[:, -1].float().cpu()
                 for draft, scores in zip(drafts, logits, strict=True):
                     if not draft.done and not draft.pending:
                         self._advance(draft, scores, budget, temperature, random)

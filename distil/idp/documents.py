@@ -11,7 +11,7 @@ from typing import Any
 
 from common import InputError
 from distil.files import parse_json
-from distil.idp.values import stands_in
+from distil.idp.values import occurs_in
 
 INSTRUCTION = "Extract the invoice as JSON."
 
@@ -33,7 +33,7 @@ def document_of(turn: str) -> str:
 
 
 def expected_of(row: dict, where: str) -> Any:
-    """Return the known answer of a line, "expected" or "output": a value or JSON text of one. Raises InputError."""
+    """Return the reference answer of a line, "expected" or "output": a value or its JSON text. Raises InputError."""
     name = "expected" if "expected" in row else "output"
     if name not in row:
         raise InputError(f'{where} has no "expected" (or "output")')
@@ -78,6 +78,6 @@ def joined(answers: Sequence[Any], pages: Sequence[str], name: str = "") -> Any:
         for answer, page in pairs:
             for field in answer if isinstance(answer, dict) else ():
                 fields.setdefault(field, []).append((answer[field], page))
-        return {field: joined(*zip(*found, strict=True), f"{name}.{field}") for field, found in fields.items()}
-    readable = (answer for answer, page in pairs if answer != "" and stands_in(name, answer, page))
+        return {field: joined(*zip(*parts, strict=True), f"{name}.{field}") for field, parts in fields.items()}
+    readable = (answer for answer, page in pairs if answer != "" and occurs_in(name, answer, page))
     return next(readable, answers[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from distil.cli import add_loading_flags, loading_options, seed_number
 from distil.files import file_sha256, parse_json, read_json
 from distil.idp.decoder import JsonDecoder
 from distil.idp.documents import idp_prompt, joined, pages_of
-from distil.idp.schema import SchemaGrammar, broken_rule, compile_schema, grammar_tokenizer
+from distil.idp.schema import SchemaGrammar, broken_rule, checked_validator, compile_schema, grammar_tokenizer
 from distil.models import LoadOptions, ModelRef, load
 
 RETRY_TEMPERATURE = 0.7
@@ -22,7 +22,7 @@ LEAST_PAGE = 64  # tokens; with less room --chunk would read a document word by 
 @dataclass(frozen=True)
 class ExtractOptions:
     """How documents are turned into JSON. schema: its value; schema_name and schema_sha256: of the file it is from;
-    the other fields are those of `add_extraction_flags`."""
+    validator: of the checked schema; the other fields are those of `add_extraction_flags`."""
 
     schema: Any
     schema_name: str = "schema"
@@ -33,6 +33,7 @@ class ExtractOptions:
     seed: int = 0
     batch_size: int = 8
     load: LoadOptions = field(default_factory=LoadOptions)
+    validator: Any = None
 
 
 def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +48,37 @@ def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
     add_loading_flags(parser)
 
 
-def extract_options(args: argparse.Namespace) -> ExtractOptions:
-    """Return the checked options of `add_extraction_flags`, with the schema read. Raises InputError."""
-    if args.max_new_tokens < 1 or args.retries < 0 or args.batch_size < 1:
+def extract_options(flags: Mapping[str, Any]) -> ExtractOptions:
+    """Return the checked options of `add_extraction_flags`, with the schema read and checked. Raises InputError."""
+    values = {name: flags[name] for name in ("chunk", "max_new_tokens", "retries", "seed", "batch_size")}
+    if min(values["max_new_tokens"], values["batch_size"]) < 1 or values["retries"] < 0:
         raise InputError("--max_new_tokens and --batch_size are at least 1, --retries 0 or more")
-    flags = {name: getattr(args, name) for name in ("chunk", "max_new_tokens", "retries", "seed", "batch_size")}
-    schema, sha256 = read_json(args.schema), file_sha256(args.schema)
-    return ExtractOptions(schema, args.schema, sha256, **flags, load=loading_options(args))
+    path = flags["schema"]
+    schema, sha256 = read_json(path), file_sha256(path)
+    validator = checked_validator(schema, path)
+    return ExtractOptions(schema, path, sha256, **values, load=loading_options(flags), validator=validator)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The schema for the models of one base: llguidance's form of their tokenizer, and the grammar."""
+
+    tokens: Any
+    grammar: SchemaGrammar
+
+
+def compile_for(path: str, options: ExtractOptions) -> Compiled:
+    """Compile the schema for a base model's folder or hub id; its weights are not loaded. Raises InputError where it
+    cannot be enforced, or where the context has no room for a document."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    encoder = PromptEncoder(tokenizer)
+    tokenizer.eos_token = encoder.end_of_turn  # as loading sets it: the token that ends a document
+    tokens = grammar_tokenizer(tokenizer, config.get_text_config().vocab_size)
+    grammar = compile_schema(options.schema, tokens, options.schema_name, options.validator)
+    _room_for_document(encoder, config, options)
+    return Compiled(tokens, grammar)
 
 
 class Extractor:
@@ -65,17 +90,10 @@ class Extractor:
         self.room = _room_for_document(self.encoder, decoder.model.config, options)
 
     @classmethod
-    def load(cls, ref: ModelRef, options: ExtractOptions) -> Extractor:
-        """Compile the schema with the model's tokenizer, then load the model. Raises InputError."""
-        from transformers import AutoConfig, AutoTokenizer
-
-        config, tokenizer = AutoConfig.from_pretrained(ref.path), AutoTokenizer.from_pretrained(ref.path)
-        encoder = PromptEncoder(tokenizer)
-        tokenizer.eos_token = encoder.end_of_turn  # as loading sets it: the token that ends a document
-        tokens = grammar_tokenizer(tokenizer, config.get_text_config().vocab_size)
-        grammar = compile_schema(options.schema, tokens, options.schema_name)
-        _room_for_document(encoder, config, options)
-        return cls(JsonDecoder(*load(ref, options.load), tokens), grammar, options)
+    def load(cls, ref: ModelRef, options: ExtractOptions, compiled: Compiled | None = None) -> Extractor:
+        """Compile the schema, unless `compiled` has it, then load the model. Raises InputError."""
+        compiled = compiled or compile_for(ref.path, options)
+        return cls(JsonDecoder(*load(ref, options.load), compiled.tokens), compiled.grammar, options)
 
     def extract(self, documents: Sequence[str]) -> list[dict[str, Any]]:
         """Return {"json", "truncated"} or {"error": {"code", "message"}} for each document, in order.

@@ -137,10 +137,11 @@ def _check_references(schema: Any, kind: type, name: str) -> None:
         raise InputError(f"{name}: $ref in a circle: {circle}") from None
 
 
-def compile_schema(schema: Any, tokenizer: Any, name: str = "schema") -> SchemaGrammar:
-    """Check a schema and compile it to a grammar. tokenizer: of `grammar_tokenizer`; name: of the schema, in errors.
-    Raises InputError with the JSON pointer of what is invalid or cannot be enforced."""
-    validator = checked_validator(schema, name)
+def compile_schema(schema: Any, tokenizer: Any, name: str = "schema", validator: Any = None) -> SchemaGrammar:
+    """Check a schema and compile it to a grammar. tokenizer: of `grammar_tokenizer`; name: of the schema, in errors;
+    validator: of `checked_validator`, where the schema was checked before. Raises InputError with the JSON pointer of
+    what is invalid or cannot be enforced."""
+    validator = validator or checked_validator(schema, name)
     for left_out, limited in product(((), CHECKED_AFTER), (True, False)):
         enforced = _enforced(schema, left_out, limited)
         grammar, problem = _grammar(enforced, tokenizer)

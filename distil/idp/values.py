@@ -94,7 +94,7 @@ def leaf_key(name: str, value: Any) -> Any:
     return (dated and next(days(value), None)) or normalised(value)
 
 
-def stands_in(name: str, value: Any, document: str) -> bool:
+def occurs_in(name: str, value: Any, document: str) -> bool:
     """Return whether a value can be read in the document: a number by value, a date by day, a text by its letters and
     digits, signs alone as they are. A value that is implied but not written, such as a quantity of 1, cannot."""
     key = leaf_key(name, value)
@@ -197,7 +197,7 @@ def measure(rows: Sequence[dict], answers: Sequence[dict], schema: Any, resample
         count_fields(answer.get("json"), row["expected"], counts)
         for path, value in leaves(answer.get("json")):
             if value is not None and not isinstance(value, bool) and path not in listed:
-                readable.append(stands_in(path, value, row["document"]))
+                readable.append(occurs_in(path, value, row["document"]))
     paths = sorted({path for counts in each for (path, _), number in counts.items() if number})
     table = np.array([c[path, kind] for c in each for path in paths for kind in KINDS], float)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)

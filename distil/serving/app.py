@@ -39,7 +39,7 @@ class BatchRequest(Strict):
 
 
 class Classification(Strict):
-    """The whitepaper's response (section 7): log-likelihoods are natural logarithms."""
+    """The whitepaper's response (section 7): log-probabilities are natural logarithms."""
 
     model_name: str
     prediction: str
@@ -48,7 +48,7 @@ class Classification(Strict):
     prior: dict[str, float] = Field(description="raw scores of content-free prompts")
     probabilities: dict[str, float]
     top2_margin: float = Field(description="best calibrated score less the second")
-    extra: dict[str, bool] | None = Field(None, description="with --abstain_below: whether to refer to a human")
+    extra: dict[str, bool] | None = Field(None, description="with --abstain_below: whether a human should review it")
 
 
 class BatchResponse(Strict):
@@ -139,7 +139,7 @@ def create_app(engine: Any, metrics: Metrics, log_features: bool = False, api_ke
         yield
         await engine.stop()
 
-    text = "Credit risk as Good, Standard or Bad by calibrated label likelihood. A human decides."
+    text = "Credit risk as Good, Standard or Bad by calibrated label log-probabilities. A human decides."
     app = FastAPIOffline(title="CreditMix", version="1", lifespan=lifespan, redoc_url=None, description=text)
     app.state.engine = engine
     app.add_middleware(Guard, api_key=api_key, metrics=metrics)

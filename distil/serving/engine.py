@@ -64,20 +64,18 @@ def default_folder(variant: str) -> str:
 def resolve_variants(base: str, folders: dict[str, str]) -> dict[str, ModelRef]:
     """Return {variant: model} of the base and of the adapters that exist. folders: {variant: folder or 'none'}.
     Raises InputError for an adapter of another base, and for a folder without one that is not the default."""
-    check_model_name(base)
-    refs: dict[str, ModelRef] = {}
+    refs = {"base": resolve(base)}
     for variant, folder in folders.items():
         config = adapter_config(folder) if folder != "none" else None
+        if config and not same_base(owner := config["base_model_name_or_path"], base):
+            raise InputError(f"--{variant} {folder}: belongs to {owner}, not to --base {base}")
         if config:
-            check_model_name(folder)
-            if not same_base(owner := config["base_model_name_or_path"], base):
-                raise InputError(f"--{variant} {folder}: belongs to {owner}, not to --base {base}")
             refs[variant] = resolve(folder)
         elif folder not in ("none", default_folder(variant)):
             if (Path(folder) / "checkpoints").is_dir():
                 check_model_name(folder)  # reports that the run did not finish
             raise InputError(f"--{variant} {folder}: no adapter there; 'none' leaves this endpoint without one")
-    return {"base": resolve(base)} | refs
+    return refs
 
 
 def training_commands(base: str, variants: Sequence[str]) -> dict[str, str]:
@@ -116,6 +114,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
+        """Report whether requests are answered."""
         return bool(self.models) and not self.failure
 
     def missing(self) -> dict[str, str]:
@@ -153,9 +152,9 @@ class Engine:
             hint = f"the server was started with --{variant} none" if variant in self.options.disabled else hint
             raise Refusal(503, "adapter_missing", f"no adapter is loaded for {variant}", hint)
         if not self.ready:
-            raise Refusal(503, "loading", "the model is being loaded", "ask /readyz", retry_after=5)
+            raise Refusal(503, "loading", "the model is being loaded", "try GET /readyz", retry_after=5)
         if self._accepted + len(features) > self.options.queue_rows:
-            raise Refusal(503, "busy", "too many rows are waiting", "try again, or ask for less", retry_after=1)
+            raise Refusal(503, "busy", "too many rows are waiting", "try again, or send fewer rows", retry_after=1)
         loop = asyncio.get_running_loop()
         rows: list[Row] = []
         self._accepted += len(features)
@@ -170,7 +169,7 @@ class Engine:
                 return list(await asyncio.gather(*(row.future for row in rows)))
         except TimeoutError:
             text = f"no answer within {self.options.timeout:g} s"
-            raise Refusal(504, "timeout", text, "try again later, or ask for less") from None
+            raise Refusal(504, "timeout", text, "try again later, or send fewer rows") from None
         finally:
             self._accepted -= len(features)
             for row in rows:  # the others of a request that failed or was cancelled

@@ -1,4 +1,4 @@
-"""Everything around the application: who may ask, how large and slow a body may be, one log line a request."""
+"""Everything around the application: who may call it, how large and slow a body may be, one log line a request."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+        client_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = client_id if re.fullmatch(r"[\w.-]{1,64}", client_id, re.ASCII) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         started, status = time.monotonic(), 0
 
@@ -59,7 +59,7 @@ class Guard:
         except Exception as error:
             LOG.error("unexpected", exc_info=error, extra={"fields": {"request_id": request_id}})
             if not status:
-                await send_error(reply, 500, "internal", "something went wrong", "the server's log says what")
+                await send_error(reply, 500, "internal", "something went wrong", "the server's log has the reason")
         finally:
             seconds, path, status = time.monotonic() - started, scope["path"], status or 499
             match = re.fullmatch(r"/infer/(base|sft|kd|dpo)(?:/batch)?", path)
@@ -77,8 +77,8 @@ class Guard:
             if server[0] == "testserver" or is_loopback(server[0]):
                 return None
             return 403, "key_needed", "the server can be reached from other machines but has no key", f"set ${API_KEY}"
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.api_key.encode()):
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key.encode()):
             return None
         return 401, "unauthorized", "a valid key is needed", "send it as 'Authorization: Bearer KEY'"
 

@@ -30,20 +30,24 @@ class Metrics:
         self.models = Gauge("creditmix_model_info", "1 for each model in use", model, registry=registry)
 
     def loaded(self, models: dict[str, dict]) -> None:
+        """Report the models in use. models: {variant: description}, as GET /models has it."""
         for variant, model in models.items():
             values = (model["model_name"], model["base"], model["fingerprint"], model["calibration"]["method"])
             self.models.labels(variant, *values).set(1)
 
     def batch(self, rows: int, waits: list[float]) -> None:
+        """Count a batch. waits: seconds that each of its rows waited."""
         self.batches.observe(rows)
         for wait in waits:
             self.waits.observe(wait)
 
     def answer(self, variant: str, response: dict) -> None:
+        """Count a response by its label and margin."""
         self.margins.labels(variant).observe(response["top2_margin"])
         self.predictions.labels(variant, response["prediction"]).inc()
 
     def request(self, variant: str, status: int, seconds: float) -> None:
+        """Count an HTTP request and the seconds that it took."""
         self.requests.labels(variant, status).inc()
         self.seconds.labels(variant).observe(seconds)
 

@@ -1,16 +1,15 @@
-"""What a teacher is asked and how its answers are read: options, prompts, labels, likelihoods and their calibration.
+"""What a teacher gets and how its answers are read: options, prompts, labels, probabilities and their calibration.
 
 A teacher yields (number, answer) as answers come, in any order. An answer is {"teacher_output"}, with "label_probs"
-where the teacher's likelihoods can be read, and with "left_out", a reason, where it must not be trained on: the prompt
-was refused, or the text was cut off.
+where the teacher's probabilities can be read, and with "left_out", a reason, where it must not be trained on: the
+prompt was refused, or the text was cut off.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ class TeacherOptions:
     labels: of a label task, empty for free text; teacher_url: None for a local model."""
 
     input: str = ""
+    input_sha256: str = ""
     output: str = ""
     overwrite: bool = False
     labels: tuple[str, ...] = ()
@@ -58,9 +58,10 @@ class TeacherOptions:
     timeout: float = 120.0
 
 
-def teacher_options(args: argparse.Namespace, kind: type = TeacherOptions, labels: Sequence[str] = ()) -> Any:
-    """Return options of this `kind` from the flags that a script has. labels: of the prompts."""
-    flags = vars(args) | {"labels": tuple(labels), "load": loading_options(args)}
+def teacher_options(flags: Mapping[str, Any], kind: type = TeacherOptions, labels: Sequence[str] = ()) -> Any:
+    """Return options of this `kind` from a script's flags, with the input's hash. labels: of the prompts."""
+    flags = {**flags, "labels": tuple(labels), "input_sha256": file_sha256(flags["input"])}
+    flags["load"] = loading_options(flags)
     return kind(**{field.name: flags[field.name] for field in fields(kind) if field.name in flags})
 
 
@@ -102,7 +103,7 @@ def read_prompts(path: str, labels: str | None) -> Prompts:
 def answer_file(ref: ModelRef | None, options: TeacherOptions, **more: Any) -> AnswerFile:
     """Open the answers to the prompts of options.input, also those of an interrupted run.
     Raises InputError where that run had another model `ref` (None: endpoint), options, or settings `more`."""
-    settings = {"teacher": ref.name if ref else None, "prompt": PROMPT_VERSION, "input": file_sha256(options.input)}
+    settings = {"teacher": ref.name if ref else None, "prompt": PROMPT_VERSION, "input": options.input_sha256}
     names = ["teacher_url", "teacher_model", "rationale", "max_new_tokens", "temperature", "seed"]
     names += ["batch_size", "calibration"] if ref else []
     settings |= {name: getattr(options, name) for name in names} | {"labels": list(options.labels), **more}

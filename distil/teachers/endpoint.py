@@ -22,7 +22,7 @@ from distil.teachers.answers import CUT, TeacherOptions
 REFUSED = (400, 413, 422)  # statuses that may be about one prompt
 BUSY = (408, 409, 425, 429)  # statuses below 500 that are worth another try
 ALL_REFUSED = 8  # prompts without one answer: the request is wrong, not these prompts
-TOP_LOGPROBS = {20: 5, 5: 0}  # likelihoods requested, and how many where an endpoint refuses that
+TOP_LOGPROBS = {20: 5, 5: 0}  # probabilities requested, and how many where an endpoint refuses that
 LONGEST_PAUSE = 600.0  # seconds; where an endpoint asks for a longer pause it is not waited for
 
 
@@ -147,7 +147,7 @@ class HttpTeacher:
                 if status in REFUSED and top and "logprob" in str(error):
                     self._top = min(self._top, TOP_LOGPROBS[top])
                     if not self._top:
-                        self._report(f"{self.url} {text}: continuing without likelihoods, there are no label_probs")
+                        self._report(f"{self.url} {text}: continuing without probabilities, there are no label_probs")
                     return self._try(prompt)
                 if status in REFUSED:
                     return {"teacher_output": "", "left_out": text}
@@ -200,7 +200,7 @@ class HttpTeacher:
 
 
 def label_probabilities(choice: Any, labels: Sequence[str]) -> dict[str, float]:
-    """Return {label: probability} from a choice's likelihoods of its first token.
+    """Return {label: probability} from a choice's log-probabilities of its first token.
     Empty where there are none (some endpoints accept the request for them and send none) or where labels have less
     than half of the probability."""
     first = (getattr(choice.logprobs, "content", None) or [None])[0]

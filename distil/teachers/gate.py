@@ -1,4 +1,4 @@
-"""Check a teacher's answers before anybody trains on them, and make training rows of those that pass --filter."""
+"""Check a teacher's answers before a training on them, and make training rows of those that pass --filter."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def checked_rows(
     for reason, count in Counter(a["left_out"] for a in answers if "left_out" in a).most_common(5):
         print(f"{count} prompts are left out, their answer: {reason}", file=sys.stderr)
     if without := sum(p is None and "left_out" not in a for p, a in zip(predictions, answers, strict=True)):
-        print(f"{without} answers name none or several of {', '.join(labels)} and are left out", file=sys.stderr)
+        print(f"{without} answers have no label of {', '.join(labels)}, or several, and are left out", file=sys.stderr)
     right = right_answers(predictions, prompts)
     if keep == "agree" and None in right:
         print(f"{right.count(None)} rows without a gold answer are left out (--filter agree)", file=sys.stderr)
@@ -91,16 +91,16 @@ def checked_rows(
             teacher = {"name": name, "prompt": version}
             teacher |= {"probability": probability} if answer.get("label_probs") else {}
             rows.append({"input": prompt, **answer, "teacher_output": text, "teacher": teacher})
-    return likelihoods_or_none(rows), report
+    return probabilities_or_none(rows), report
 
 
-def likelihoods_or_none(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def probabilities_or_none(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows that all have label_probs, or none of them, as the trainer needs.
     A few rows without them are left out; where more lack them, all rows lose theirs."""
     without = sum("label_probs" not in row for row in rows)
     if without in (0, len(rows)):
         return rows
-    problem = f"{without} of {len(rows)} answers came without likelihoods"
+    problem = f"{without} of {len(rows)} answers came without probabilities"
     if without <= FEW_WITHOUT * len(rows):
         print(f"{problem} and are left out", file=sys.stderr)
         return [row for row in rows if "label_probs" in row]

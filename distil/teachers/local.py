@@ -18,7 +18,7 @@ PRIOR_PROMPTS = 128  # from which the shift of a model's label scores is estimat
 
 
 class ModelTeacher:
-    """A model that answers label tasks by label likelihood, as its student will be asked, and writes all else.
+    """A model that answers label tasks by the labels' log-probabilities, as its student will, and writes others.
 
     Label scores are calibrated by their mean over prompts (`teacher_calibration`), since an unknown task has no
     content-free prompts. A base model needs it, an adapter that was trained on balanced rows is harmed by it: without

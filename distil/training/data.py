@@ -39,7 +39,7 @@ class TrainingData:
         return None if None in shares else max(shares)
 
     def split_seed(self, flag: int | None, adapter: str | None = None) -> int | None:
-        """Return the split that the data was prepared with, as given by --split_seed or noted; None if unknown.
+        """Return the split that the data was prepared with, from --split_seed or the note; None if unknown.
         Raises InputError where note, flag and adapter differ: validation rows could have been trained on."""
         if flag is None and "changed" in self.note:
             changed = f"{self.file}: changed since {self.note['changed']} was written"

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from common import InputError
 from distil.cli import number_or_auto, seed_number
@@ -97,7 +97,7 @@ def add_training_flags(
     add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=float, help=f"passes over the data {recipe('epochs')}")
-    add("--max_steps", type=int, default=0, help="optimiser steps; 0: as --epochs says (%(default)s)")
+    add("--max_steps", type=int, default=0, help="optimiser steps; 0: by --epochs (%(default)s)")
     add("--learning_rate", type=float, help=f"peak {recipe('learning_rate')}")
     add("--warmup_steps", type=int, default=30, help="steps of rising rate, before linear decay (%(default)s)")
     batch = f"rows a forward {recipe('batch_size')}; auto: the most that fit the memory, for the same rows a step"
@@ -124,14 +124,14 @@ def add_training_flags(
 
 
 def train_options(
-    args: argparse.Namespace, small: dict, large: dict, ref: ModelRef, data: TrainingData, kind: type[Options]
+    flags: Mapping[str, Any], small: dict, large: dict, ref: ModelRef, data: TrainingData, kind: type[Options]
 ) -> Options:
     """Return the checked options of `add_training_flags` as `kind`: TrainOptions or the trainer's subclass. Flags that
-    were not given come from the recipe for the student's size, LoRA's from the adapter to continue from, the split
-    from the note next to the data. Raises InputError with all problems at once."""
+    are None come from the recipe for the student's size, LoRA's from the adapter to continue from, the split from the
+    note next to the data. Raises InputError with all problems at once."""
     from transformers.integrations import get_available_reporting_integrations
 
-    values, problems = {field.name: getattr(args, field.name) for field in fields(kind)}, []
+    values, problems = {field.name: flags[field.name] for field in fields(kind)}, []
     config = adapter_config(ref.adapter) if ref.adapter else None
     for flag, key in _LORA_KEYS.items() if config else ():
         if values[flag] not in (None, config.get(key)):
@@ -141,17 +141,19 @@ def train_options(
     if values["batch_size"] == "auto" and values["grad_accum"] is None:
         values["grad_accum"] = recipe["batch_size"] * recipe["grad_accum"]
     values |= {name: value for name, value in recipe.items() if values[name] is None}
-    if ref.adapter and Path(ref.adapter).resolve() == Path(args.save_dir).resolve():
-        problems.append(f"--save_dir {args.save_dir} is the --adapter to continue from; choose another --save_dir")
-    values["split_seed"] = data.split_seed(args.split_seed, ref.adapter)
+    if ref.adapter and Path(ref.adapter).resolve() == Path(values["save_dir"]).resolve():
+        problem = f"--save_dir {values['save_dir']} is the --adapter to continue from"
+        problems.append(f"{problem}; choose another --save_dir")
+    values["split_seed"] = data.split_seed(values["split_seed"], ref.adapter)
     numbers = {name: values[name] for name in kind.LIMITS if values[name] not in (None, "auto")}
     wrong = [f"--{n} {value} ({kind.LIMITS[n][0]})" for n, value in numbers.items() if not kind.LIMITS[n][1](value)]
     if values["epochs"] == 0 and not values["max_steps"]:
         wrong.append("--epochs 0 without --max_steps")
     problems += [f"out of range: {', '.join(wrong)}"] if wrong else []
     trackers = ("none", *get_available_reporting_integrations())
-    if args.report_to not in trackers:
-        problems.append(f"--report_to {args.report_to}: not installed here; possible are: {', '.join(trackers)}")
+    if values["report_to"] not in trackers:
+        possible = ", ".join(trackers)
+        problems.append(f"--report_to {values['report_to']}: not installed here; possible are: {possible}")
     if problems:
         raise InputError("; ".join(problems))
     return kind(**values)

@@ -33,10 +33,10 @@ def shared_columns(input_ids: torch.Tensor, most: int, least: int = MIN_SHARED_T
 
 
 def supervised_logits(model: Any, inner: Any, ids: torch.Tensor, keep: torch.Tensor, shared: int) -> torch.Tensor:
-    """Return logits [kept, vocabulary] of the positions `keep` of `ids`, both [batch, tokens], row after row.
-    No other position goes through the output head. The first `shared` columns, none of them kept, are run once for
-    all rows, gradients included; under dropout the rows share the prefix's masks. inner: the model inside what shares
-    it among processes."""
+    """Return logits [selected, vocabulary] of the positions `keep` of `ids`, both [batch, tokens], row after row.
+    No other position goes through the output head. The first `shared` columns, none of them in `keep`, are run once
+    for all rows, gradients included; under dropout the rows share the prefix's masks. inner: the model inside what
+    shares it among processes."""
     prefix: dict[str, Any] = {"use_cache": False}
     if shared:
         cache = DynamicCache(config=inner.config.get_text_config())

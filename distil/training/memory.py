@@ -95,7 +95,7 @@ class Sizes:
 @dataclass(frozen=True)
 class _Batch:
     """A forward's batch in tokens: `rows` of `longest`, whose first `shared` are run once for all of them; in all
-    `tokens`, `supervised` of which reach the loss. weights: attention weights of a layer where they are kept."""
+    `tokens`, `supervised` of which reach the loss. weights: attention weights of a layer where they are saved."""
 
     rows: int
     longest: int
@@ -123,13 +123,13 @@ def estimate_memory(ref: ModelRef, options: TrainOptions, sizes: RowSizes) -> di
     size = Sizes.of(ref.path, options.lora_r)
     width = 2 if compute_dtype(options.compute_dtype) == torch.bfloat16 else 4
     batch, checkpointing = _Batch.of(size, options, sizes), options.gradient_checkpointing == "on"
-    kept = _kept_by_layer(size, batch, options, sizes.pairs, width)
-    saved = batch.tokens * size.hidden * width * size.layers if checkpointing else kept * size.layers
+    layer = _saved_by_layer(size, batch, options, sizes.pairs, width)
+    saved = batch.tokens * size.hidden * width * size.layers if checkpointing else layer * size.layers
     saved += batch.tokens * size.hidden * (4 + width)  # embeddings, and the last norm's input
     unpacked = width * size.hidden * size.mlp if options.quantization == "nf4" else 0
-    backward = (kept if checkpointing else 0) + width * batch.tokens * (size.mlp + 2 * size.hidden) + unpacked
+    backward = (layer if checkpointing else 0) + width * batch.tokens * (size.mlp + 2 * size.hidden) + unpacked
     forward = size.forward(options.quantization, width, batch.tokens, batch.weights)
-    work = max(backward, forward if sizes.pairs else 0)  # the reference runs while the policy's activations are kept
+    work = max(backward, forward if sizes.pairs else 0)  # the reference runs while the policy's activations are saved
     logits = _logits(size, batch.supervised, sizes, width)
     gb = {
         "weights": size.weights(options.quantization, width),
@@ -143,7 +143,7 @@ def estimate_memory(ref: ModelRef, options: TrainOptions, sizes: RowSizes) -> di
     return {**gb, "total": sum(gb.values()), "trainable_parameters": size.adapter}
 
 
-def _kept_by_layer(size: Sizes, batch: _Batch, options: TrainOptions, pairs: bool, width: int) -> int:
+def _saved_by_layer(size: Sizes, batch: _Batch, options: TrainOptions, pairs: bool, width: int) -> int:
     """Return the bytes that autograd keeps of a layer: the inputs of its norms in float32, and of attention, MLP and
     LoRA branches in the type of computation. Dropout keeps a copy and a mask of what goes into each branch: the mask
     is a byte an element on CUDA, on a CPU it has the element's type."""
@@ -151,17 +151,17 @@ def _kept_by_layer(size: Sizes, batch: _Batch, options: TrainOptions, pairs: boo
     branches, mask = (2 * size.hidden + size.mlp) * width, 1 if torch.cuda.is_available() else width
     if options.lora_dropout and not pairs:
         branches = (5 * size.hidden + size.queries + size.mlp) * (width + mask)
-    kept = tokens * (8 * size.hidden + 4 * size.normed + branches)
-    kept += tokens * (3 * size.mlp + 2 * size.queries + 7 * options.lora_r) * width
+    saved = tokens * (8 * size.hidden + 4 * size.normed + branches)
+    saved += tokens * (3 * size.mlp + 2 * size.queries + 7 * options.lora_r) * width
     if width == 2:  # autocast's copies of the adapter, one for each of the forwards
-        kept += width * size.adapter // size.layers * (2 if batch.shared else 1)
+        saved += width * size.adapter // size.layers * (2 if batch.shared else 1)
     if batch.weights:  # in float32 and in the type of computation
-        return kept + batch.weights * (6 if width == 2 else 4) + 2 * attended * size.queries * width
+        return saved + batch.weights * (6 if width == 2 else 4) + 2 * attended * size.queries * width
     # With a mask, as TRL's pairs and rows after a shared beginning have, keys and values are repeated for each query
     # head, and each layer has its own mask.
     masked = pairs or batch.shared > 0
-    kept += 2 * attended * (size.queries if masked else size.keys) * width
-    return kept + masked * batch.rows * (batch.longest - batch.shared) * batch.longest * width
+    saved += 2 * attended * (size.queries if masked else size.keys) * width
+    return saved + masked * batch.rows * (batch.longest - batch.shared) * batch.longest * width
 
 
 def _logits(size: Sizes, supervised: int, sizes: RowSizes, width: int) -> int:
@@ -203,8 +203,8 @@ def fit_to_memory(ref: ModelRef, options: Options, sizes: RowSizes) -> tuple[Opt
 
 
 def available_memory(max_memory_gb: float | None) -> float:
-    """Return the GB that a process may need: as given, else what is free on its GPU, or its share of what is free in
-    the machine. All processes of a launcher get the same number, the least, to choose the same batches by it."""
+    """Return the GB that a process may need: max_memory_gb, else what is free on its GPU, or its share of what is free
+    in the machine. All processes of a launcher get the same number, the least, to choose the same batches by it."""
     if max_memory_gb is not None:
         return max_memory_gb
     if torch.cuda.is_available():

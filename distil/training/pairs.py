@@ -31,7 +31,7 @@ def prompts_pay(path: str, examples: Sequence[dict[str, list[int]]]) -> bool:
 
 def share_prompts(model: Any) -> None:
     """Let TRL's fused forward run each pair as one row, so that the prompt is run once: where `prompts_pay`.
-    model: has been given `trl.trainer.utils.add_fused_lm_head`. It is called with rows [2 * pairs, tokens], padded on
+    model: with `trl.trainer.utils.add_fused_lm_head` applied. It is called with rows [2 * pairs, tokens], padded on
     the right, the chosen ones first; a row of `pair_layout` goes through the layers, and what comes out per token is
     put back where TRL looks for it. The sums are those of two rows but for the order of additions."""
     forward = model.forward

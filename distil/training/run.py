@@ -15,13 +15,13 @@ import torch
 from datasets import Dataset
 
 from common import InputError, compute_dtype, lora_config
-from distil import runs
+from distil import calibration, runs
 from distil.files import write_json
-from distil.models import ModelRef, model_fingerprint
+from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import rank_and_world
 from distil.training.data import RowSizes, TrainingData
 from distil.training.flags import TrainOptions
-from distil.training.memory import check_memory
+from distil.training.memory import check_memory, fit_to_memory
 from distil.workarounds import (
     adapters_to_float32,
     compute_fused_head_where_supervised,
@@ -30,6 +30,20 @@ from distil.workarounds import (
 
 # Flags that do not decide a run's result: a resumed run may have others.
 _FREE_FLAGS = {"resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps"}
+
+
+def plan_and_train(
+    method: str, options: TrainOptions, ref: ModelRef, data: TrainingData, sizes: RowSizes, build: Callable[..., Any]
+) -> int:
+    """Fit the options to the memory, then train and save the adapter, or print the plan (--dry_run); return the exit
+    status. build(options, model, tokenizer): returns the trainer. Raises InputError where the run cannot fit."""
+    options, estimate = fit_to_memory(ref, options, sizes)
+    if options.dry_run:
+        return print_plan(options, ref, data, sizes, estimate)
+    check_memory(ref, options, estimate)
+    trainer = build(options, *load(ref, options.load, trainable=True))
+    train_and_save(trainer, method, options, ref, data, estimate)
+    return 0
 
 
 def trainer_arguments(options: TrainOptions) -> dict[str, Any]:
@@ -149,7 +163,7 @@ def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[d
     write_json(done / "training_curve.json", history)
     plot_curve(done / "training_curve.png", history, f"{save_dir.name} ({run['method']})")
     write_json(done / "run.json", run)
-    for name in ("run.json", "calibration.json"):  # of the run that this one replaces
+    for name in ("run.json", calibration.FILE):  # of the run that this one replaces
         (save_dir / name).unlink(missing_ok=True)
     for path in sorted(done.iterdir(), key=lambda path: path.name == "run.json"):
         path.replace(save_dir / path.name)  # needs no room on a full disk
