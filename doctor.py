@@ -20,6 +20,7 @@ from distil.cli import add_debug_flag, new_parser, run_script
 from distil.creditmix.rows import LABELS
 from distil.files import cache_dir
 from distil.models import DEFAULT_STUDENT, resolve
+from distil.workarounds import quiet_libraries
 
 NEEDED_DISK_GB, NEEDED_MEMORY_GB, NEEDED_GPU_GB = 10, 8, 7.5
 INSTALL = "source .venv/bin/activate (make demo makes it), or install requirements.txt"
@@ -61,6 +62,8 @@ def check_gpu(student: str) -> str:
 def check_4bit(student: str) -> str:
     """Pack a matrix into NF4 with bitsandbytes and unpack it."""
     import torch
+
+    quiet_libraries()  # before bitsandbytes, which reports an absent optional kernel at import
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

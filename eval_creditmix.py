@@ -82,9 +82,10 @@ def main(argv: list[str] | None = None) -> int:
             check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share)
     validation, calibration, train = draw_samples(rows, options)
     customers = len({row.customer for row in calibration})
-    if options.fit and options.scoring.calibration != "auto" and customers < 100:
-        fix = "--calibration auto fits only where the gain is more than chance"
-        print(f"note: fitting on the rows of {customers} customers may do harm; {fix}", file=sys.stderr)
+    auto = options.scoring.calibration == "auto"
+    if options.fit and customers < (50 if auto else 100):
+        fix = "give more rows, or leave --fit out" if auto else "--calibration auto fits only beyond chance"
+        print(f"note: a fit on {customers} calibration customers may do harm; {fix}", file=sys.stderr)
     pool = usable(rows, "train", options)
     simple = baselines(train, pool, validation, options.measurement) if options.baselines else []
     results = [evaluate_model(ref, validation, calibration, options) for ref in refs]

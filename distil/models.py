@@ -118,7 +118,8 @@ def check_model_name(name: str) -> None:
         for file in path.glob("*.safetensors"):
             _check_weights(file)
     elif path.exists() or str(name).startswith(("runs/", ".", "/", "~")) or str(name).count("/") > 1:
-        adapters = ", ".join(sorted(str(file.parent) for file in Path("runs").glob("*/adapter_config.json")))
+        files = (file for depth in ("*", "*/*") for file in Path("runs").glob(f"{depth}/adapter_config.json"))
+        adapters = ", ".join(sorted(str(file.parent) for file in files if file.parent.parent.name != "checkpoints"))
         exists = f"there are: {adapters}" if adapters else "there is no adapter yet"
         raise InputError(f"{name}: no such model folder; under runs/ {exists} (train one with sft_train.py)")
 

@@ -337,7 +337,7 @@ def test_csv_with_an_odd_row_keeps_the_fields_apart(tmp_path):
     [
         ("x.csv", HEADER.replace(",Credit_Mix", "") + "\n1,2\n", r"x\.csv: column Credit_Mix missing; found ID, Cust"),
         ("x.csv", "\n".join([HEADER, "1,2,3"]), r"x\.csv: line 2 has another number of cells than the header"),
-        ("x.csv", "", r"x\.csv: column Age, .* missing"),
+        ("x.csv", "", r"x\.csv: empty, or not separated by commas"),
         ("x.csv", HEADER + "\n", r"x\.csv: no labelled rows"),
         ("x.json", "[{", r"x\.json: not a JSON list"),
         ("x.json", "[]", r"x\.json: no labelled rows"),
@@ -371,3 +371,11 @@ def test_balanced_sample_has_no_repeats_and_follows_the_seed():
     assert sample == balanced_sample(rows, 20, 0) != balanced_sample(rows, 20, 1)
     with pytest.raises(InputError, match="100000 rows a class requested, but only"):
         balanced_sample(rows, 100_000, 0)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "Customer_ID;Age;Occupation\nC1;30;Lawyer\n"])
+def test_a_csv_without_comma_separated_columns_is_refused(tmp_path, text):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"rows\.csv: empty, or not separated by commas; .*Age"):
+        read_creditmix(path)

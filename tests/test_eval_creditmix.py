@@ -266,6 +266,8 @@ def test_a_fit_on_few_customers_gets_a_note(here, capsys, credit_adapter, credit
     own = str(shutil.copytree(credit_adapter, here / "own"))
     evaluate(own, credit_file, "--fit")
     assert "customers may do harm" in capsys.readouterr().err
+    evaluate(own, credit_file, "--fit", "--calibration", "auto")  # which needs 50
+    assert "customers may do harm" in capsys.readouterr().err
     evaluate(own, credit_file)
     assert "customers may do harm" not in capsys.readouterr().err
 

@@ -158,6 +158,12 @@ def test_a_name_that_is_not_a_model_is_refused(here, data, script, name, beginni
     assert all_files(here) == before
 
 
+def test_a_wrong_name_lists_adapters_of_the_demo_too(here, model_dir):
+    save_adapter(here / "runs/demo/sft", model_dir)
+    message = refusal(infer_creditmix.main, "--model_dir", "runs/sft", "--features", "Age: 30")
+    assert "under runs/ there are: runs/demo/sft" in message
+
+
 def test_a_model_hub_that_cannot_be_reached(here):
     message = refusal(infer_creditmix.main, "--model_dir", "nobody/no-such-model", "--features", "Age: 30")
     assert message.startswith("nobody/no-such-model: neither in the local cache nor on the model hub (")

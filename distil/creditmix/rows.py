@@ -150,6 +150,10 @@ def _raw_csv(path: Path, text: str) -> Iterator[tuple[str, str, str, str]]:
     """Yield (place, customer or '', feature string, label) of each row of the Kaggle CSV."""
     reader = csv.DictReader(io.StringIO(text))
     columns = list(reader.fieldnames or [])
+    if len(columns) < 2:
+        raise InputError(
+            f"{path}: empty, or not separated by commas; a header with {', '.join(CSV_COLUMNS)} is needed"
+        )
     if missing := [name for name in (*CSV_COLUMNS, "Credit_Mix", "Customer_ID") if name not in columns]:
         raise InputError(f"{path}: column {', '.join(missing)} missing; found {', '.join(columns)}")
     if twice := [name for name in CSV_COLUMNS if columns.count(name) > 1]:
