@@ -86,8 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.fit and customers < (50 if auto else 100):
         fix = "give more rows, or leave --fit out" if auto else "--calibration auto fits only beyond chance"
         print(f"note: a fit on {customers} calibration customers may do harm; {fix}", file=sys.stderr)
-    pool = usable(rows, "train", options)
-    simple = baselines(train, pool, validation, options.measurement) if options.baselines else []
+    simple = []
+    if options.baselines:
+        simple = baselines(train, usable(rows, "train", options), validation, options.measurement)
     results = [evaluate_model(ref, validation, calibration, options) for ref in refs]
     if rank_and_world()[0]:  # of several processes the first reports
         return 0

@@ -26,7 +26,7 @@ def check_room(model: Any, longest: int, max_new_tokens: int) -> None:
     context = model.config.get_text_config().max_position_embeddings
     if longest + max_new_tokens > context:
         size = f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens}"
-        raise InputError(f"{size} exceed the model's context of {context}; lower it or shorten the prompts")
+        raise InputError(f"{size} exceed the model's context of {context}; lower the flag or shorten the prompts")
 
 
 def generate(
