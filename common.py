@@ -6,7 +6,8 @@ distil/scoring.py scores with shared prompt beginnings, distil/models.py turns a
 
 Departures from the textbook:
 - user text is tokenised with control tokens switched off, so `<|im_end|>` in a document stays plain text;
-- the softmax over the vocabulary is taken in float32 from the hidden state, since bf16 logits come in steps of 1/16.
+- scoring pads on the right: no token sees what follows it, and attention windows hold the row alone;
+- the fast driver's softmax is in float32 from the hidden state, since bf16 logits come in steps of 1/16.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    end_of_turn = PromptEncoder(tokenizer).end_of_turn  # refuses some templates: before the weights are loaded
     compute, cuda = compute_dtype(dtype), torch.cuda.is_available()
     device_map: Any = {"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None
     offload = bool(offload_folder) and cuda and not trainable
@@ -103,8 +106,7 @@ def load_model(
         # wrong without an error (measured: cosine 0.18 to the true gradient). distil/workarounds.py has the details.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    align_special_tokens(model, tokenizer)
+    align_special_tokens(model, tokenizer, end_of_turn)
     if adapter:
         model = add_adapters(model, {"default": adapter}, trainable)
         # PEFT looks the base up at each save, on the hub if the name is not a path.
@@ -140,7 +142,7 @@ def add_adapters(model: Any, folders: dict[str, str], trainable: bool = False) -
     return model.train(trainable)
 
 
-def align_special_tokens(model: Any, tokenizer: Any) -> None:
+def align_special_tokens(model: Any, tokenizer: Any, end_of_turn: str) -> None:
     """Set EOS to the template's end-of-turn token and PAD to another token, in tokenizer, config and generation.
 
     pad = eos would mask the stop token in training. Generation becomes greedy, without the penalties that chat models
@@ -148,7 +150,7 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
     """
     from transformers import GenerationConfig
 
-    tokenizer.eos_token = PromptEncoder(tokenizer).end_of_turn
+    tokenizer.eos_token = end_of_turn
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         vocabulary = tokenizer.get_vocab()
         choices = ("<|endoftext|>", "<pad>", "<|pad|>", "<|finetune_right_pad_id|>", tokenizer.unk_token)
@@ -212,22 +214,35 @@ class PromptEncoder:
         if tokenizer.chat_template is None:
             return
         rendered = self._render([{"role": "user", "content": self._SLOT}], add_generation_prompt=True)
+        if rendered.count(self._SLOT) != 1:
+            raise InputError(f"{tokenizer.name_or_path}: its chat template has not the user's text once; take another")
         special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         pattern = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
         self._parts = [special.get(piece, piece) for piece in pattern.split(rendered) if piece]
         answered = self._render([{"role": "user", "content": "-"}, {"role": "assistant", "content": self._SLOT}])
         after = pattern.search(answered.rpartition(self._SLOT)[2])
         self.end_of_turn = after[0] if after else tokenizer.eos_token
+        self._check("Age: 23, Debt: 1")
 
-    def _render(self, messages: list[dict], **kwargs: Any) -> str:
+    def _check(self, turn: str) -> None:
+        """Raise InputError where plain text has other tokens than by the template itself; it names the first one."""
+        ids, how = self.prompt(turn), {"tokenize": True, "add_generation_prompt": True}
+        wanted = self._render([{"role": "user", "content": turn}], **how)["input_ids"]
+        for i in range(max(len(ids), len(wanted))):
+            if ids[: i + 1] != wanted[: i + 1]:
+                ours, theirs = (self.tokenizer.decode(row[i : i + 1]) for row in (ids, wanted))
+                what = f"token {i} of a prompt is {theirs!r} by the chat template, and {ours!r} with text kept as text"
+                raise InputError(f"{self.tokenizer.name_or_path}: {what}; take a model with special tokens there")
+
+    def _render(self, messages: list[dict], **kwargs: Any) -> Any:
         from jinja2 import TemplateError
 
-        system = {"role": "system", "content": SYSTEM_PROMPT}
+        system, how = {"role": "system", "content": SYSTEM_PROMPT}, {"tokenize": False} | kwargs
         try:
-            return self.tokenizer.apply_chat_template([system, *messages], tokenize=False, **kwargs)
+            return self.tokenizer.apply_chat_template([system, *messages], **how)
         except TemplateError:  # some templates (Gemma's) refuse a system turn: its text then opens the user turn
             first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{messages[0]['content']}"}
-            return self.tokenizer.apply_chat_template([first, *messages[1:]], tokenize=False, **kwargs)
+            return self.tokenizer.apply_chat_template([first, *messages[1:]], **how)
 
     def text(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of plain text; control tokens in it stay text."""
@@ -282,43 +297,37 @@ def token_log_probs(hidden: torch.Tensor, head: Any, targets: Sequence) -> np.nd
 
 
 def form_scores(
-    hidden_of: Callable[[list[list[int]], int], torch.Tensor], rows: list[list[int]], forms: list[list[int]], head: Any
+    log_probs_of: Callable[[list[list[int]], list], np.ndarray], rows: list[list[int]], forms: list[list[int]]
 ) -> np.ndarray:
     """Return the mean log-probability [rows, forms] of each surface form's tokens after each row (whitepaper, 4.3).
 
-    rows, forms: token ids. hidden_of(rows, n): final hidden states [rows, n, hidden] of each row's last n tokens. All
-    forms of one token share one forward; a longer form takes a separate one.
+    rows, forms: token ids. log_probs_of(rows, targets): log-probabilities [rows, positions, k] of `targets`, of the
+    same shape, at each row's last positions. All forms of one token share one forward; a longer form takes another.
     """
     import numpy as np
 
     scores = np.empty((len(rows), len(forms)))
     single = [i for i, ids in enumerate(forms) if len(ids) == 1]
     if single:
-        targets = [[[forms[i][0] for i in single]]] * len(rows)
-        scores[:, single] = token_log_probs(hidden_of(rows, 1), head, targets)[:, 0]
+        scores[:, single] = log_probs_of(rows, [[[forms[i][0] for i in single]]] * len(rows))[:, 0]
     for i, ids in enumerate(forms):
         if len(ids) > 1:
-            hidden = hidden_of([row + ids[:-1] for row in rows], len(ids))
-            log_probs = token_log_probs(hidden, head, [[[token] for token in ids]] * len(rows))
+            log_probs = log_probs_of([row + ids[:-1] for row in rows], [[[token] for token in ids]] * len(rows))
             scores[:, i] = log_probs[:, :, 0].mean(axis=1)
     return scores
 
 
-def left_padded(rows: Sequence[list[int]], filler: int, device: Any, start: int = 0) -> dict[str, torch.Tensor]:
-    """Return input_ids, attention_mask and position_ids [rows, tokens] of a forward, with padding on the left.
+def right_padded(rows: Sequence[list[int]], positions: int, filler: int, device: Any) -> tuple[torch.Tensor, tuple]:
+    """Return token ids [rows, tokens] of a forward that scores, and the index of each row's last `positions` in it.
 
-    rows: token ids. start: tokens of each row whose keys and values are cached; only the mask covers these.
+    Under causal attention no token sees what comes after it, so padding on the right needs no mask, and it uses up
+    no attention window and no position, as it would between a cached beginning and the row.
     """
     import torch
 
-    width = max(map(len, rows)) - start
-    pads = [width + start - len(row) for row in rows]
-    inputs = {
-        "input_ids": [[filler] * pad + row[start:] for pad, row in zip(pads, rows, strict=True)],
-        "attention_mask": [[1] * start + [0] * pad + [1] * (width - pad) for pad in pads],
-        "position_ids": [[0] * pad + list(range(start, start + width - pad)) for pad in pads],
-    }
-    return {name: torch.tensor(values, device=device) for name, values in inputs.items()}
+    width, ends = max(map(len, rows)), torch.tensor([[len(row)] for row in rows])
+    ids = torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)
+    return ids, (torch.arange(len(rows))[:, None], ends + torch.arange(-positions, 0))
 
 
 def join_forms(scores: np.ndarray, sizes: Sequence[int], aggregate: str = "max") -> np.ndarray:
@@ -338,7 +347,8 @@ class LabelScorer:
     """Length-normalised log-probability of each label at the assistant start (whitepaper, section 4.3).
 
     forms: {label: surface forms}; several forms of a label are joined by `aggregate`. This is the plain driver: sort
-    by length, pad, one forward, mean log-probability. distil.scoring.FastLabelScorer gives the same scores faster.
+    by length, pad, one forward, mean log-probability by the model's own logits, whatever it does to them.
+    distil.scoring.FastLabelScorer gives the same scores faster, and unrounded in bf16.
     """
 
     def __init__(
@@ -354,13 +364,9 @@ class LabelScorer:
         self.labels = list(forms)
         self.form_ids = [encoder.label(word) for words in forms.values() for word in words]
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        text_config = causal.config.get_text_config()
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-            if getattr(text_config, name, None) not in (None, 1.0):
-                raise InputError(f"{causal.config.model_type} models rescale their logits ({name}): not supported")
         self.body, self.head = getattr(causal, causal.base_model_prefix), causal.get_output_embeddings()
         self.device = next(self.body.parameters()).device
-        self.context = text_config.max_position_embeddings
+        self.context = causal.config.get_text_config().max_position_embeddings
 
     def fits(self, prompt: Sequence[int]) -> bool:
         """Return whether a prompt of these token ids and the longest label fit the model's context."""
@@ -387,13 +393,24 @@ class LabelScorer:
         with torch.inference_mode():
             for start in tqdm(starts, desc=progress, disable=progress is None, file=sys.stderr):
                 chosen = order[start : start + int(self.batch_size)]
-                scores[chosen] = form_scores(self.hidden, [rows[i] for i in chosen], self.form_ids, self.head)
+                scores[chosen] = form_scores(self.log_probs, [rows[i] for i in chosen], self.form_ids)
         return self.joined(scores)
 
-    def hidden(self, rows: list[list[int]], positions: int) -> torch.Tensor:
-        """Return final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
-        inputs = left_padded(rows, self.encoder.tokenizer.pad_token_id, self.device)
-        return self.body(**inputs, use_cache=False).last_hidden_state[:, -positions:]
+    def log_probs(self, rows: list[list[int]], targets: list, cache: Any = None) -> np.ndarray:
+        """Return log-probabilities [rows, positions, k] of `targets`, of this shape, at each row's last positions.
+
+        Only these positions go through the output head. cache: an empty one to fill with keys and values.
+        """
+        import torch
+
+        ids, last = right_padded(rows, len(targets[0]), self.encoder.tokenizer.pad_token_id, self.device)
+        hook = self.head.register_forward_pre_hook(lambda module, inputs: (inputs[0][last],))
+        try:
+            logits = self.model(input_ids=ids, cache=cache, use_cache=cache is not None).logits.float()
+        finally:
+            hook.remove()
+        wanted = torch.tensor(targets, device=logits.device).expand(*logits.shape[:2], -1)
+        return torch.log_softmax(logits, dim=-1).gather(2, wanted).double().cpu().numpy()
 
     def check_length(self, rows: Sequence[list[int]]) -> None:
         """Raise InputError where a prompt and a label exceed the context."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distil.cli import InputError, add_debug_flag, gold_share, new_parser, run_script, seed_number
-from distil.creditmix.rows import LABELS, CreditRow, balanced_sample, creditmix_prompt, read_creditmix
+from distil.creditmix.rows import LABELS, CreditRow, balanced_sample, creditmix_prompt, note_anonymous, read_creditmix
 from distil.creditmix.tabular import tabular_teacher
 from distil.files import check_folder
 from distil.splits import is_gold, split_of, write_parts
@@ -95,9 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, notes = read_creditmix(args.src)
     for text, count in notes.most_common():
         print(f"cleaned {count:>6} x {text}")
-    if anonymous := sum(row.customer == row.features for row in rows):
-        risk = "rows of one person may be on both sides of the split, and all figures too good"
-        print(f"note: {anonymous} rows have no customer id, each text counts as a customer: {risk}", file=sys.stderr)
+    note_anonymous(rows)
     show_counts("rows with a label", rows)
     seed = args.split_seed
     for split in ("train", "calibration", "validation"):

@@ -17,11 +17,11 @@ from math import inf
 from pathlib import Path
 
 from distil.batch import check_output
-from distil.cli import add_debug_flag, add_loading_flags, new_parser, run_script, seed_number
-from distil.files import InputError, read_jsonl, write_jsonl
+from distil.cli import add_debug_flag, add_loading_flags, new_parser, refuse_unused, run_script, seed_number
+from distil.files import InputError, hold, read_jsonl, write_jsonl
 from distil.models import check_model_name, model_fingerprint, resolve
 from distil.processes import only_one
-from distil.splits import note_preparation, unchanged_preparation
+from distil.splits import joined, note_preparation, provenance, recorded, unchanged_preparation
 from distil.teachers.answers import teacher_options
 from distil.teachers.preferences import PairOptions, judged_pairs, label_pairs
 
@@ -59,12 +59,24 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     only_one("making pairs")
-    check_flags(args)
+    with hold(args.output):
+        check_flags(args)
+        sampled = ["n", "gold", "temperature", "max_new_tokens", "seed"]
+        belong = {"json": ["schema"], "code": ["seconds"], "json or code": sampled}
+        unused = {f"only for --task {task}": names for task, names in belong.items() if args.task not in task.split()}
+        refuse_unused(parser, argv, unused)
+        return write_pairs(args)
+
+
+def write_pairs(args: argparse.Namespace) -> int:
+    """Write the pairs and the note of their preparation; return the exit status."""
     rows = read_jsonl(args.input, () if args.task == "code" else ("input", "output"))
     options, ref = teacher_options(vars(args), PairOptions), resolve(args.model_dir)
     note = unchanged_preparation(args.input, options.input_sha256)
+    origin = joined(recorded(args.input, note), provenance(args.model_dir))
     if args.task == "label":
         file, prompts = None, [row["input"] for row in rows]
         pairs = label_pairs(rows, ref, options)
@@ -79,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if not lines:
         raise InputError("no pair has contrast; raise --n or --temperature, or add --gold")
     write_jsonl(args.output, lines)
-    note_preparation(args.output, note, student=model_fingerprint(ref))
+    note_preparation(args.output, note, origin, student=model_fingerprint(ref))
     if file:
         file.remove()
     print(f"wrote {len(lines)} pairs to {args.output}")

@@ -3,7 +3,7 @@
 Departures from TRL's own script: prompts are tokenised exactly as label scoring does it (TRL has no pre-tokenised
 path), a long prompt is run once for both answers of its pair, adapters train in float32, and training can continue
 from an SFT adapter (--adapter), whose frozen copy is then the reference; without one the base model itself is. Dropout
-is off whatever --lora_dropout says, as TRL has it: policy and reference must be the same network at the start.
+is off, as TRL has it: policy and reference must be the same network at the start.
 
     python dpo_train.py --adapter runs/creditmix_sft --data data/creditmix_dpo.jsonl --save_dir runs/creditmix_dpo
 """
@@ -15,11 +15,11 @@ import functools
 from dataclasses import dataclass, replace
 
 from common import InputError, PromptEncoder
-from distil.cli import new_parser, run_script
+from distil.cli import new_parser, refuse_unused, run_script
 from distil.models import resolve_student
-from distil.runs import claim_run_dir
+from distil.runs import claimed
 from distil.training.data import RowSizes, TrainingData, load_tokenizer, read_data
-from distil.training.flags import ABOVE_0, AT_LEAST_0, LORA, TrainOptions, add_training_flags, train_options
+from distil.training.flags import ABOVE_0, AT_LEAST_0, LORA, TrainOptions, add_training_flags, train_options, unused
 
 # The whitepaper's section 3 for large students; measured on smollm2-135m for small ones (docs/recipes.md).
 LARGE = {"epochs": 1.0, "learning_rate": 5e-6, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05} | LORA
@@ -65,23 +65,24 @@ def preference_examples(data: TrainingData, encoder: PromptEncoder, max_length: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    data = read_data(args.data, ("prompt", "chosen", "rejected"), args.adapter)
-    if not args.dry_run:
-        claim_run_dir(args.save_dir, args.overwrite, args.resume)
-    ref = resolve_student(args.student, args.adapter)
-    options = train_options(vars(args), SMALL, LARGE, ref, data, DpoOptions)
+    args = (parser := build_parser()).parse_args(argv)
+    data = read_data(args.data, ("prompt", "chosen", "rejected"), args.adapter or args.student)
+    with claimed(vars(args)):
+        ref = resolve_student(args.student, args.adapter)
+        options = train_options(vars(args), SMALL, LARGE, ref, data, DpoOptions)
+        no_dropout = {"DPO trains without dropout": ["lora_dropout"] if args.lora_dropout else []}
+        refuse_unused(parser, argv, no_dropout | unused(vars(args)))
 
-    from distil.training import pairs, run
+        from distil.training import pairs, run
 
-    encoder = PromptEncoder(load_tokenizer(ref.path))
-    examples, sizes = preference_examples(data, encoder, options.max_length)
-    sizes = replace(sizes, prompt_once=pairs.prompts_pay(ref.path, examples))
-    losses = {"loss_type": ["sigmoid"], "beta": options.beta}
-    if options.sft_weight:
-        losses |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, options.sft_weight]}
-    build = functools.partial(pairs.pair_trainer, examples=examples, sizes=sizes, losses=losses)
-    return run.plan_and_train("dpo", options, ref, data, sizes, build)
+        encoder = PromptEncoder(load_tokenizer(ref.path))
+        examples, sizes = preference_examples(data, encoder, options.max_length)
+        sizes = replace(sizes, prompt_once=pairs.prompts_pay(ref.path, examples))
+        losses = {"loss_type": ["sigmoid"], "beta": options.beta}
+        if options.sft_weight:
+            losses |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, options.sft_weight]}
+        build = functools.partial(pairs.pair_trainer, examples=examples, sizes=sizes, losses=losses)
+        return run.plan_and_train("dpo", options, ref, data, sizes, build)
 
 
 if __name__ == "__main__":

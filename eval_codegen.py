@@ -17,13 +17,14 @@ from typing import Any
 
 from distil import cli
 from distil.cli import InputError, with_interval
-from distil.codegen.coder import Coder, add_codegen_flags, codegen_options
+from distil.codegen.coder import CodegenOptions, Coder, add_codegen_flags, codegen_options
 from distil.codegen.judge import pass_at_k
 from distil.codegen.sandbox import SECONDS, isolation, run_programs
 from distil.codegen.tasks import Task, read_tasks
-from distil.files import check_folder, file_sha256, write_jsonl
+from distil.files import file_sha256, write_jsonl
 from distil.models import resolve
 from distil.processes import only_one
+from distil.splits import check_split
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,7 +98,8 @@ def print_table(results: list[dict], ks: Sequence[int], out: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     only_one("evaluation of code")
     codegen = codegen_options(vars(args))
     if not all(1 <= k <= args.n for k in args.k):
@@ -107,9 +109,19 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--seconds is above 0")
     if bool(args.model_dir) == args.references:
         raise InputError("give either --model_dir or --references")
-    if args.report_dir:
-        check_folder(args.report_dir)
+    used = ("data", "limit", "seconds", "references", "debug")
+    answers = [name for name in vars(args) if name not in used] if args.references else []
+    greedy = ["seed"] if not codegen.temperature else []
+    unused = {"only for answers of models, not with --references": answers, "only with --temperature above 0": greedy}
+    cli.refuse_unused(parser, argv, unused)
+    with cli.report_folder(args.report_dir):
+        return evaluate(args, codegen)
+
+
+def evaluate(args: argparse.Namespace, codegen: CodegenOptions) -> int:
+    """Evaluate the models and report; return the exit status."""
     tasks = read_tasks(args.data)[: args.limit]
+    check_split(args.model_dir, args.data, sha256 := file_sha256(args.data))
     if args.references:
         return check_references(tasks, args.data, args.seconds)
     refs = [resolve(name) for name in args.model_dir]
@@ -126,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             result = {"model": ref.name, "mode": mode} | measure(lines, args.n, args.k, args.bootstrap)
             measured.append((result | {"seconds_per_answer": spent}, lines))
     results = [result for result, _ in measured]
-    data = {"file": args.data, "sha256": file_sha256(args.data), "tasks": len(tasks)}
+    data = {"file": args.data, "sha256": sha256, "tasks": len(tasks)}
     summary = {"data": data, "temperature": codegen.temperature, "models": results}
     print_table(results, args.k, sys.stderr if args.json else sys.stdout)
     for number, (result, lines) in enumerate(measured) if args.report_dir else ():

@@ -14,13 +14,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from distil import cli
-from distil.calibration import FIT_BIAS, check_fitted
+from distil.calibration import FIT_BIAS, calibration_path, check_fitted
 from distil.cli import InputError
 from distil.creditmix.evaluation import EvalOptions, check_training, draw_samples, evaluate_model, usable
 from distil.creditmix.metrics import BASELINES, ROW_BY_ROW, add_differences, baselines
 from distil.creditmix.model import add_credit_flags, credit_options
 from distil.creditmix.report import print_tables, write_predictions
-from distil.creditmix.rows import read_creditmix
+from distil.creditmix.rows import note_anonymous, read_creditmix
 from distil.files import check_folder, file_sha256
 from distil.models import resolve
 from distil.processes import rank_and_world
@@ -63,21 +63,33 @@ def check_flags(args: argparse.Namespace, names: list[str]) -> None:
         raise InputError("--val_frac is a share above 0 and at most 0.3, the validation part")
     if args.reference and args.reference not in names:
         raise InputError(f"--reference {args.reference} is not one of {', '.join(names)}")
-    if args.report_dir:
-        check_folder(args.report_dir)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     names = args.model_dir + (BASELINES if args.baselines else [])
     check_flags(args, names)
+    unused = {"only with --fit": [] if args.fit else ["fit_bias", "fit_per_class", "keep_base"]}
+    unused |= {"only with several models or --baselines": [] if len(names) > 1 else ["reference"]}
+    cli.refuse_unused(parser, argv, unused | cli.unused_scoring(vars(args), args.fit))
+    with cli.report_folder(args.report_dir):
+        return evaluate(args, names)
+
+
+def evaluate(args: argparse.Namespace, names: list[str]) -> int:
+    """Evaluate the models and report; return the exit status. names: of all models, with baselines."""
     scoring = replace(credit_options(vars(args)), calibration=args.calibration or ("fitted" if args.fit else "auto"))
     refs = [resolve(name) for name in args.model_dir]
     rows, _ = read_creditmix(args.data)
+    if not rank_and_world()[0]:
+        note_anonymous(rows)
     same = {field.name: getattr(args, field.name) for field in fields(EvalOptions) if field.name in args}
     options = EvalOptions(**same, scoring=scoring, data_sha256=file_sha256(args.data))
     for ref in refs:
         check_training(ref, options)
+        if options.fit and (ref.adapter or not options.keep_base):
+            check_folder(calibration_path(ref).parent)
         if not options.fit and options.scoring.calibration not in ("none", "contextual"):
             check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share)
     validation, calibration, train = draw_samples(rows, options)

@@ -18,13 +18,14 @@ from typing import Any
 
 from distil import cli
 from distil.cli import InputError, with_interval
-from distil.files import check_folder, file_sha256, read_jsonl, write_jsonl
+from distil.files import file_sha256, read_jsonl, write_jsonl
 from distil.idp import extractor
 from distil.idp.documents import document_of, expected_of
 from distil.idp.extractor import Compiled, ExtractOptions, Extractor
 from distil.idp.values import measure
 from distil.models import ModelRef, resolve
 from distil.processes import only_one
+from distil.splits import check_split
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,12 +94,19 @@ def print_tables(results: list[dict], by: str | None, out: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     only_one("evaluation of documents")
+    cli.refuse_unused(parser, argv, {"only for retries, and --retries is 0": [] if args.retries else ["seed"]})
     cli.check_at_least_one(vars(args), "limit", "bootstrap")
-    if args.report_dir:
-        check_folder(args.report_dir)
+    with cli.report_folder(args.report_dir):
+        return evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluate the models and report; return the exit status."""
     rows = read_documents(args.data, args.limit)
+    check_split(args.model_dir, args.data, sha256 := file_sha256(args.data))
     if args.by and not any(args.by in row for row in rows):
         raise InputError(f"--by {args.by}: no line of {args.data} has it")
     options = extractor.extract_options(vars(args))
@@ -106,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     compiled = {path: extractor.compile_for(path, options) for path in dict.fromkeys(ref.path for ref in refs)}
     measured = [evaluate_model(ref, rows, options, compiled[ref.path], args.by, args.bootstrap) for ref in refs]
     results = [result for result, _ in measured]
-    data = {"file": args.data, "sha256": file_sha256(args.data), "documents": len(rows)}
+    data = {"file": args.data, "sha256": sha256, "documents": len(rows)}
     schema = {"file": options.schema_name, "sha256": options.schema_sha256}
     summary = {"data": data, "schema": schema, "models": results}
     print_tables(results, args.by, sys.stderr if args.json else sys.stdout)

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import InputError, PromptEncoder
-from distil.cli import add_debug_flag, new_parser, run_script
-from distil.files import check_folder, read_jsonl, write_json
+from distil.cli import add_debug_flag, new_parser, refuse_unused, run_script
+from distil.files import check_folder, hold, read_jsonl, write_json
 from distil.models import LoadOptions, ModelRef, load, model_fingerprint, resolve
 from distil.processes import only_one
 from distil.runs import run_record
 from distil.scoring import FastLabelScorer
+from distil.splits import EXPORTED, provenance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,8 +70,11 @@ def sample_scores(ref: ModelRef, quantization: str, rows: list[tuple[str, str]],
     if len(answers) <= MOST_LABELS and len(answers) < len(rows):  # if all differ they are texts, not labels
         scorer = FastLabelScorer(model, encoder, {a: [a] for a in answers}, batch_size=batch_size)
         return scorer.raw_scores([prompt for prompt, _ in rows], Path(ref.name).name)
-    own = ((FastLabelScorer(model, encoder, {"answer": [answer]}), prompt) for prompt, answer in rows)
-    return np.concatenate([scorer.raw_scores([prompt]) for scorer, prompt in own])
+    scorer, scores = FastLabelScorer(model, encoder, {"answer": [answers[0]]}), []
+    for prompt, answer in rows:
+        scorer.form_ids = [encoder.label(answer)]  # a new scorer would check the model for each
+        scores.append(scorer.raw_scores([prompt]))
+    return np.concatenate(scores)
 
 
 def merge(ref: ModelRef, folder: Path) -> None:
@@ -78,6 +82,7 @@ def merge(ref: ModelRef, folder: Path) -> None:
     model, tokenizer = load(ref, LoadOptions("none", "bfloat16"), trainable=True)
     merged: Any = model.merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
+    merged.config.update({EXPORTED: provenance(ref.name).record})
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -99,6 +104,7 @@ def compare(ref: ModelRef, merged: str, rows: list[tuple[str, str]], batch_size:
     """Return how the merged model's scores of the rows differ from the adapter's on either base: largest and mean
     difference, and the share of rows with the same best label."""
     report: dict[str, Any] = {"adapter": ref.name, "fingerprint": model_fingerprint(ref)}
+    report |= provenance(ref.name).record
     if rows:
         after = sample_scores(resolve(merged), "none", rows, batch_size)
         report["rows"] = len(rows)
@@ -113,25 +119,28 @@ def compare(ref: ModelRef, merged: str, rows: list[tuple[str, str]], batch_size:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     only_one("the export")
+    refuse_unused(parser, argv, {"--rows 0 compares none": [] if args.rows else ["sample", "batch_size"]})
     ref = resolve(args.model_dir)
     if not ref.adapter:
         raise InputError(f"{args.model_dir}: not an adapter folder; there is nothing to merge")
     if args.rows < 0 or args.batch_size < 1:
         raise InputError("--rows is at least 0, --batch_size at least 1")
     save_dir = Path(args.save_dir)
-    check_target(ref, save_dir, args.overwrite)
-    rows = read_sample(ref, args.sample, args.rows)
-    save_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=save_dir.parent, prefix=save_dir.name + ".") as folder:
-        new = Path(folder) / "new"
-        merge(ref, new)
-        report = compare(ref, str(new), rows, args.batch_size)
-        write_json(new / "export.json", report)
-        if save_dir.exists():
-            save_dir.rename(Path(folder) / "old")
-        new.rename(save_dir)
+    with hold(save_dir):
+        check_target(ref, save_dir, args.overwrite)
+        rows = read_sample(ref, args.sample, args.rows)
+        save_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_dir.parent, prefix=save_dir.name + ".") as folder:
+            new = Path(folder) / "new"
+            merge(ref, new)
+            report = compare(ref, str(new), rows, args.batch_size)
+            write_json(new / "export.json", report)
+            if save_dir.exists():
+                save_dir.rename(Path(folder) / "old")
+            new.rename(save_dir)
     print(json.dumps(report, indent=2))
     note = "written; calibrate it again (--quantization none) before its probabilities are used"
     print(f"{save_dir}: {note}", file=sys.stderr)

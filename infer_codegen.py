@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from pathlib import Path
 
 from distil import batch
-from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil.cli import InputError, add_debug_flag, new_parser, refuse_unused, run_script
 from distil.codegen.coder import Coder, add_codegen_flags, codegen_options
 from distil.codegen.judge import first_passing
 from distil.codegen.sandbox import SECONDS
 from distil.codegen.tasks import flaw_of_tests
-from distil.files import file_sha256, read_text
-from distil.models import resolve
+from distil.files import read_text
+from distil.models import ModelRef, resolve
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,9 +77,12 @@ def work_lines(coder: Coder, plan: bool, default: list[str], seconds: float, lin
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     batch.check_one_or_file(vars(args), "prompt")
     codegen = codegen_options(vars(args))
+    unused = {"only with --temperature above 0": [] if codegen.temperature else ["seed"]}
+    unused |= {"only with --tests": ["seconds"] if args.prompt is not None and not args.tests else []}
+    refuse_unused(parser, argv, unused)
     if args.seconds <= 0:
         raise InputError("--seconds is above 0")
     tests = [read_text(args.tests)] if args.tests else []
@@ -89,16 +91,15 @@ def main(argv: list[str] | None = None) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if prompt is not None and not prompt.strip():
         raise InputError("--prompt is empty")
-    source, output = Path(args.input or ""), Path(args.output or "")
-    total = batch.check_files(source, output, args.overwrite) if args.input else 0
-    ref = resolve(args.model_dir)
-    coder = Coder.load(ref, codegen)
     if prompt is None:
-        settings = batch.file_settings(vars(args), ref) | {"temperature": codegen.temperature}
-        settings |= {"tests_sha256": file_sha256(args.tests)} if args.tests else {}
-        chunk = max(1, 4 * args.batch_size // args.n)
-        work = functools.partial(work_lines, coder, args.plan_then_code, tests, args.seconds)
-        return 1 if batch.run_file(source, output, total, settings, chunk, work) else 0
+
+        def start(ref: ModelRef) -> tuple:
+            coder, chunk = Coder.load(ref, codegen), max(1, 4 * args.batch_size // args.n)
+            work = functools.partial(work_lines, coder, args.plan_then_code, tests, args.seconds)
+            return chunk, work, {"temperature": codegen.temperature, "tests_used": tests}
+
+        return batch.answer_file(vars(args), start)
+    coder = Coder.load(resolve(args.model_dir), codegen)
     (answer,) = solve(coder, [(prompt, tests)], args.plan_then_code, args.seconds)
     if tests and answer["passed"] is None:
         problems = "; ".join(dict.fromkeys(answer["problems"]))

@@ -9,18 +9,25 @@ that content-free prompts give it is subtracted (or with the bias and temperatur
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from distil import batch
 from distil.batch import failed_line, parse_line
-from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil.cli import InputError, add_debug_flag, new_parser, refuse_unused, run_script, unused_scoring
 from distil.creditmix.model import CreditModel, add_credit_flags, credit_options
 from distil.creditmix.rows import NO_FIELD
-from distil.models import resolve
+from distil.models import ModelRef, resolve
 from distil.processes import gather, rank_and_world
+from distil.scoring import ScoringOptions
+
+FIELDS = ("features", "question")  # the first of them that a row has is scored
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,9 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chunk_of(batch_size: int | str) -> int:
-    """Return the rows scored between two writes to the .part file, which a kill costs; for `auto` enough to try."""
-    return 512 if batch_size == "auto" else max(128, int(batch_size))
+def chunk_of(batch_size: int) -> int:
+    """Return the rows scored between two writes to the .part file, which a kill costs."""
+    return max(128, batch_size)
 
 
 def doubts(notes: Counter[str]) -> list[str]:
@@ -48,11 +55,11 @@ def doubts(notes: Counter[str]) -> list[str]:
     return result + [f"{NO_FIELD}; the answer means little"] * (NO_FIELD in notes)
 
 
-def score_lines(model: CreditModel, lines: list[str], doubtful: Counter[str]) -> list[dict]:
+def score_lines(model: CreditModel, doubtful: Counter[str], lines: list[str]) -> list[dict]:
     """Return the output object of each input line, in order; count those with `doubts`."""
     rows, prompts = [], {}
     for number, line in enumerate(lines):
-        row, features = parse_line(line, ("features", "question"))
+        row, features = parse_line(line, FIELDS)
         rows.append(row)
         if features is None:
             continue
@@ -68,10 +75,35 @@ def score_lines(model: CreditModel, lines: list[str], doubtful: Counter[str]) ->
     return rows
 
 
+def rows_a_forward(model: CreditModel, flags: Mapping[str, Any]) -> int:
+    """Return the number that --batch_size auto is: the interrupted run's, or else the first process's for the first
+    rows of --input. It decides which rows are in one batch, and so the last digits of scores in bfloat16."""
+    if flags["batch_size"] != "auto":
+        return flags["batch_size"]
+    size = batch.interrupted(Path(flags["output"])).get("rows_a_forward")
+    if not size and rank_and_world()[0] == 0:
+        with open(flags["input"], encoding="utf-8-sig", errors="replace") as lines:
+            texts = [parse_line(line, FIELDS)[1] for line in islice(lines, 512)]
+        prompts = [model.prompt(text) for text in texts if text]
+        size = model.scorer.settled_batch_size([prompt for prompt in prompts if model.scorer.fits(prompt)])
+    return gather(size)[0]
+
+
+def start(flags: Mapping[str, Any], options: ScoringOptions, doubtful: Counter[str], ref: ModelRef) -> tuple:
+    """Return what `batch.answer_file` needs of a model: rows between two writes, work, contents behind the flags."""
+    model = CreditModel.load(ref, options)
+    model.scorer.batch_size = size = rows_a_forward(model, flags)
+    used, forms = model.calibration, model.scorer.forms
+    numbers = {"prior": used.prior.tolist(), "bias": used.bias.tolist(), "temperature": used.temperature}
+    contents = {"calibration_used": numbers | {"method": used.method}, "forms": forms, "rows_a_forward": size}
+    return chunk_of(size), functools.partial(score_lines, model, doubtful), contents
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     batch.check_one_or_file(flags := vars(args), "features")
     options = credit_options(flags)
+    refuse_unused(parser, argv, unused_scoring(flags))
     if args.features is not None:
         if not args.features.strip() or any("\ud800" <= sign <= "\udfff" for sign in args.features):
             raise InputError("--features is empty or not UTF-8 text")
@@ -81,21 +113,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"note: {note}", file=sys.stderr)
         print(json.dumps(model.responses(model.scorer.score([prompt]))[0], indent=2))
         return 0
-    source, output = Path(args.input), Path(args.output)
-    total = batch.check_files(source, output, args.overwrite)
-    ref = resolve(args.model_dir)
-    model = CreditModel.load(ref, options)
-    used = model.calibration  # the contents of files that flags or folders name decide the answers too
-    contents = {"calibration_used": [used.method, used.bias.tolist(), used.temperature], "forms": model.scorer.forms}
-    settings = batch.file_settings(flags, ref) | contents
     doubtful: Counter[str] = Counter()
-    chunk = chunk_of(args.batch_size)
-    failed = batch.run_file(source, output, total, settings, chunk, lambda lines: score_lines(model, lines, doubtful))
+    status = batch.answer_file(flags, functools.partial(start, flags, options, doubtful))
     count = sum(gather(doubtful["rows"]))
     if count and rank_and_world()[0] == 0:
         what = "name no feature or have a value that could not be read; --features with such a row reports which"
         print(f"note: {count} of the rows scored now {what}", file=sys.stderr)
-    return 1 if failed else 0
+    return status
 
 
 if __name__ == "__main__":

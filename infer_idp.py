@@ -15,14 +15,13 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 
-from distil.batch import add_file_flags, check_files, check_one_or_file, file_settings, parse_line, run_file
-from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil.batch import add_file_flags, answer_file, check_one_or_file, parse_line
+from distil.cli import InputError, add_debug_flag, new_parser, refuse_unused, run_script
 from distil.files import read_text
 from distil.idp.documents import document_of
-from distil.idp.extractor import Extractor, add_extraction_flags, extract_options
-from distil.models import resolve
+from distil.idp.extractor import ExtractOptions, Extractor, add_extraction_flags, extract_options
+from distil.models import ModelRef, resolve
 
 SUFFIXES = "txt|text|md|log|json|jsonl|csv|tsv|pdf|html?|xml|eml|rtf|docx?|odt|xlsx?|png|jpe?g|tiff?"
 
@@ -78,6 +77,12 @@ def work_lines(extractor: Extractor, lines: list[str]) -> list[dict]:
     return [row for row, _ in results]
 
 
+def start(options: ExtractOptions, ref: ModelRef) -> tuple:
+    """Return what `answer_file` needs of a model: lines between two writes, work, contents behind the flags."""
+    work = functools.partial(work_lines, Extractor.load(ref, options))
+    return 4 * options.batch_size, work, {"schema_sha256": options.schema_sha256}
+
+
 def print_answer(answer: dict) -> int:
     """Print the answer to one document; return the exit status."""
     if "error" in answer:
@@ -90,19 +95,14 @@ def print_answer(answer: dict) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     flags = vars(args)
     check_one_or_file(flags, "document")
+    refuse_unused(parser, argv, {"only for retries, and --retries is 0": [] if args.retries else ["seed"]})
     if args.document is not None:
         document, options = document_of(read_document(args.document)), extract_options(flags)
         return print_answer(*Extractor.load(resolve(args.model_dir), options).extract([document]))
-    options = extract_options(flags)
-    source, output = Path(args.input), Path(args.output)
-    total, model = check_files(source, output, args.overwrite), resolve(args.model_dir)
-    extractor = Extractor.load(model, options)
-    settings = file_settings(flags, model) | {"schema_sha256": options.schema_sha256}
-    work = functools.partial(work_lines, extractor)
-    return 1 if run_file(source, output, total, settings, 4 * options.batch_size, work) else 0
+    return answer_file(flags, functools.partial(start, extract_options(flags)))
 
 
 if __name__ == "__main__":

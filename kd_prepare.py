@@ -17,21 +17,30 @@ from functools import partial
 from math import inf
 from pathlib import Path
 
+from distil import cli
 from distil.batch import check_output
-from distil.cli import add_debug_flag, add_loading_flags, gold_share, new_parser, run_script, seed_number
-from distil.files import InputError, file_sha256, write_jsonl
+from distil.files import InputError, file_sha256, hold, write_jsonl
 from distil.models import resolve
 from distil.processes import gather, only_one, rank_and_world
-from distil.splits import note_preparation, unchanged_preparation
-from distil.teachers.answers import answer_file, calibrate_answers, collect_answers, read_prompts, teacher_options
-from distil.teachers.endpoint import HttpTeacher, is_http
+from distil.splits import Provenance, joined, note_preparation, provenance, recorded, unchanged_preparation
+from distil.teachers.answers import (
+    Prompts,
+    answer_file,
+    calibrate_answers,
+    collect_answers,
+    is_http,
+    read_prompts,
+    shown_url,
+    teacher_options,
+)
+from distil.teachers.endpoint import HttpTeacher
 from distil.teachers.gate import checked_rows
 from distil.teachers.local import ModelTeacher
 from distil.teachers.tabular import TABULAR, tabular_rows
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     add = parser.add_argument_group("teacher").add_argument
     add("--teacher", help=f"base model, model folder, adapter folder, or '{TABULAR}': gradient boosting for CreditMix")
     add("--teacher_url", help="or: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
@@ -50,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rationale", action="store_true", help="label first, then a short reason")
     add("--max_new_tokens", type=int, default=256, help="of an answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
-    add("--seed", type=seed_number, default=0, help="of a local teacher's samples, of the tabular rows (%(default)s)")
+    add("--seed", type=cli.seed_number, default=0, help="of a local teacher's samples and tabular rows (%(default)s)")
     add("--batch_size", type=int, default=16, help="prompts a model answers together (%(default)s)")
     calibration = "of label probabilities; batch: less their mean over prompts; auto, the default: the lower NLL of "
     calibration += "gold answers, or without these batch for a local base model, else none"
@@ -61,10 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--partial", action="store_true", help="write the rows there are where prompts got no answer in all tries")
     add = parser.add_argument_group(f"{TABULAR} teacher").add_argument
     add("--per_class", type=int, default=0, help="rows a class; 0: as many as the rarest has (%(default)s)")
-    add("--gold_share", type=gold_share, default=1.0, help="share of customers whose label it may know (%(default)s)")
+    add("--gold_share", type=cli.gold_share, default=1.0, help="share of customers with a known label (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
-    add_loading_flags(parser)
-    add_debug_flag(parser)
+    cli.add_loading_flags(parser)
+    cli.add_debug_flag(parser)
     return parser
 
 
@@ -75,12 +84,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.teacher_url and not args.teacher_model:
         raise InputError("--teacher_url needs --teacher_model")
     if args.teacher_url and not is_http(args.teacher_url):
-        raise InputError(f"--teacher_url {args.teacher_url}: an address such as http://127.0.0.1:8000/v1 is needed")
+        shown = shown_url(args.teacher_url)
+        raise InputError(f"--teacher_url {shown}: an address such as http://127.0.0.1:8000/v1 is needed")
     if args.teacher != TABULAR and not args.input:
         raise InputError("--input is needed: JSONL with the prompts")
-    for name in ("input", "labels", "rationale") if args.teacher == TABULAR else ():
-        if getattr(args, name):
-            raise InputError(f"--{name} is not for the {TABULAR} teacher, which labels the rows of --src")
     least = {"concurrency": 1, "retries": 0, "max_new_tokens": 1, "batch_size": 1, "per_class": 0, "temperature": 0}
     problems = [f"--{name} is at least {low}" for name, low in least.items() if not getattr(args, name) >= low]
     if not 0 <= args.min_confidence <= 1:
@@ -94,19 +101,57 @@ def check_flags(args: argparse.Namespace) -> None:
     check_output(Path(args.output), args.overwrite)
 
 
+def unused_flags(args: argparse.Namespace, is_label_task: bool) -> dict[str, list[str]]:
+    """Return the flags that have no effect with the teacher, the answers and the other flags, by reason."""
+    tabular, endpoint = args.teacher == TABULAR, bool(args.teacher_url)
+    local, writes = not (tabular or endpoint), args.rationale or not is_label_task
+    scores = is_label_task and not (tabular or (endpoint and args.rationale))
+    answers, samples = ["max_new_tokens", "temperature"], local and writes and args.temperature > 0
+    checks = [
+        ("only with --teacher_url", endpoint, ["teacher_model", "api_key_env", "concurrency", "retries", "timeout"]),
+        ("only with --teacher_url, which can fail for some prompts", endpoint, ["partial"]),
+        (f"only for the {TABULAR} teacher", tabular, ["src", "per_class", "gold_share", "split_seed"]),
+        ("only for a model that runs here", local, ["batch_size", "quantization", "compute_dtype", "offload_folder"]),
+        (f"not for the {TABULAR} teacher, which has --src", not tabular, ["input", "labels", "rationale"]),
+        ("only where the teacher writes text, not a label alone", endpoint or (local and writes), answers),
+        (f"only for the {TABULAR} teacher and samples of a local one (--temperature)", tabular or samples, ["seed"]),
+        ("only where a teacher's label probabilities are used", scores, ["calibration"]),
+        ("only with --filter confident", args.filter == "confident", ["min_confidence"]),
+    ]
+    return {reason: names for reason, used, names in checks if not used}
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    check_flags(args)
-    if args.teacher == TABULAR:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with hold(args.output):
+        check_flags(args)
+        if args.teacher == TABULAR:
+            cli.refuse_unused(parser, argv, unused_flags(args, is_label_task=True))
+            prompts = None
+        else:
+            prompts = read_prompts(args.input, args.labels)
+            cli.refuse_unused(parser, argv, unused_flags(args, bool(prompts.labels)))
+        return write_answers(args, prompts)
+
+
+def write_answers(args: argparse.Namespace, prompts: Prompts | None) -> int:
+    """Write the rows and the note of their preparation; return the exit status. prompts: None for the tabular teacher,
+    which draws them."""
+    if prompts is None:
         only_one("the tabular teacher")
         drawn = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "gold_share")}
         prompts, answers = tabular_rows(args.src, **drawn)
         file, name, origin = None, TABULAR, {}
         note = drawn | {"source": {"file": args.src, "sha256": file_sha256(args.src)}}
+        learnt = recorded(args.src, note)
     else:
-        prompts = read_prompts(args.input, args.labels)
         options = teacher_options(vars(args), labels=prompts.labels)
         note = unchanged_preparation(args.input, options.input_sha256)
+        # What an endpoint's model was trained on cannot be seen: evaluation says so.
+        unseen = {"file": f"the teacher {args.teacher_model} at {(url := shown_url(args.teacher_url or ''))}"}
+        learnt = provenance(args.teacher) if args.teacher else Provenance(url, None, (unseen,), None)
+        learnt = joined(recorded(args.input, note), learnt)
         ref = resolve(args.teacher) if args.teacher else None
         file = answer_file(ref, options)
         turns = prompts.turns(args.rationale)
@@ -115,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             teacher = partial(HttpTeacher, options, any(one["teacher_output"] for one in file.answers.values()))
         collect_answers(file, turns, name := args.teacher or args.teacher_model, teacher)
-        origin = {"model": file.settings["model"]} if ref else {"url": args.teacher_url}
+        origin = {"model": file.settings["model"]} if ref else {"url": url}
         if missing := len(turns) - len(file.answers):
             print(f"{missing} of {len(turns)} prompts got no answer; {file.path} has the others", file=sys.stderr)
             if not args.partial or missing == len(turns):
@@ -133,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     if not rows:
         raise InputError(f"no row is left (--filter {args.filter})")
     write_jsonl(args.output, rows)
-    note_preparation(args.output, note, teacher={"name": name, **origin, **report})
+    note_preparation(args.output, note, learnt, teacher={"name": name, **origin, **report})
     if file:
         gather(None)
         file.remove()
@@ -142,4 +187,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

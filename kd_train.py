@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from common import PromptEncoder
-from distil.cli import new_parser, run_script
+from distil.cli import new_parser, refuse_unused, run_script
 from distil.models import resolve_student
-from distil.runs import claim_run_dir
+from distil.runs import claimed
 from distil.training.data import completion_dataset, first_tokens, label_probabilities, load_tokenizer, read_data
-from distil.training.flags import ABOVE_0, LORA, SHARE, TrainOptions, add_training_flags, train_options
+from distil.training.flags import ABOVE_0, LORA, SHARE, TrainOptions, add_training_flags, train_options, unused
 
 if TYPE_CHECKING:
     import torch
@@ -68,27 +68,32 @@ def distillation_loss_sum(
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    data = read_data(args.data, ("input", "teacher_output"), args.adapter)
+    args = (parser := build_parser()).parse_args(argv)
+    data = read_data(args.data, ("input", "teacher_output"), args.adapter or args.student)
     labels, probabilities = label_probabilities(data)
-    if not args.dry_run:
-        claim_run_dir(args.save_dir, args.overwrite, args.resume)
-    ref = resolve_student(args.student, args.adapter)
-    options = train_options(vars(args), SMALL, LARGE, ref, data, KdOptions)
+    with claimed(vars(args)):
+        ref = resolve_student(args.student, args.adapter)
+        options = train_options(vars(args), SMALL, LARGE, ref, data, KdOptions)
+        own = {"only for label_probs, and --data has none": [] if labels else ["kd_alpha", "kd_temperature"]}
+        own |= {"only with --kd_alpha above 0": [] if args.kd_alpha else ["kd_temperature"]}
+        refuse_unused(parser, argv, own | unused(vars(args)))
 
-    from distil.training import loss, run
+        from distil.training import loss, run
 
-    encoder, loss_sum = PromptEncoder(load_tokenizer(ref.path)), loss.cross_entropy_sum
-    dataset, sizes = completion_dataset(data, "teacher_output", encoder, options.max_length)
-    sizes = replace(sizes, label_probs=bool(labels))
-    if labels:
-        dataset = dataset.add_column("label_probs", probabilities)
-        values = {"alpha": options.kd_alpha, "temperature": options.kd_temperature}
-        loss_sum = functools.partial(distillation_loss_sum, label_ids=first_tokens(encoder, labels), **values)
-    else:
-        print(f"{data.file}: no label_probs, so --kd_alpha has no effect: teacher_output is imitated", file=sys.stderr)
-    build = functools.partial(loss.completion_trainer, dataset=dataset, sizes=sizes, loss_sum=loss_sum)
-    return run.plan_and_train("kd", options, ref, data, sizes, build)
+        encoder, loss_sum = PromptEncoder(load_tokenizer(ref.path)), loss.cross_entropy_sum
+        dataset, sizes = completion_dataset(data, "teacher_output", encoder, options.max_length)
+        sizes = replace(sizes, label_probs=bool(labels))
+        if labels:
+            dataset = dataset.add_column("label_probs", probabilities)
+            values = {"alpha": options.kd_alpha, "temperature": options.kd_temperature}
+            loss_sum = functools.partial(distillation_loss_sum, label_ids=first_tokens(encoder, labels), **values)
+        else:
+            print(
+                f"{data.file}: no label_probs, so --kd_alpha has no effect: teacher_output is imitated",
+                file=sys.stderr,
+            )
+        build = functools.partial(loss.completion_trainer, dataset=dataset, sizes=sizes, loss_sum=loss_sum)
+        return run.plan_and_train("kd", options, ref, data, sizes, build)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import socket
 import sys
 from typing import Any
 
-from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil.cli import InputError, add_debug_flag, new_parser, refuse_unused, run_script, unused_scoring
 from distil.creditmix.model import add_credit_flags, credit_options
 from distil.models import DEFAULT_STUDENT
 from distil.processes import only_one
@@ -110,7 +110,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    refuse_unused(parser, argv, unused_scoring(vars(args)))
     only_one("the server")
     options = engine_options(args)
     import uvicorn

@@ -13,11 +13,11 @@ import argparse
 import functools
 
 from common import PromptEncoder
-from distil.cli import new_parser, run_script
+from distil.cli import new_parser, refuse_unused, run_script
 from distil.models import resolve
-from distil.runs import claim_run_dir
+from distil.runs import claimed
 from distil.training.data import completion_dataset, load_tokenizer, read_data
-from distil.training.flags import LORA, TrainOptions, add_training_flags, train_options
+from distil.training.flags import LORA, TrainOptions, add_training_flags, train_options, unused
 
 # The whitepaper's section 3 for large students; measured on smollm2-135m for small ones (docs/recipes.md).
 LARGE = {"epochs": 1.0, "learning_rate": 2e-4, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05} | LORA
@@ -31,19 +31,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    data = read_data(args.data, ("input", "output"))
-    if not args.dry_run:
-        claim_run_dir(args.save_dir, args.overwrite, args.resume)
-    ref = resolve(args.student)
-    options = train_options(vars(args), SMALL, LARGE, ref, data, TrainOptions)
+    args = (parser := build_parser()).parse_args(argv)
+    data = read_data(args.data, ("input", "output"), args.student)
+    with claimed(vars(args)):
+        ref = resolve(args.student)
+        options = train_options(vars(args), SMALL, LARGE, ref, data, TrainOptions)
+        refuse_unused(parser, argv, unused(vars(args)))
 
-    from distil.training import loss, run
+        from distil.training import loss, run
 
-    encoder = PromptEncoder(load_tokenizer(ref.path))
-    dataset, sizes = completion_dataset(data, "output", encoder, options.max_length)
-    build = functools.partial(loss.completion_trainer, dataset=dataset, sizes=sizes)
-    return run.plan_and_train("sft", options, ref, data, sizes, build)
+        encoder = PromptEncoder(load_tokenizer(ref.path))
+        dataset, sizes = completion_dataset(data, "output", encoder, options.max_length)
+        build = functools.partial(loss.completion_trainer, dataset=dataset, sizes=sizes)
+        return run.plan_and_train("sft", options, ref, data, sizes, build)
 
 
 if __name__ == "__main__":

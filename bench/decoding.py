@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.report import report
-from common import PromptEncoder, left_padded
+from common import PromptEncoder
 from distil.cli import add_debug_flag, new_parser, run_script
 from distil.files import read_json, read_jsonl
+from distil.generation import left_padded
 from distil.idp.decoder import JsonDecoder
 from distil.idp.documents import idp_prompt
 from distil.idp.schema import SchemaGrammar, compile_schema
@@ -57,7 +58,8 @@ class GrammarProcessor:
             if matcher.is_stopped():
                 continue
             bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
-            scores[i].masked_fill_(~torch.from_numpy(bits[: self.vocabulary].astype(bool)), -torch.inf)
+            allowed = torch.from_numpy(bits[: self.vocabulary].astype(bool)).to(scores.device)
+            scores[i].masked_fill_(~allowed, -torch.inf)
         return scores
 
 

@@ -262,7 +262,7 @@ def run_step(trainer: Any, filled: bool) -> dict[str, int]:
     trainer.create_optimizer().step()
     tracker = tracked(trainer.model, filled)
     tracker.mark("optimiser", tree_leaves(list(trainer.optimizer.state.values())))
-    trainer.args.train_sampling_strategy = "sequential"  # the short rows first
+    trainer._get_train_sampler = torch.utils.data.SequentialSampler  # the short rows first
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with tracker:
@@ -333,8 +333,7 @@ def estimate_scoring_memory(path: str, batch_size: int, longest: int, shared: in
     """
     size, tokens = memory.Sizes.of(path), batch_size * longest
     cache = 4 * size.layers * size.keys * (shared + (shared > 0) * (shared * batch_size + tokens))
-    mask = tokens * (shared + longest)
-    forward = size.forward("nf4", 2, tokens) + cache + mask
+    forward = size.forward("nf4", 2, tokens) + cache
     head = 4 * SCORING_TILE * (size.hidden + 2 * batch_size)
     gb = {
         "weights": size.weights("nf4", 2),

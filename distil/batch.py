@@ -7,9 +7,8 @@ are the same. Of several processes each writes one stretch of the lines into its
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -19,9 +18,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import InputError
-from distil.files import check_folder, parse_json, read_json, write_json
-from distil.models import ModelRef, model_fingerprint
+from distil.files import check_folder, file_sha256, hold, parse_json, read_json, write_json
+from distil.models import ModelRef, model_fingerprint, resolve
 from distil.processes import gather, only_one, own_share, rank_and_world
+from distil.runs import conditions
+
+Work = Callable[[list[str]], list[dict]]  # the output object of each input line, in order
 
 
 def add_file_flags(add: Callable, source: str, output: str) -> None:
@@ -35,14 +37,33 @@ def check_one_or_file(flags: Mapping[str, Any], one: str) -> None:
     """Raise InputError unless either the flag `one`, in a single process, or --input and --output are given."""
     if (flags[one] is None) == (flags["input"] is None) or (flags["input"] is None) != (flags["output"] is None):
         raise InputError(f"give either --{one}, or --input and --output")
+    if flags[one] is not None and flags["overwrite"]:
+        raise InputError(f"--overwrite: only with --output, --{one} writes no file")
     if flags[one] is not None:
         only_one(f"--{one}")
 
 
-def file_settings(flags: Mapping[str, Any], ref: ModelRef) -> dict[str, Any]:
-    """Return the settings of `run_file` that flags and model decide."""
-    settings = {name: value for name, value in flags.items() if name not in ("overwrite", "debug")}
-    return settings | {"model": model_fingerprint(ref)}
+def answer_file(flags: Mapping[str, Any], start: Callable[[ModelRef], tuple[int, Work, dict[str, Any]]]) -> int:
+    """Answer the lines of --input into --output, which no other run can write meanwhile; return the exit status.
+    start(model): loads it and returns lines between two writes, the work on them, and contents that decide answers and
+    that flags only refer to, such as a schema's. Raises InputError."""
+    source, output = Path(flags["input"]), Path(flags["output"])
+    with hold(output):
+        check_files(source, output, flags["overwrite"])
+        ref = resolve(flags["model_dir"])
+        before = model_fingerprint(ref)
+        chunk, work, contents = start(ref)
+        if model_fingerprint(ref) != before:
+            raise InputError(f"{ref.name}: changed while it was loaded; start again when its training has ended")
+        settings = {name: value for name, value in flags.items() if name not in ("overwrite", "debug")}
+        settings |= {"model": before} | contents | conditions(flags["compute_dtype"])
+        return 1 if run_file(source, output, settings, chunk, work) else 0
+
+
+def interrupted(output: Path) -> dict[str, Any]:
+    """Return the settings of the interrupted run that a run would resume, {} without one."""
+    note = _part(output).with_name(_part(output).name + ".json")
+    return read_json(note) if _part(output).exists() and note.exists() else {}
 
 
 def failed_line(row: dict, code: str, message: str) -> dict:
@@ -71,8 +92,8 @@ def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
     return row, text
 
 
-def check_files(source: Path, output: Path, overwrite: bool) -> int:
-    """Return the number of input lines. Raises InputError for a missing or empty input, or an existing output."""
+def check_files(source: Path, output: Path, overwrite: bool) -> None:
+    """Raise InputError for a missing or empty input, or an existing output; with `overwrite` forget an old run."""
     if not source.is_file():
         raise InputError(f"{source}: no such file")
     if source.suffix.lower() == ".csv":
@@ -82,30 +103,31 @@ def check_files(source: Path, output: Path, overwrite: bool) -> int:
     check_output(output, overwrite)
     if overwrite:
         _part(output).unlink(missing_ok=True)
-    total = sum(1 for _ in _lines(source))
-    if not total:
+    if next(_lines(source), None) is None:
         raise InputError(f"{source}: empty")
-    return total
 
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise InputError where the output is not writable, or exists without an interrupted run that may replace it."""
     if output.is_dir():
         raise InputError(f"{output}: is a folder, a file is needed")
+    if output.suffix in (".part", ".joined", ".lock"):
+        raise InputError(f"{output}: {output.suffix} is for unfinished files; choose another --output")
     check_folder(output.parent)
     if output.exists() and not overwrite and not _part(output).exists():
         raise InputError(f"{output}: exists; --overwrite replaces it")
 
 
-def run_file(
-    source: Path, output: Path, total: int, settings: dict[str, Any], chunk: int, work: Callable[[list[str]], list]
-) -> int:
+def run_file(source: Path, output: Path, settings: dict[str, Any], chunk: int, work: Work) -> int:
     """Write work(lines) of each `chunk` lines; return how many carry an "error" (in the first process: of all lines).
-    settings: everything that decides the results; a run resumes only with equal ones, else InputError is raised."""
+    settings: everything that decides the results but the input; a run resumes only with equal ones, else InputError is
+    raised, as where the input changes meanwhile."""
     from tqdm import tqdm
 
-    part, stat, mine = _part(output), source.stat(), own_share(total)
-    settings = settings | {"input_size": stat.st_size, "input_time": stat.st_mtime_ns}
+    part, state = _part(output), _state(source)
+    total = sum(1 for _ in _lines(source))
+    mine = own_share(total)
+    settings = settings | {"chunk": chunk, "input_sha256": file_sha256(source)}
     if done := _resume_point(part, settings, together=chunk):
         print(f"{part}: resuming after {done} rows", file=sys.stderr)
     failed = sum('"error"' in line and "error" in json.loads(line) for line in _lines(part)) if done else 0
@@ -114,6 +136,8 @@ def run_file(
         rest = islice(_lines(source), mine.start + done, mine.stop)
         while lines := list(islice(rest, chunk)):
             rows = work(lines)
+            if _state(source) != state:
+                raise InputError(f"{source}: changed while it was read; --overwrite starts again")
             failed += sum("error" in row for row in rows)
             _append(out, rows)
             bar.update(len(lines))
@@ -133,6 +157,11 @@ def run_file(
     return failed
 
 
+def _state(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def _append(out: TextIO, rows: list[dict]) -> None:
     """Write rows at once, so that a kill costs at most half a line."""
     out.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
@@ -142,7 +171,7 @@ def _append(out: TextIO, rows: list[dict]) -> None:
 def _remove_parts(output: Path) -> None:
     """Remove the .part files of any number of processes: a later run would take the output for an interrupted one."""
     for path in output.parent.iterdir():
-        if re.fullmatch(re.escape(output.name) + r"(\.\d+of\d+)?\.part(\.json|\.lock)?", path.name):
+        if re.fullmatch(re.escape(output.name) + r"(\.\d+of\d+)?\.part(\.json)?", path.name):
             path.unlink(missing_ok=True)
 
 
@@ -189,15 +218,8 @@ class AnswerFile:
         self.output, self.settings = Path(output), settings
         self.path = _part(self.output)
         self.answers: dict[int, dict[str, Any]] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Locked until the process ends: a second run would send the same prompts.
-        self._lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT | os.O_WRONLY)
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"{self.path}: another run is writing it; wait until it ends, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+        self._lock = contextlib.ExitStack()  # left with the last reference: a second run would send the same prompts
+        self._lock.enter_context(hold(output))
         if overwrite:
             self.path.unlink(missing_ok=True)
         if _resume_point(self.path, settings, "teacher", together):
@@ -222,5 +244,6 @@ class AnswerFile:
                 bar.update()
 
     def remove(self) -> None:
-        """Remove the .part files, once the output is written."""
+        """Remove the .part files, once the output is written, and let other runs have it."""
         _remove_parts(self.output)
+        self._lock.close()

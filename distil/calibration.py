@@ -12,18 +12,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common import Calibration, InputError
-from distil.files import read_json, write_json
+from distil.files import cache_dir, read_json, write_json
 from distil.models import ModelRef, model_fingerprint
+from distil.processes import rank_and_world
 from distil.scoring import ScoringOptions
 
 if TYPE_CHECKING:
     import numpy as np
-
-FILE = "calibration.json"
-BASE_FOLDER = Path("runs/creditmix_base")  # where the calibration of a base model is kept
 
 
 def uncalibrated(labels: int) -> Calibration:
@@ -119,28 +117,38 @@ def candidates(
 ) -> tuple[dict[str, Calibration], dict[str, np.ndarray]]:
     """Return ({method: calibration}, {method: NLL of each row [N]}) on calibration rows, the simplest first.
     raw: [N, labels]; contextual: prior [labels] of content-free prompts. The losses of 'fitted' are those of fits
-    that did not see the row's customer."""
+    that did not see the row's customer. Where the fit gets all rows right, it has no loss: the temperature with the
+    lowest NLL would be 0, so these rows do not determine one."""
     none, fit = uncalibrated(raw.shape[1]), FIT_BIAS[fit_bias]
     priors = {"contextual": contextual, "batch": raw.mean(axis=0)}
     methods = {"none": none} | {name: replace(none, method=name, prior=prior) for name, prior in priors.items()}
     losses = {name: row_losses(c.probabilities(raw), answers) for name, c in methods.items()}
     methods["fitted"] = fit(raw, contextual, answers)
+    if (methods["fitted"].scores(raw).argmax(axis=1) == answers).all():
+        if rank_and_world()[0] == 0:
+            fix = "--calibration auto takes another method"
+            print(f"note: a fit gets all {len(raw)} rows right: its temperature is arbitrary; {fix}", file=sys.stderr)
+        return methods, losses
     losses["fitted"] = row_losses(cross_fitted_probabilities(raw, contextual, answers, customers, fit), answers)
     return methods, losses
 
 
 def calibration_path(ref: ModelRef) -> Path:
-    """Return where a model's calibration is stored: next to the adapter, or in BASE_FOLDER for a base model."""
-    return (Path(ref.adapter) if ref.adapter else BASE_FOLDER) / FILE
+    """Return where a model's calibration is stored: in the folder of the adapter, or of a base that has one of the
+    user's; for other bases (hub, embedded) in the cache folder, by content."""
+    if folder := ref.adapter or (ref.path == ref.base and Path(ref.path).is_dir() and ref.path):
+        return Path(folder) / "calibration.json"
+    return cache_dir() / "calibrations" / f"{model_fingerprint(ref)}.json"
 
 
 def write_fitted(
-    ref: ModelRef, chosen: Calibration, nll: dict[str, float], options: ScoringOptions, fitted_on: dict[str, Any]
+    ref: ModelRef, model: str, chosen: Calibration, nll: dict[str, float], options: ScoringOptions, fitted_on: dict
 ) -> Path:
-    """Store a model's calibration and return its path. nll: of each method; fitted_on: rows, data and split."""
+    """Store a model's calibration and return its path. model: fingerprint of what was scored; nll: of each method;
+    fitted_on: rows, data and split."""
     prior, bias = (dict(zip(options.labels, x.tolist(), strict=True)) for x in (chosen.prior, chosen.bias))
     record = {"calibration": chosen.method, "prior": prior, "bias": bias, "temperature": chosen.temperature}
-    record |= {"nll": nll, "labels": options.labels, "model": model_fingerprint(ref), **options.raw_settings()}
+    record |= {"nll": nll, "labels": options.labels, "model": model, **options.raw_settings()}
     write_json(path := calibration_path(ref), record | {"fitted_on": fitted_on})
     return path
 
@@ -156,8 +164,6 @@ def read_fitted(ref: ModelRef, options: ScoringOptions) -> dict | None:
         raise InputError(f"{path}: not a calibration (an object is expected); {again}")
     for name, value in {"model": model_fingerprint(ref), **options.raw_settings()}.items():
         if (old := stored.get(name)) != value:
-            if name == "model" and not ref.adapter:
-                return None  # BASE_FOLDER serves one base at a time; another base simply has none
             other = f"fitted with another {name} ({old}, now {value})"
             raise InputError(f"{path}: {other}; {again}, or use --calibration contextual")
     numbers = [stored.get("temperature")]

@@ -6,17 +6,18 @@ A flag that several scripts have is defined here once, with the function that tu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
 from common import InputError
-from distil.files import write_json
+from distil.files import check_folder, hold, write_json
 from distil.models import LoadOptions
 from distil.scoring import METHODS, ScoringOptions, read_verbalizers
 
@@ -87,6 +88,20 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def refuse_unused(
+    parser: argparse.ArgumentParser, argv: list[str] | None, unused: Mapping[str, Iterable[str]]
+) -> None:
+    """Raise InputError where flags of the command line have no effect, also with the value of their default.
+    parser: of `argv`, used for nothing else after. unused: {what the flags belong to: their names without `--`}."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    given = vars(parser.parse_args(argv))
+    flags = {reason: [f"--{name}" for name in names if name in given] for reason, names in unused.items()}
+    if problems := [f"{', '.join(names)}: {reason}" for reason, names in flags.items() if names]:
+        raise InputError(f"{'; '.join(problems)}; leave out what has no effect")
+
+
 def add_debug_flag(parser: argparse.ArgumentParser) -> None:
     """Add --debug, which `run_script` looks for."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -145,6 +160,14 @@ def scoring_options(flags: Mapping[str, Any], labels: Sequence[str], null_prompt
     return ScoringOptions(forms, bias, class_shares=class_shares, load=loading_options(flags), **same)
 
 
+def unused_scoring(flags: Mapping[str, Any], fit: bool = False) -> dict[str, list[str]]:
+    """Return the flags of `add_scoring_flags` that have no effect next to the others, for `refuse_unused`.
+    fit: the prior is used even with --calibration none, to be compared."""
+    without_prior = flags["calibration"] == "none" and not fit
+    unused = {"--calibration none uses no prior": ["null_prompts"] if without_prior else []}
+    return unused | {"only with --verbalizers": [] if flags["verbalizers"] else ["aggregate"]}
+
+
 def label_numbers(text: str | None, flag: str, labels: Sequence[str]) -> dict[str, float]:
     """Parse 'Standard=0.3,Bad=-0.1' to {'Standard': 0.3, 'Bad': -0.1}. Raises InputError."""
     pairs = {}
@@ -167,6 +190,17 @@ def add_report_flags(parser: argparse.ArgumentParser, units: str, resamples: int
     add("--report_dir", help="write metrics.json, and for each model its answers to the rows, into this folder")
     add("--json", action="store_true", help="print metrics.json on standard output, all else on standard error")
     return add
+
+
+@contextlib.contextmanager
+def report_folder(report_dir: str | None) -> Iterator[None]:
+    """Keep other runs from writing --report_dir, if it is given, until the block ends. Raises InputError where one
+    does, and where the folder is not writable."""
+    with contextlib.ExitStack() as held:
+        if report_dir:
+            check_folder(report_dir)
+            held.enter_context(hold(report_dir))
+        yield
 
 
 def check_at_least_one(flags: Mapping[str, Any], *names: str) -> None:

@@ -1,8 +1,9 @@
-"""Read and write JSON and JSONL, atomically and with errors that name file and line; hashes; the cache folder."""
+"""Read and write JSON and JSONL, atomically and with errors that name file and line; locks, hashes, cache folder."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +12,57 @@ from pathlib import Path
 from typing import Any
 
 from common import InputError
+from distil.processes import rank_and_world
+
+_held: set[Path] = set()  # lock files of this process
+
+
+@contextlib.contextmanager
+def hold(path: str | Path) -> Iterator[None]:
+    """Keep other runs from writing `path`, a file or a folder, until the block ends; a block inside one is part of it.
+    Of a launcher's processes the first decides; another waits until its like in a run that was refused has ended.
+    A killed run's lock is free. Where the file system has no locks, nothing is locked.
+    Raises InputError with the id of the process that holds it."""
+    target, rank = Path(path).resolve(), rank_and_world()[0]
+    lock = target.with_name(f".{target.name}.{rank}.lock" if rank else f".{target.name}.lock")
+    if lock in _held:
+        yield
+        return
+    created = [folder for folder in lock.parents if not folder.exists()]
+    handle = _locked(lock, path, wait=rank > 0)
+    _held.add(lock)
+    try:
+        yield
+    finally:
+        _held.remove(lock)
+        if handle is not None:
+            lock.unlink(missing_ok=True)  # first: who opened it meanwhile sees that it is gone, and tries again
+            os.close(handle)
+        for folder in created:
+            with contextlib.suppress(OSError):  # it has files now
+                folder.rmdir()
+
+
+def _locked(lock: Path, path: str | Path, wait: bool) -> int | None:
+    """Return the open and locked file `lock` with this process's id in it, None where locks do not work."""
+    while True:
+        handle = None
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(FileNotFoundError):  # the run that had it removed it
+                if os.path.samestat(os.fstat(handle), lock.stat()):
+                    os.pwrite(handle, f"{os.getpid():<12}".encode(), 0)
+                    return handle
+            os.close(handle)
+        except BlockingIOError:
+            holder = os.pread(handle, 12, 0).decode().strip() or "unknown"
+            os.close(handle)
+            fix = "wait until it ends, or stop it"
+            raise InputError(f"{path}: another run (process {holder}) is writing it; {fix}") from None
+        except OSError:
+            return handle
 
 
 @contextlib.contextmanager
@@ -60,15 +112,24 @@ def check_folder(path: str | Path) -> None:
         raise InputError(f"{nearest}: is not writable; choose another folder")
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, unique: bool = False) -> Any:
     """Return the value of a JSON text. Raises ValueError for anything else, and for what could not be written back:
-    NaN, infinity, numbers read as infinity (1e999), half a surrogate pair, nesting too deep for Python."""
+    NaN, infinity, numbers read as infinity (1e999), half a surrogate pair, nesting too deep for Python. unique: also
+    for a name that an object has twice, of which the last value would be taken."""
     try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        pairs = _unique if unique else None
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=pairs)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deep") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(value := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'"{max(names, key=names.count)}" occurs twice in one object; keep one')
     return value
 
 
@@ -99,7 +160,7 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(line, unique=True)
         except ValueError as error:
             problems.append(f"line {number} is not JSON ({error})")
             continue

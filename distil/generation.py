@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import InputError, left_padded
+from common import InputError
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,20 @@ def check_room(model: Any, longest: int, max_new_tokens: int) -> None:
     if longest + max_new_tokens > context:
         size = f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens}"
         raise InputError(f"{size} exceed the model's context of {context}; lower the flag or shorten the prompts")
+
+
+def left_padded(rows: Sequence[list[int]], filler: int, device: Any) -> dict[str, Any]:
+    """Return input_ids, attention_mask and position_ids [rows, tokens] of a forward that generates (rows: token ids):
+    all rows end where the next token goes."""
+    import torch
+
+    width = max(map(len, rows))
+    inputs = {
+        "input_ids": [[filler] * (width - len(row)) + row for row in rows],
+        "attention_mask": [[0] * (width - len(row)) + [1] * len(row) for row in rows],
+        "position_ids": [[0] * (width - len(row)) + list(range(len(row))) for row in rows],
+    }
+    return {name: torch.tensor(values, device=device) for name, values in inputs.items()}
 
 
 def generate(

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import hashlib
+import json
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import common
 from common import InputError
-from distil.files import cache_dir, file_sha256, read_json
+from distil.files import cache_dir, file_sha256, read_json, write_json
+from distil.processes import rank_and_world
+from distil.runs import run_record
+from distil.support import check_supported, empty_model
 from distil.workarounds import quiet_libraries, use_cache_where_no_hub_answers
 
 EMBEDDED_MODEL = "smollm2-135m"
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# What decides a base's answers: weights, tokenizer, template. A calibration and notes of a run are not among it.
+CONTENT = "*.safetensors *.index.json config.json tokenizer* special_tokens_map.json added_tokens.json vocab.* "
+CONTENT += "merges.txt spiece.model chat_template*"
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,13 @@ class LoadOptions:
 
 def resolve(name: str) -> ModelRef:
     """Check a model name and return its reference; nothing is loaded. Raises InputError with what is wrong and what
-    exists: no such folder, an unfinished run, damaged weights, a base that cannot be reached."""
+    exists: no such folder, an unfinished run, damaged weights, a base that cannot be reached or is not supported."""
     check_model_name(name)
     quiet_libraries()
     config = adapter_config(name)
     base = config["base_model_name_or_path"] if config else name
-    return ModelRef(name, base, local_or_hub(base), name if config else None)
+    check_supported(path := local_or_hub(base))
+    return ModelRef(name, base, path, name if config else None)
 
 
 def resolve_student(student: str | None, adapter: str | None) -> ModelRef:
@@ -72,8 +80,19 @@ def resolve_student(student: str | None, adapter: str | None) -> ModelRef:
 def load(ref: ModelRef, options: LoadOptions, trainable: bool = False) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a resolved model; see `common.load_model`. Raises InputError."""
     warn_if_slow(ref)
+    if note := quantization_note(ref, options):
+        print(f"note: {note}", file=sys.stderr)
     how = options.quantization, options.compute_dtype, options.offload_folder
     return common.load_model(ref.path, ref.adapter, *how, trainable)
+
+
+def quantization_note(ref: ModelRef, options: LoadOptions) -> str | None:
+    """Return a note where an adapter's last training had its base in another quantization, which moves its scores."""
+    trained = (run_record(ref.adapter).get("flags") or {}).get("quantization", options.quantization)
+    if trained == options.quantization or rank_and_world()[0]:
+        return None
+    used = f"trained with --quantization {trained} and is used with {options.quantization}, so its scores differ"
+    return f"{ref.name} was {used} from those that it was trained for; give --quantization {trained}"
 
 
 def adapter_config(model_dir: str | Path) -> dict | None:
@@ -85,6 +104,8 @@ def adapter_config(model_dir: str | Path) -> dict | None:
     for key in ("base_model_name_or_path", "peft_type"):
         if not isinstance(config, dict) or not isinstance(config.get(key), str):
             raise InputError(f"{path}: damaged ({key} is missing); copy or train the adapter again")
+    if config["peft_type"] != "LORA":  # prompt and prefix tuning would be ignored by label scoring
+        raise InputError(f"{path}: an adapter of type {config['peft_type']}; take one of type LORA")
     return config
 
 
@@ -185,14 +206,9 @@ def embedded_model_dir() -> Path:
     return target
 
 
-@functools.lru_cache(maxsize=8)
 def parameter_count(path: str) -> int:
     """Return the parameters of a base model, from its configuration alone (nothing is loaded)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).num_parameters()
+    return empty_model(path).num_parameters()
 
 
 def warn_if_slow(ref: ModelRef) -> None:
@@ -207,25 +223,38 @@ def warn_if_slow(ref: ModelRef) -> None:
 
 
 def model_fingerprint(ref: ModelRef) -> str:
-    """Return a hash of a model's content that survives copying; another adapter or base has another one.
-    It covers all adapter weights, the base's name, configuration, tokenizer, chat template and, of each weight file,
-    size and samples of its complete length (merging an adapter leaves the embeddings at the file's beginning)."""
+    """Return a hash of all that decides a model's answers; it survives copying and moving, whatever the names.
+    Of the adapter: weights and configuration. Of a base in a folder: each byte of its CONTENT.
+    Of one on the hub, whose weights may not be here yet: the commit, which stands for the content."""
     digest = hashlib.sha256()
     if ref.adapter:
-        digest.update(file_sha256(Path(ref.adapter) / "adapter_model.safetensors").encode())
-        digest.update((Path(ref.adapter) / "adapter_config.json").read_bytes())
-    digest.update(ref.base.encode())
+        config = {**(adapter_config(ref.adapter) or {}), "base_model_name_or_path": None}  # the base's content counts
+        weights = content_sha256(Path(ref.adapter) / "adapter_model.safetensors")
+        digest.update(f"{json.dumps(config, sort_keys=True)} {weights}".encode())
     folder = Path(ref.path)
     if not folder.is_dir():
         from transformers import AutoConfig
 
-        digest.update(str(getattr(AutoConfig.from_pretrained(ref.path), "_commit_hash", "")).encode())
-    names = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    for file in sorted(file for name in names for file in folder.glob(name)) if folder.is_dir() else []:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with open(file, "rb") as handle:
-            for start in range(0, size, max(2**16, size // 64)):
-                handle.seek(start)
-                digest.update(handle.read(2**16))
+        digest.update(f"{ref.path} {getattr(AutoConfig.from_pretrained(ref.path), '_commit_hash', '')}".encode())
+    for file in sorted({file for names in CONTENT.split() for file in folder.glob(names) if file.is_file()}):
+        digest.update(f"{file.name} {content_sha256(file)} ".encode())
     return digest.hexdigest()[:16]
+
+
+def content_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file. Above 1 MB it is computed once and kept in the cache folder, under path, size,
+    inode and the times of the last change of content and of the file's record: the system alone sets the latter, so a
+    file with the modification time set back is read again. A change within the last two seconds is not relied on."""
+    stat = path.stat()
+    state = [str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    kept = cache_dir() / "hashes" / f"{hashlib.sha256(state[0].encode()).hexdigest()[:32]}.json"
+    if stat.st_size < 1_000_000:
+        return file_sha256(path)
+    with contextlib.suppress(InputError, KeyError, TypeError):
+        if (stored := read_json(kept))["file"] == state and len(stored["sha256"]) == 64:
+            return stored["sha256"]
+    digest = file_sha256(path)
+    if time.time_ns() - stat.st_ctime_ns > 2e9:
+        with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
+            write_json(kept, {"file": state, "sha256": digest})
+    return digest

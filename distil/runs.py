@@ -5,16 +5,19 @@ run.json is written last, as the mark of a complete run; `distil.training.run.tr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common import InputError, dtype_name
-from distil.files import check_folder, read_json, write_json
+from distil.files import check_folder, hold, read_json, write_json
+from distil.processes import rank_and_world
 
 
 def run_record(folder: str | Path | None) -> dict:
@@ -25,6 +28,18 @@ def run_record(folder: str | Path | None) -> dict:
     if not isinstance(sources, list) or not all(source is None or isinstance(source, dict) for source in sources):
         raise InputError(f"{path}: not a record of a run (an object with sources is expected, as trainers write it)")
     return record
+
+
+@contextlib.contextmanager
+def claimed(flags: Mapping[str, Any]) -> Iterator[None]:
+    """Keep other trainings out of --save_dir until the block ends, and check that this one may write there; with
+    --dry_run neither. Raises InputError."""
+    if flags["dry_run"]:
+        yield
+        return
+    with hold(flags["save_dir"]):
+        claim_run_dir(flags["save_dir"], flags["overwrite"], flags["resume"])
+        yield
 
 
 def claim_run_dir(save_dir: str | Path, overwrite: bool, resume: bool) -> None:
@@ -52,6 +67,8 @@ def check_settings(save_dir: str | Path, settings: dict[str, Any]) -> None:
     """Raise InputError where a resumed run would continue with other settings than the killed run's."""
     note = settings_path(save_dir)
     if not note.is_file():
+        if last_checkpoint(save_dir):
+            raise InputError(f"{note}: missing, so the killed run's settings are not known; --overwrite starts again")
         return
     before = read_json(note)
     if changed := [f"{k} (was {before.get(k)}, now {v})" for k, v in settings.items() if before.get(k) != v]:
@@ -65,14 +82,27 @@ def write_settings(save_dir: str | Path, settings: dict[str, Any]) -> None:
 
 def last_checkpoint(save_dir: str | Path) -> str | None:
     """Return the newest complete checkpoint of an unfinished run; remove those that a kill left incomplete."""
-    newest = None
+    newest, world = None, rank_and_world()[1]
     for folder in sorted(Path(save_dir, "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
         try:
-            read_json(folder / "trainer_state.json")  # the Trainer writes it last
+            read_json(folder / "trainer_state.json")  # written last, but other processes may not have ended by then
+            states = [f"rng_state_{i}.pth" for i in range(world)] if world > 1 else ["rng_state.pth"]
+            for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", *states):
+                (folder / name).stat()
             newest = str(folder)
-        except InputError:
+        except (InputError, FileNotFoundError):
             shutil.rmtree(folder)
     return newest
+
+
+def conditions(dtype: str) -> dict[str, str | None]:
+    """Return what decides a result's last digits besides flags, data and model, for a run that is resumed: the type of
+    computation that --compute_dtype `dtype` is here, the GPU, versions of packages."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {f"{name} version": number for name, number in package_versions().items()}
+    return {"dtype": dtype_name(dtype), "gpu": gpu, **versions}
 
 
 def machine() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Departures from the plain driver: the beginning that all prompts share is run once and its key/value cache reused; rows
 of a batch that begin alike (those of one customer do) run that beginning once; rows of several adapters go through one
-forward (PEFT's mixed batches); the batch size can be searched for; priors are cached on disk.
+forward (PEFT's mixed batches); the batch size can be searched for; priors are cached on disk. Each scorer compares
+itself with the model's own logits first, and where they differ it scores by these, as the plain driver does.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import InputError, LabelScorer, PromptEncoder, dtype_name, form_scores, left_padded
+from common import InputError, LabelScorer, PromptEncoder, dtype_name, form_scores, right_padded, token_log_probs
 from distil.files import cache_dir, read_json, write_json
 from distil.models import LoadOptions
+from distil.processes import rank_and_world
+from distil.support import TAKE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 METHODS = ("none", "contextual", "batch", "fitted", "auto")  # --calibration; distil/calibration.py explains them
 STEM_TOKENS = 256  # another forward has to save at least this many tokens: about what starting one costs
+# Largest difference in nats between the fast way and the model's own logits, which bf16 has in steps of 1/16 to 1/4.
+TOLERANCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.4}
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 Adapters = Sequence[str | None]  # name of each row's adapter, or None for the model as it is
 
@@ -103,15 +108,52 @@ class FastLabelScorer(LabelScorer):
         import torch
 
         super().__init__(model, encoder, forms, aggregate, batch_size)
-        self.prefix: list[int] = []
+        self.prefix = common_beginning([encoder.prompt(turn) for turn in shared_by]) if shared_by else []
         self._prefix_caches: dict[str | None, list[tuple[Any, Any]]] = {}
-        if shared_by:
-            self.prefix = common_beginning([encoder.prompt(turn) for turn in shared_by])
-        for adapter in (adapters or [None]) if self.prefix else []:  # each computes other keys and values
-            with torch.inference_mode(), self._using([adapter]):
-                ids = torch.tensor([self.prefix], device=self.device)
-                cache = self.body(input_ids=ids, use_cache=True).cache
-            self._prefix_caches[adapter] = [(layer.keys, layer.values) for layer in cache.layers]
+        self.plain, self._shares = False, True  # by the model's own logits; with shared beginnings
+        with torch.inference_mode():
+            self._check(adapters or [None])
+
+    def _check(self, adapters: Adapters) -> None:
+        """Score a padded pair both ways; where they differ, the plain way stays, with a note.
+        The short row begins the long one, so that one forward gives the model's own logits of both, and the cache of
+        the shared beginning. Raises InputError where later tokens or other rows change a row's own logits."""
+        import numpy as np
+        import torch
+        from transformers import DynamicCache
+
+        beginning, word = self.prefix or self.encoder.prompt("-"), self.form_ids[0]
+        pair, first = [beginning + word, beginning + 4 * word], [[ids[0] for ids in self.form_ids]]
+        self.check_length(pair)
+        kind, limit = self.model.config.model_type, TOLERANCE[str(self.head.weight.dtype)]
+        own: list[np.ndarray] = []
+        for adapter in adapters:  # each computes other keys and values
+            cache = DynamicCache()  # not of the configuration: window layers would keep their window alone
+            try:
+                with self._using([adapter]):
+                    own += list(super().log_probs(pair[1:], [first * (3 * len(word) + 1)], cache)[0, [0, -1]])
+            except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
+                raise InputError(f"{kind} models cannot be scored on text alone ({error}); {TAKE}") from None
+            layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+            self._shares &= bool(layers) and all(
+                keys is not None and keys.shape[-2] == len(pair[1]) for keys, _ in layers
+            )
+            if self._shares:
+                kept = [(keys[:, :, : len(self.prefix)], values[:, :, : len(self.prefix)]) for keys, values in layers]
+                self._prefix_caches[adapter] = kept
+        names, rows = [name for name in adapters for _ in pair], pair * len(adapters)
+        self.prefix = self.prefix if self._shares else []
+        with contextlib.suppress(RuntimeError):  # where what stands before the head also changes the width
+            gap = np.abs(self.log_probs(rows, [first] * len(rows), names)[:, 0] - own).max()
+            if isinstance(self.head, torch.nn.Linear) and not gap > limit:  # LoRA makes it another class
+                return  # also with NaN, which `joined` reports
+        self.plain, self._shares, self.prefix = True, False, []
+        alone = [self.log_probs([row], [first], [name])[0, 0] for row, name in zip(rows, names, strict=True)]
+        together = self.log_probs(rows, [first] * len(rows), names)[:, 0]
+        if np.abs([together - alone, own - np.array(alone)]).max() > limit:
+            raise InputError(f"{kind}: what follows a token, or other rows of a batch, change its score; {TAKE}")
+        note = f"note: this {kind} model is scored by its own logits, which the fast way of scoring misses"
+        _print_once(f"{note}: slower, and rounded where it computes in bfloat16")
 
     def _using(self, adapters: Adapters) -> contextlib.AbstractContextManager:
         """Return PEFT's mixed batches: row i of each forward inside goes through adapter i (PeftModel.forward)."""
@@ -130,9 +172,7 @@ class FastLabelScorer(LabelScorer):
         scores = np.empty((len(rows), len(self.form_ids)))
         bar = tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None, file=sys.stderr)
         with torch.inference_mode(), bar:
-            if self.batch_size == "auto" and len(rows) >= 256:
-                self.batch_size = self._fastest_batch_size(rows, names)
-                print(f"--batch_size auto: {self.batch_size} rows a forward", file=sys.stderr)
+            self.settled_batch_size(rows, names)
             for chosen in self._batches(rows, names):
                 scores[chosen] = self._score_batch([rows[i] for i in chosen], [names[i] for i in chosen])
                 bar.update(len(chosen))
@@ -140,7 +180,25 @@ class FastLabelScorer(LabelScorer):
 
     def _score_batch(self, rows: list[list[int]], adapters: list[str | None]) -> np.ndarray:
         """Return mean log-probabilities [rows, forms]."""
-        return form_scores(functools.partial(self.hidden, adapters=adapters), rows, self.form_ids, self.head)
+        return form_scores(functools.partial(self.log_probs, adapters=adapters), rows, self.form_ids)
+
+    def log_probs(self, rows: list[list[int]], targets: list, adapters: Adapters = ()) -> np.ndarray:
+        """Return log-probabilities [rows, positions, k] as `LabelScorer.log_probs`, by the way that `_check` chose."""
+        adapters = list(adapters) or [None] * len(rows)
+        if not self.plain:
+            return token_log_probs(self.hidden(rows, len(targets[0]), adapters), self.head, targets)
+        with self._using(adapters):
+            return super().log_probs(rows, targets)
+
+    def settled_batch_size(self, rows: Sequence[list[int]], adapters: Adapters = ()) -> int:
+        """Return the rows a forward; `auto` becomes the fastest number for these rows, and is 32 for under 256."""
+        import torch
+
+        if self.batch_size == "auto" and len(rows) >= 256:
+            with torch.inference_mode():
+                self.batch_size = self._fastest_batch_size(rows, adapters or [None] * len(rows))
+            print(f"--batch_size auto: {self.batch_size} rows a forward", file=sys.stderr)
+        return 32 if self.batch_size == "auto" else self.batch_size
 
     def _fastest_batch_size(self, rows: Sequence[list[int]], adapters: Adapters) -> int:
         """Double the size from 8 as long as a row gets at least a twentieth faster and the longest rows fit."""
@@ -166,7 +224,7 @@ class FastLabelScorer(LabelScorer):
     def _batches(self, rows: Sequence[list[int]], adapters: Adapters) -> list[list[int]]:
         """Return row numbers in batches: rows of like length together, or of like beginning where that runs less."""
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-        size = 32 if self.batch_size == "auto" else self.batch_size
+        size = self.settled_batch_size([])
         if len(rows) <= size:  # as always in the server: nothing to choose
             return [by_length] if rows else []
         by_beginning = sorted(range(len(rows)), key=lambda i: (adapters[i] or "", rows[i]))
@@ -181,7 +239,7 @@ class FastLabelScorer(LabelScorer):
         """Return (length, tokens to run): up to which length rows that begin alike run once for all of them.
         It is the length at which the fewest tokens are run beyond the first `start`; `start` itself where another
         forward would not pay."""
-        longest, most = max(map(len, rows)), min(map(len, rows)) - positions
+        longest, most = max(map(len, rows)), min(map(len, rows)) - positions if self._shares else 0
         alone = len(rows) * (longest - start)
         best, fewest = start, min(0.8 * alone, alone - STEM_TOKENS)
         neighbours = pairwise(sorted(zip((adapter or "" for adapter in adapters), rows, strict=True)))
@@ -193,11 +251,10 @@ class FastLabelScorer(LabelScorer):
                 best, fewest = length, tokens
         return best, int(fewest) if best > start else alone
 
-    def hidden(self, rows: list[list[int]], positions: int, adapters: list[str | None] | None = None) -> torch.Tensor:
+    def hidden(self, rows: list[list[int]], positions: int, adapters: list[str | None]) -> torch.Tensor:
         """Return final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
         import torch
 
-        adapters = adapters or [None] * len(rows)
         start = len(self.prefix)
         if any(row[:start] != self.prefix or len(row) - start < positions for row in rows):
             start = 0
@@ -207,11 +264,11 @@ class FastLabelScorer(LabelScorer):
             keys = [(adapter, tuple(row[:length])) for adapter, row in zip(adapters, rows, strict=True)]
             stems = list(dict.fromkeys(keys))
             names = [adapter for adapter, _ in stems]
-            before = self._prefix_layers(names) if start else None
-            cache = self._forward([list(ids) for _, ids in stems], start, before, names, True).cache
+            before = self._prefix_layers(names) if start else []
+            _, cache = self._forward([list(ids) for _, ids in stems], start, before, names, 1)
             index = torch.tensor([stems.index(key) for key in keys], device=self.device)
             layers = [[layer.keys[index], layer.values[index]] for layer in cache.layers]
-        return self._forward(rows, length, layers, adapters).last_hidden_state[:, -positions:]
+        return self._forward(rows, length, layers, adapters, positions)[0]
 
     def _prefix_layers(self, adapters: list[str | None]) -> list[list[torch.Tensor]]:
         """Return keys and values of the shared beginning for rows of these adapters, layer by layer."""
@@ -223,16 +280,25 @@ class FastLabelScorer(LabelScorer):
         return [[torch.cat(parts) for parts in zip(*layer, strict=True)] for layer in zip(*caches, strict=True)]
 
     def _forward(
-        self, rows: list[list[int]], start: int, layers: list | None, adapters: Adapters, keep_cache: bool = False
-    ) -> Any:
-        """Return the body's output for the tokens of each row from `start` on; `layers`: keys and values of those
-        before, layer by layer. Padding is on the left, between the two."""
+        self, rows: list[list[int]], start: int, layers: list | None, adapters: Adapters, positions: int
+    ) -> tuple[torch.Tensor, Any]:
+        """Return hidden states [rows, positions, hidden] of each row's last positions, and the cache.
+        layers: keys and values of the first `start` tokens, which are not run; None for no cache."""
         from transformers import DynamicCache
 
-        inputs = left_padded(rows, self.encoder.tokenizer.pad_token_id, self.device, start)
-        cache = DynamicCache([tuple(layer) for layer in layers]) if layers else None
+        rows = [row[start:] for row in rows]
+        ids, last = right_padded(rows, positions, self.encoder.tokenizer.pad_token_id, self.device)
+        cache = DynamicCache([tuple(layer) for layer in layers] or None) if layers is not None else None
         with self._using(adapters):
-            return self.body(**inputs, cache=cache, use_cache=keep_cache or bool(layers))
+            output = self.body(input_ids=ids, cache=cache, use_cache=cache is not None)
+        return output.last_hidden_state[last], cache
+
+
+@functools.cache
+def _print_once(note: str) -> None:
+    """Print a note on stderr, in the first process and once for all scorers."""
+    if rank_and_world()[0] == 0:
+        print(note, file=sys.stderr)
 
 
 def label_prior(

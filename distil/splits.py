@@ -1,4 +1,4 @@
-"""Split rows by customer, and keep notes of the split next to prepared data, for trainers and evaluation.
+"""Split rows by customer, and record it: in notes next to prepared data, and in the folders of what was trained on it.
 
 All scripts draw the same split from a hash, so nothing has to be passed around for them to agree.
 """
@@ -6,11 +6,17 @@ All scripts draw the same split from a hash, so nothing has to be passed around 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import InputError
-from distil.files import check_folder, file_sha256, read_json, write_json, write_jsonl
+from distil.files import check_folder, file_sha256, hold, read_json, write_json, write_jsonl
+from distil.models import adapter_config
+from distil.runs import run_record
+
+EXPORTED = "distil_slm"  # in an export's config.json, so that a copy without export.json keeps its provenance
 
 
 def hash_share(name: str, seed: int) -> float:
@@ -39,9 +45,10 @@ def preparation(data: str, sha256: str | None = None) -> dict[str, Any]:
         note = read_json(path)
         if not isinstance(note, dict) or not isinstance(note.get("files", {}), dict):
             raise InputError(f"{path}: not a note of prepared data (an object with files); prepare it again")
-        if noted := note.get("files", {}).get(Path(data).name):
-            if noted == (sha256 := sha256 or file_sha256(data)):
-                return note
+        files, sha256 = note.get("files", {}), sha256 or file_sha256(data)
+        if sha256 in files.values():  # under this name or, renamed since, another
+            return note
+        if Path(data).name in files:
             changed = {"changed": str(path)}  # by another script, which left another note, or by hand
     return changed
 
@@ -56,11 +63,84 @@ def unchanged_preparation(data: str, sha256: str) -> dict[str, Any]:
     return note
 
 
-def note_preparation(output: str, note: dict[str, Any], **more: Any) -> None:
-    """Write the note of a data file that was made from another, from that one's note, if its split is known."""
+@dataclass(frozen=True)
+class Provenance:
+    """What data or a model comes from. split_seed: of the training rows, None where unknown; sources: the raw files
+    {"file", "sha256"}, None for an unknown one, empty where nothing was trained; gold_share: the largest share of
+    customers whose labels were used, None where unknown."""
+
+    name: str
+    split_seed: int | None = None
+    sources: tuple[dict[str, Any] | None, ...] = ()
+    gold_share: float | None = 0.0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return the fields as run.json, export.json and notes have them."""
+        return {"split_seed": self.split_seed, "sources": list(self.sources), "gold_share": self.gold_share}
+
+
+def recorded(name: str, record: dict[str, Any]) -> Provenance:
+    """Return the provenance in a record: run.json, export.json or a note of prepared data; of an empty one, unknown.
+    name: for messages. Raises InputError for a damaged record."""
+    record = record if isinstance(record, dict) else {"sources": record}
+    split_seed, gold_share = record.get("split_seed"), record.get("gold_share")
+    sources = record.get("sources") or [record.get("source")]
+    sources = [*sources, None] if split_seed is None and isinstance(sources, list) else sources
+    right = isinstance(sources, list) and all(s is None or (isinstance(s, dict) and "file" in s) for s in sources)
+    if not right or type(split_seed) not in (int, type(None)) or type(gold_share) not in (int, float, type(None)):
+        raise InputError(f"{name}: its record of split_seed, sources and gold_share is damaged; make it again")
+    return Provenance(name, split_seed, _each_once(sources), gold_share)
+
+
+def joined(*parts: Provenance) -> Provenance:
+    """Return the provenance of what all parts went into, with the first one's name.
+    Raises InputError where two have different splits: rows of one are validation rows of the other."""
+    first, *others = [part for part in parts if part.split_seed is not None] or [parts[0]]
+    for part in others:
+        if part.split_seed != first.split_seed:
+            seeds = f"{part.name} was trained with --split_seed {part.split_seed}, {first.name} has {first.split_seed}"
+            raise InputError(f"{seeds}: its rows are validation rows of the other; use the same split for both")
+    shares = [part.gold_share for part in parts]
+    sources = _each_once([source for part in parts for source in part.sources])
+    return Provenance(parts[0].name, first.split_seed, sources, None if None in shares else max(shares))
+
+
+def _each_once(sources: list) -> tuple[dict[str, Any] | None, ...]:
+    return tuple(source for i, source in enumerate(sources) if source not in sources[:i])
+
+
+def provenance(name: str) -> Provenance:
+    """Return what a model was trained on, with the base below an adapter and all that an export was merged from.
+    A base model that no script of this project wrote has no sources. Raises InputError where parts have different
+    splits, and for damaged records."""
+    config = adapter_config(name)
+    base = config["base_model_name_or_path"] if config else name
+    export, plain = (Path(base) / file for file in ("export.json", "config.json"))
+    record = read_json(export) if export.is_file() else read_json(plain) if plain.is_file() else {}
+    if not export.is_file():
+        record = record.get(EXPORTED) if isinstance(record, dict) else None
+    origin = Provenance(base) if record is None else recorded(base, record)
+    return joined(recorded(name, run_record(name)), origin) if config else origin
+
+
+def check_split(models: Iterable[str], data: str, sha256: str) -> None:
+    """Raise InputError where a model was trained on another split of the raw file that validation rows come from: they
+    may be among its training rows. data: their file, with the note of its preparation; sha256: its hash."""
+    note = preparation(data, sha256)
+    for origin in map(provenance, models) if note.get("source") else ():
+        same = note["source"].get("sha256") in [source.get("sha256") for source in origin.sources if source]
+        if same and origin.split_seed not in (None, note.get("split_seed")):
+            seeds = f"trained with --split_seed {origin.split_seed}, {data} was prepared with {note.get('split_seed')}"
+            raise InputError(f"{origin.name}: {seeds}: its rows may have been trained on; use one split for both")
+
+
+def note_preparation(output: str, note: dict[str, Any], origin: Provenance, **more: Any) -> None:
+    """Write the note of a data file that was made from another: that one's note, with the provenance of all that went
+    into the new file. Without a note of the first and a known origin there is none."""
     path = Path(output)
-    if "split_seed" in note:
-        note = note | {"files": {path.name: file_sha256(path)}, **more}
+    if note or origin.split_seed is not None or any(origin.sources):
+        note = note | origin.record | {"files": {path.name: file_sha256(path)}, **more}
         write_json(path.with_name(f"{path.stem}_prepared.json"), note)
 
 
@@ -76,9 +156,10 @@ def write_parts(outdir: str, task: str, parts: dict[str, list[dict]], src: str, 
     for path in (note_path, *paths.values()):
         if path.is_dir():
             raise InputError(f"{path}: a folder is in the way; move it, or choose another --outdir")
-    note_path.unlink(missing_ok=True)  # an old note must not describe new files
-    for part, path in paths.items():
-        write_jsonl(path, parts[part])
-        files[path.name] = file_sha256(path)
-        print(f"wrote {len(parts[part])} rows to {path}")
-    write_json(note_path, note | {"source": {"file": src, "sha256": file_sha256(src)}, "files": files})
+    with hold(note_path):
+        note_path.unlink(missing_ok=True)  # an old note must not describe new files
+        for part, path in paths.items():
+            write_jsonl(path, parts[part])
+            files[path.name] = file_sha256(path)
+            print(f"wrote {len(parts[part])} rows to {path}")
+        write_json(note_path, note | {"source": {"file": src, "sha256": file_sha256(src)}, "files": files})

@@ -172,13 +172,14 @@ class TinyEngine:
 class Endpoint:
     """An OpenAI-compatible server that answers by rule; `faults` are played before the answers.
 
-    It records the requests, how often each prompt was answered, and the keys that were sent."""
+    It records the requests, how often each prompt was answered, and the keys and paths that were sent."""
 
     def __init__(self, faults: tuple[str, ...] = (), logprobs: bool = False, seconds: float = 0.0):
         self.faults, self.logprobs, self.seconds = list(faults), logprobs, seconds
         self.answered: Counter[str] = Counter()
         self.requests: list[dict] = []
         self.keys: set[str] = set()
+        self.paths: set[str] = set()
         self.refusal = b'{"error": {"message": "not now"}}'
         endpoint, lock = self, threading.Lock()
 
@@ -190,6 +191,7 @@ class Endpoint:
                 with lock:
                     endpoint.requests.append(body)
                     endpoint.keys.add(self.headers["authorization"])
+                    endpoint.paths.add(self.path)
                     fault = endpoint.faults.pop(0) if endpoint.faults else None
                 time.sleep(endpoint.seconds)
                 if fault == "drop":

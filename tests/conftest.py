@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,29 @@ def write_lines(path: str | Path, rows: list) -> str:
 def all_files(folder: Path) -> list[str]:
     """Return the paths of everything in a folder, relative to it, sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@contextlib.contextmanager
+def other_process(code: str, *arguments: object) -> Iterator[subprocess.Popen]:
+    """Run Python code in another process, from its first line of output on, and kill it at the end."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
+# Holds sys.argv[1] until it is killed.
+HOLD = """
+import sys, time
+from distil.files import hold
+with hold(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(100)
+"""
 
 
 def in_two_processes(script: str | Path, *flags: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -101,6 +125,13 @@ def assert_error(reply: Any, status: int, code: str) -> dict:
 # Flags of a tiny model and of its scoring: unquantised float32, two content-free prompts.
 FLOAT32 = ["--quantization", "none", "--compute_dtype", "float32"]
 PLAIN = [*FLOAT32, "--null_prompts", "2"]
+
+
+def plain(flags: tuple[str, ...]) -> list[str]:
+    """Return PLAIN as far as it has an effect: --calibration none uses no prior."""
+    return FLOAT32 if "--calibration none" in " ".join(flags) else PLAIN
+
+
 CREDIT_TEXT = (  # the example of the whitepaper
     "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
     "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
@@ -130,7 +161,7 @@ def infer_one(capsys: Any, model: str, *flags: str) -> dict:
     import infer_creditmix
 
     capsys.readouterr()
-    assert infer_creditmix.main(["--model_dir", model, *PLAIN, "--features", CREDIT_TEXT, *flags]) == 0
+    assert infer_creditmix.main(["--model_dir", model, *plain(flags), "--features", CREDIT_TEXT, *flags]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -139,7 +170,8 @@ def evaluate(model: str, data: str, *flags: str) -> int:
     import eval_creditmix
 
     small = [] if "--val_per_class" in flags else ["--val_per_class", "20"]
-    return eval_creditmix.main(["--model_dir", model, "--data", data, *PLAIN, "--bootstrap", "50", *small, *flags])
+    prior = FLOAT32 if "--fit" not in flags and "--calibration none" in " ".join(flags) else PLAIN
+    return eval_creditmix.main(["--model_dir", model, "--data", data, *prior, "--bootstrap", "50", *small, *flags])
 
 
 def evaluate_json(capsys: Any, model: str, data: str, *flags: str) -> dict:
@@ -325,8 +357,8 @@ def schema_file(tmp_path) -> Path:
 def own_server_log(here):
     """Reset the server's log handlers after a test, and run it in an empty folder.
 
-    A handler of one test must not write to its closed output in the next, and a calibration of the base in runs/ of
-    the starting folder would be used."""
+    A handler of one test must not write to its closed output in the next, and adapters in runs/ of the starting
+    folder would be used."""
     yield
     log = logging.getLogger("serve_creditmix")
     log.handlers, log.propagate = [], True

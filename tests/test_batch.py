@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distil.batch import _resume_point, parse_line, run_file
+from common import InputError
+from distil.batch import _resume_point, check_output, parse_line, run_file
 from distil.files import write_json
 
 
@@ -18,7 +19,7 @@ def test_a_number_read_as_infinity_is_refused_and_never_written(tmp_path):
     (tmp_path / "in.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="not JSON compliant"):
         work = [{"score": float("inf")}]
-        run_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", 1, {}, 1, lambda lines: work)
+        run_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", {}, 1, lambda lines: work)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -40,3 +41,25 @@ def test_finished_lines_survive_a_kill(here, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", lambda *args: 1 / 0)
     assert _resume_point(part, {}, together=2) == 2
     assert part.read_text() == "1\n2\n"
+
+
+def test_an_input_that_changes_meanwhile_is_refused(here):
+    """Lines of two versions would be mixed, or lines be missing."""
+    source = here / "in.jsonl"
+    source.write_text('{"n": 0}\n' * 4)
+
+    def work(lines):
+        source.write_text('{"n": 1}\n' * 3)
+        return [json.loads(line) for line in lines]
+
+    with pytest.raises(InputError, match=r"in\.jsonl: changed while it was read; --overwrite starts again"):
+        run_file(source, here / "out.jsonl", {}, 2, work)
+    assert not (here / "out.jsonl").exists() and not (here / "out.jsonl.part").read_text()
+    with pytest.raises(InputError, match=r"left by a run with another .* \(input_sha256\)"):
+        run_file(source, here / "out.jsonl", {}, 2, work)
+
+
+def test_an_output_named_like_an_unfinished_file_is_refused(here):
+    """It could be the one that another run is about to rename."""
+    with pytest.raises(InputError, match=r"out\.jsonl\.part: \.part is for unfinished files; choose another --output"):
+        check_output(here / "out.jsonl.part", overwrite=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from scipy.special import softmax
 import infer_creditmix
 from common import Calibration, InputError
 from distil.calibration import (
+    calibration_path,
+    candidates,
     choose_method,
     cross_fitted_probabilities,
     fit_calibration,
@@ -23,7 +27,8 @@ from distil.calibration import (
 from distil.creditmix.evaluation import EvalOptions, draw
 from distil.creditmix.model import CreditModel, credit_options
 from distil.creditmix.rows import LABELS, read_creditmix
-from distil.models import model_fingerprint, resolve
+from distil.files import cache_dir
+from distil.models import ModelRef, model_fingerprint, resolve
 from distil.splits import split_of
 from distil.testing import save_adapter
 
@@ -132,6 +137,20 @@ def test_rows_that_are_all_right_or_all_alike_give_a_finite_calibration(answers)
     assert np.isfinite(fitted.probabilities(np.array([[-800.0, -0.1, -800.0]]))).all()
 
 
+@pytest.mark.parametrize("fit_bias", ["likelihood", "shares"])
+def test_a_fit_that_gets_all_rows_right_is_not_chosen(capsys, fit_bias):
+    """Its temperature has no best value: the limit that it ends at would pass for certainty."""
+    answers = np.array([0, 1, 2] * 3)
+    raw = np.where(np.eye(3)[answers], -0.5, -2.0)
+    methods, losses = candidates(raw, np.zeros(3), answers, [str(i) for i in range(9)], fit_bias)
+    assert set(losses) == {"none", "contextual", "batch"} and set(methods) == {*losses, "fitted"}
+    assert choose_method(losses, [str(i) for i in range(9)]) == "none"
+    assert "note: a fit gets all 9 rows right: its temperature is arbitrary" in capsys.readouterr().err
+    answers[0] = 1  # one wrong row determines it
+    assert "fitted" in candidates(raw, np.zeros(3), answers, [str(i) for i in range(9)], fit_bias)[1]
+    assert not capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- choose, write and read
 
 
@@ -230,19 +249,81 @@ def test_fit_bias_shares_moves_the_biases(here, capsys, credit_adapter, credit_f
     assert np.abs(np.subtract(*biases)).max() > 1e-3
 
 
-def test_a_base_keeps_its_calibration_in_its_own_run_folder(here, capsys, model_dir, credit_file):
-    evaluate(model_dir, credit_file, "--fit")
-    stored = json.loads((here / "runs/creditmix_base/calibration.json").read_text())
-    response = infer_one(capsys, model_dir)
-    moved = response["scores"]["Bad"] - (response["raw_scores"]["Bad"] - response["prior"]["Bad"])
-    assert moved == pytest.approx(stored["bias"]["Bad"], abs=3e-6)
+def test_a_base_keeps_its_calibration_in_its_folder(here, capsys, model_dir, credit_file, monkeypatch):
+    """So it is found from any working directory, and under any name of the folder."""
+    own = shutil.copytree(model_dir, here / "own")
+    before = model_fingerprint(resolve("own"))
+    evaluate("own", credit_file, "--fit")
+    assert model_fingerprint(resolve("own")) == before
+    stored = json.loads((own / "calibration.json").read_text())
+    (here / "elsewhere").mkdir()
+    for folder, name in (("..", "own"), (".", "../own"), ("/", str(own))):
+        monkeypatch.chdir(here / "elsewhere" / folder)
+        response = infer_one(capsys, name)
+        moved = response["scores"]["Bad"] - (response["raw_scores"]["Bad"] - response["prior"]["Bad"])
+        assert moved == pytest.approx(stored["bias"]["Bad"], abs=3e-6) and abs(moved) > 1e-3
+    shutil.copy(own / "calibration.json", save_other_base(model_dir, here / "other"))
+    with pytest.raises(InputError, match=r"other/calibration\.json: fitted with another model "):
+        infer_one(capsys, str(here / "other"))
+
+
+def save_other_base(model_dir: str, folder: Path) -> Path:
+    """Copy a model, with another template."""
+    with open(shutil.copytree(model_dir, folder) / "chat_template.jinja", "a") as out:
+        out.write(" ")
+    return folder
+
+
+def test_a_base_without_a_folder_of_the_users_keeps_its_calibration_by_content(here, model_dir):
+    other = str(save_other_base(model_dir, here / "other"))
+    embedded, changed = (ModelRef("smollm2-135m", "smollm2-135m", path) for path in (model_dir, other))
+    assert calibration_path(embedded) == cache_dir() / "calibrations" / f"{model_fingerprint(embedded)}.json"
+    assert calibration_path(changed).parent == calibration_path(embedded).parent
+    assert calibration_path(changed) != calibration_path(embedded)
+
+
+def test_a_calibration_that_cannot_be_stored_is_refused_before_any_scoring(
+    here, model_dir, credit_adapter, credit_file, monkeypatch
+):
+    def scores(*rest):
+        raise RuntimeError("scored")
+
+    allowed, own = (
+        os.access,
+        [shutil.copytree(folder, here / Path(folder).name) for folder in (credit_adapter, model_dir)],
+    )
+    monkeypatch.setattr(CreditModel, "load", scores)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in own and allowed(path, mode))
+    for folder in own:
+        with pytest.raises(InputError, match=f"{folder.name}: is not writable"):
+            evaluate(str(folder), credit_file, "--fit")
+        with pytest.raises(RuntimeError, match="scored"):
+            evaluate(str(folder), credit_file)
+    with pytest.raises(RuntimeError, match="scored"):
+        evaluate(str(own[1]), credit_file, "--fit", "--keep_base")
+
+
+def test_a_calibration_belongs_to_the_weights_that_were_scored(here, capsys, credit_adapter, credit_file, monkeypatch):
+    """The adapter is trained again while the rows are scored: the new one has no calibration."""
+    own, scored = shutil.copytree(credit_adapter, here / "own"), CreditModel.raw_scores
+
+    def replaced(self, *rest):
+        result = scored(self, *rest)
+        save_adapter(own, json.loads((own / "run.json").read_text())["base_model"], seed=9)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CreditModel, "raw_scores", replaced)
+        evaluate(str(own), credit_file, "--fit")
+    with pytest.raises(InputError, match="fitted with another model"):
+        infer_one(capsys, str(own))
 
 
 def test_keep_base_stores_calibrations_of_adapters_alone(here, capsys, credit_adapter, model_dir, credit_file):
     own = str(shutil.copytree(credit_adapter, here / "own"))
     report = evaluate_json(capsys, model_dir, credit_file, "--model_dir", model_dir, own, "--fit", "--keep_base")
     assert [model["calibration"] for model in report["models"]] == ["fitted", "fitted"]
-    assert (here / "own/calibration.json").exists() and not (here / "runs").exists()
+    assert (here / "own/calibration.json").exists() and not Path(model_dir, "calibration.json").exists()
 
 
 def test_a_calibration_of_another_model_or_forms_is_refused(here, capsys, credit_adapter, model_dir, credit_file):
@@ -254,11 +335,12 @@ def test_a_calibration_of_another_model_or_forms_is_refused(here, capsys, credit
         InputError, match=r"calibration\.json: fitted with another model .* fit again with eval_credit"
     ):
         infer_one(capsys, other)
-    words = here / "words.json"
+    words, same = here / "words.json", here / "same.json"
     words.write_text(json.dumps({"Standard": ["Standard", "Typical"]}))
+    same.write_text(json.dumps({"Standard": ["Standard"]}))
     for flags, name in (
         (["--verbalizers", str(words)], "forms"),
-        (["--aggregate", "mean"], "aggregate"),
+        (["--verbalizers", str(same), "--aggregate", "mean"], "aggregate"),
         (["--null_prompts", "3"], "null_prompts"),
     ):
         with pytest.raises(InputError, match=f"fitted with another {name} "):

@@ -12,11 +12,14 @@ import pytest
 from conftest import all_files
 
 import creditmix_prepare
+import dpo_prepare
+import eval_codegen
 import eval_creditmix
+import eval_idp
 import kd_prepare
 import sft_train
 from common import InputError
-from distil.cli import run_script
+from distil.cli import new_parser, refuse_unused, run_script
 from distil.testing import ROOT, credit_rows, run_cli
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text())
@@ -256,6 +259,59 @@ def test_shares_of_gold_labels_out_of_range_are_refused(capsys, share):
         with pytest.raises(SystemExit) as stop:
             main([*needed.get(main, []), "--gold_share", share])
         assert stop.value.code == 2 and "--gold_share" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--a", "5", "--b", "--c", "x"], "--a, --b: only with --d; --c: for nothing; leave out what has no effect"),
+        (["--a", "1"], "--a: only with --d; leave out"),  # its default
+        (["--d", "2", "--c", "late"], "--c: for nothing; leave out"),  # a default of set_defaults
+        (["--d", "2"], None),
+        ([], None),
+    ],
+)
+def test_flags_that_would_be_ignored_are_named(argv, message):
+    parser = new_parser("")
+    parser.add_argument("--a", type=int, default=1)
+    parser.add_argument("--b", action="store_true")
+    parser.add_argument("--c")
+    parser.add_argument("--d")
+    parser.set_defaults(c="late")
+    unused = {"only with --d": [] if "--d" in argv else ["a", "b"], "for nothing": ["c"]}
+    if message is None:
+        return refuse_unused(parser, argv, unused)
+    with pytest.raises(InputError, match=message):
+        refuse_unused(parser, argv, unused)
+
+
+IGNORED = {
+    eval_creditmix.main: [
+        ("--model_dir m --fit_bias likelihood --fit_per_class 9 --keep_base", "--fit_bias, --fit_per_class, --keep_b"),
+        ("--model_dir m --reference m", "--reference: only with several models or --baselines"),
+        ("--model_dir m --calibration none --null_prompts 3", "--null_prompts: --calibration none uses no prior"),
+        ("--model_dir m --aggregate mean", "--aggregate: only with --verbalizers"),
+    ],
+    eval_idp.main: [("--model_dir m --retries 0 --seed 0", "--seed: only for retries")],
+    eval_codegen.main: [
+        ("--references --temperature 0.5 --report_dir r --k 1", "--k, --report_dir, --temperature: only for answers"),
+        ("--model_dir m --seed 0", "--seed: only with --temperature above 0"),
+    ],
+    dpo_prepare.main: [
+        ("--task label --n 4 --gold --temperature 0.8", "--n, --gold, --temperature: only for --task json or code"),
+        ("--task label --schema s --seconds 1", "--schema: only for --task json; --seconds: only for --task code"),
+        ("--task json --seconds 5", "--seconds: only for --task code"),
+        ("--task code --schema s", "--schema: only for --task json"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("main", "flags", "message"), [(m, *case) for m, cases in IGNORED.items() for case in cases])
+def test_flags_without_effect_are_refused_by_evaluations_and_pairs(here, main, flags, message, model_dir):
+    files = ["--model_dir", model_dir, "--input", "in.jsonl", "--output", "out.jsonl"]
+    with pytest.raises(InputError, match=message):
+        main([*(files if main is dpo_prepare.main else []), *flags.split()])
+    assert not list(here.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------- files that fail

@@ -12,6 +12,7 @@ from conftest import HUMANEVAL, MBPP, OURS, read_lines, write_lines
 import codegen_prepare
 import eval_codegen
 import infer_codegen
+from common import InputError
 from distil.codegen.coder import CodegenOptions
 from distil.codegen.tasks import codegen_prompt, parses
 from distil.splits import preparation
@@ -109,3 +110,9 @@ def test_wrong_input_ends_with_status_2_and_one_line(script, argv, message, tmp_
     done = run_cli(script, *argv, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--overwrite"], ["--seed", "1"], ["--seconds", "3"]])
+def test_flags_without_effect_are_refused(flags, model_dir):
+    with pytest.raises(InputError, match=f"{flags[0]}: only"):
+        infer_codegen.main(["--model_dir", model_dir, "--prompt", "Add.", *flags])

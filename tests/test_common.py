@@ -214,6 +214,37 @@ def test_a_template_that_refuses_a_system_turn_gets_its_text_in_the_user_turn():
     assert tokenizer.decode(PromptEncoder(tokenizer).prompt("Debt: 1")) == expected
 
 
+def test_a_template_whose_tokens_would_be_spelt_out_is_refused():
+    """As that of DeepSeek-R1-Distill, whose <|User|> is an added token and not a special one."""
+    from tokenizers import AddedToken
+
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|user|>", special=False)])
+    tokenizer.chat_template = CHATML.replace("message['role']", "'<|user|>'")
+    expected = r"token 1 of a prompt is '<\|user\|>' by the chat template, and '<' with text kept as text"
+    with pytest.raises(InputError, match=expected):  # token 0 is <|im_start|>
+        PromptEncoder(tokenizer)
+
+
+@pytest.mark.parametrize("content", ["'x'", "message['content'] + message['content']"])
+def test_a_template_without_the_users_text_or_with_it_twice_is_refused(content):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHATML.replace("message['content']", content)
+    with pytest.raises(InputError, match="its chat template has not the user's text once"):
+        PromptEncoder(tokenizer)
+
+
+def test_a_template_is_refused_before_the_weights_are_loaded(tmp_path, model_dir, monkeypatch):
+    import transformers
+
+    folder, tokenizer = shutil.copytree(model_dir, tmp_path / "model"), build_tokenizer()
+    tokenizer.chat_template = CHATML + "{{ messages[-1]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(InputError, match="has not the user's text once"):
+        load_named(str(folder), "none", "float32")
+
+
 @pytest.mark.parametrize(
     ("eos", "pad"), [(END, END), ("<|endoftext|>", "<|endoftext|>"), (END, "<|endoftext|>"), (END, None)]
 )

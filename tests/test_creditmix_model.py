@@ -37,7 +37,7 @@ def spoil_priors() -> None:
         path.write_text(json.dumps({"prior": {label: 777.0 for label in LABELS}}))
 
 
-def test_an_old_prior_never_meets_changed_content(tmp_path, model_dir):
+def test_an_old_prior_never_meets_changed_content(tmp_path, model_dir, monkeypatch):
     adapter = save_adapter(tmp_path / "adapter", model_dir, seed=1)
     words = FORMS | {"Standard": ["Standard", "Typical"]}
     first = credit_model_of(adapter).calibration.prior
@@ -56,13 +56,17 @@ def test_an_old_prior_never_meets_changed_content(tmp_path, model_dir):
     assert not np.allclose(prior(forms=words, aggregate="logsumexp"), first)
     prior(quantization="nf4")
     prior(compute_dtype="bfloat16")
-    assert not np.allclose(prior(model=model_dir), first)
+    base = prior(model=model_dir)
+    assert not np.allclose(base, first)
+    with monkeypatch.context() as patch:
+        patch.setattr(credit_model, "package_versions", lambda: {"transformers": "another"})
+        np.testing.assert_array_equal(prior(), first)
 
     template = shutil.copytree(model_dir, tmp_path / "template")
     other = build_tokenizer()
-    other.chat_template = CHATML.replace("assistant\\n", "user\\n")
+    other.chat_template = CHATML.replace("assistant\n", "user\n")
     other.save_pretrained(template)
-    assert not np.allclose(prior(model=str(template)), first)
+    assert not np.allclose(prior(model=str(template)), base)
 
     save_adapter(tmp_path / "adapter", model_dir, seed=2)  # trained again into the same folder
     assert not np.allclose(prior(), first)
@@ -93,12 +97,12 @@ def test_calibration_none_has_no_prior(model_dir):
 def test_variants_score_as_models_loaded_alone(tmp_path, model_dir):
     refs = {"base": resolve(model_dir)}
     refs |= {f"sft{seed}": resolve(save_adapter(tmp_path / str(seed), model_dir, seed=seed)) for seed in (1, 2)}
-    variants = CreditModel.load_variants(refs, dict.fromkeys(refs), scoring_options())
+    variants = CreditModel.load_variants(refs, scoring_options())
     texts = ["Age: 30", "Age: 60, Occupation: Lawyer"]
     for variant, ref in refs.items():
         alone, together = CreditModel.load(ref, scoring_options()), variants[variant]
         np.testing.assert_allclose(together.raw_scores(texts), alone.raw_scores(texts), atol=1e-4)
         np.testing.assert_allclose(together.calibration.prior, alone.calibration.prior, atol=1e-4)
         assert together.name == ref.name
-    only = CreditModel.load_variants({"base": refs["base"]}, {"base": None}, scoring_options())["base"]
+    only = CreditModel.load_variants({"base": refs["base"]}, scoring_options())["base"]
     np.testing.assert_allclose(only.raw_scores(texts), variants["base"].raw_scores(texts), atol=1e-4)

@@ -22,6 +22,7 @@ from distil.creditmix.rows import (
     canonical_number,
     clean_field,
     creditmix_prompt,
+    customer_id,
     null_prompts,
     parse_features,
     read_creditmix,
@@ -319,6 +320,66 @@ def test_customer_zero_is_a_customer_and_ids_have_no_blanks(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     assert [row.customer for row in read_creditmix(path)[0]] == ["0", "C1", "C1"]
+
+
+IDS = {
+    "17": ("17", "17.0", " 17 ", "1.7e1", "+17", "17.", "\ufeff17", 17, 17.0, 1.7e1),
+    "017": ("017",),  # zeros in front belong to a text id
+    "17.5": ("17.5", "17.50", "1.75e1", 17.5),
+    "0": ("0", "0.0", "-0", 0, -0.0),
+    "9007199254740993": ("9007199254740993", 9007199254740993),  # more digits than a float has
+    "9007199254740992": ("9007199254740992", 9007199254740992),
+    "12e45": ("12e45",),
+    "CUS_0xd40": ("CUS_0xd40", " CUS_0xd40"),
+    "": ("", " ", "nan", "NaN", "None", "null", "NULL", "<NA>", "N/A", "_", None),
+}
+
+
+@pytest.mark.parametrize(("spelling", "values"), IDS.items(), ids=[name or "none" for name in IDS])
+def test_one_spelling_of_a_customer(spelling, values):
+    assert {customer_id(value) for value in values} == {spelling}
+
+
+@pytest.mark.parametrize("value", [True, [1], {"id": 1}, "9007199254740993.0", 9007199254740992.0, "1e+16", 1e300])
+def test_values_that_identify_no_customer_are_refused(value, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"question": "Age: 40", "answer": "Good", "customer_id": value}]))
+    with pytest.raises(InputError, match=r"rows\.json: item 0: .*(is a text or a number, found|has lost digits)"):
+        read_creditmix(path)
+
+
+def test_a_csv_and_json_of_the_same_data_have_the_same_customers(tmp_path):
+    """As pandas writes whole numbers next to missing ones: with .0, and the missing ones empty."""
+    ids = [*range(1000, 1040), None]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(HEADER.split(","))
+        for name in ids:
+            cell = "" if name is None else f"{float(name)}"
+            writer.writerow(["1", cell, "May", "40", "Lawyer", "50000", "Good", "1", "2", "x"])
+    question = CREDIT_TEXT.replace("23.0", "40")
+    listed = [{"question": question, "answer": "Good", "customer_id": name} for name in ids]
+    (tmp_path / "b.json").write_text(json.dumps(listed))
+    of_csv, of_json = ([row.customer for row in read_creditmix(tmp_path / name)[0]] for name in ("a.csv", "b.json"))
+    assert of_csv[:-1] == of_json[:-1] == [str(name) for name in ids[:-1]]
+
+
+@pytest.mark.parametrize(
+    "name", ["Credit_Mix", "Customer_ID", " Customer_ID", "customer_id", "\ufeffCredit_Mix", "Age"]
+)
+def test_a_column_that_occurs_twice_is_refused(tmp_path, name):
+    path = tmp_path / "rows.csv"
+    path.write_text("".join(f"{line},{extra}\n" for line, extra in zip(CSV_LINES, (name, *"abcd"), strict=True)))
+    with pytest.raises(InputError, match=r"rows\.csv: column (Credit_Mix|Customer_ID|Age) occurs twice"):
+        read_creditmix(path)
+
+
+@pytest.mark.parametrize("name", ["list.json", "rows.jsonl"])
+def test_a_name_that_an_object_has_twice_is_refused(tmp_path, name):
+    row = '{"question": "Age: 40", "answer": "Good", "customer_id": "1", "customer_id": "2"}'
+    (tmp_path / name).write_text(f"[{row}]" if name == "list.json" else row)
+    with pytest.raises(InputError, match=r'"customer_id" occurs twice in one object'):
+        read_creditmix(tmp_path / name)
 
 
 def test_csv_with_an_odd_row_keeps_the_fields_apart(tmp_path):

@@ -115,3 +115,24 @@ def test_labels_of_several_tokens(lines, monkeypatch):
     monkeypatch.setattr(doctor, "LABELS", ("Good", "Qqqzzz 77x", "Bad"))
     status, checks = lines()
     assert status == 1 and "several tokens each: Qqqzzz 77x" in checks["labels"]
+
+
+def test_a_model_that_is_not_supported(lines, tmp_path, model_dir):
+    """Found from its configuration; no weights are read."""
+    from transformers import AutoConfig
+
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    AutoConfig.for_model("qwen3_next").save_pretrained(folder)
+    status, checks = lines(str(folder))
+    assert status == 1 and "qwen3_next models are not supported (layers without attention" in checks["model"]
+    assert "take a causal language model with attention in every layer" in checks["model"]
+
+
+def test_a_chat_template_that_cannot_be_used(lines, tmp_path, model_dir, tokenizer):
+    import copy
+
+    folder, other = shutil.copytree(model_dir, tmp_path / "model"), copy.deepcopy(tokenizer)
+    other.chat_template += "{{ messages[-1]['content'] }}"
+    other.save_pretrained(folder)
+    status, checks = lines(str(folder))
+    assert status == 1 and "its chat template has not the user's text once" in checks["labels"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import FLOAT32, gold_rows, read_lines, write_lines
+from conftest import FLOAT32, HOLD, gold_rows, other_process, read_lines, write_lines
 
 import dpo_prepare
 from common import InputError, PromptEncoder
 from distil.creditmix.rows import LABELS
+from distil.files import file_sha256
 from distil.scoring import FastLabelScorer
 from distil.teachers import preferences
 from distil.testing import ROOT, load_named
@@ -57,6 +59,37 @@ def test_the_rejected_label_is_the_most_likely_wrong_one(here, model_dir):
     for pair, row, scores in zip(read_lines("dpo.jsonl"), rows, raw, strict=True):
         wrong = max((label for label in LABELS if label != row["output"]), key=lambda x: scores[LABELS.index(x)])
         assert pair == {"prompt": row["input"], "chosen": row["output"], "rejected": wrong}
+
+
+def test_what_the_student_was_trained_on_goes_into_the_note_of_its_pairs(here, model_dir):
+    rows = gold_rows(6)
+    raw, other = ({"file": f"{name}.json", "sha256": name} for name in ("raw", "other"))
+    write_lines("in.jsonl", rows)
+    student = shutil.copytree(model_dir, here / "student")
+    record = {"split_seed": 7, "sources": [other], "gold_share": 0.5}
+    (student / "export.json").write_text(json.dumps(record))
+    for split_seed in (7, 0):
+        note = {"split_seed": split_seed, "source": raw, "gold_share": 0.2}
+        Path("in_prepared.json").write_text(json.dumps(note | {"files": {"in.jsonl": file_sha256("in.jsonl")}}))
+        if split_seed:
+            assert prepare(str(student), "label") == 0
+            written = json.loads(Path("dpo_prepared.json").read_text())
+            assert written["sources"] == [raw, other]
+            assert (written["split_seed"], written["gold_share"]) == (7, 0.5)
+        else:
+            with pytest.raises(InputError, match=r"student was trained with --split_seed 7, in\.jsonl has 0"):
+                prepare(str(student), "label", "--overwrite")
+    Path("in_prepared.json").unlink()
+    assert prepare(str(student), "label", "--overwrite") == 0
+    written = json.loads(Path("dpo_prepared.json").read_text())
+    assert (written["split_seed"], written["sources"], written["gold_share"]) == (7, [None, other], None)
+
+
+def test_two_runs_do_not_write_one_file(here, model_dir):
+    write_lines("in.jsonl", gold_rows(6))
+    with other_process(HOLD, here / "dpo.jsonl"), pytest.raises(InputError, match=r"another run \(process \d+\) is"):
+        prepare(model_dir, "label")
+    assert not Path("dpo.jsonl").exists() and prepare(model_dir, "label") == 0
 
 
 def test_pairs_of_code_and_what_is_dropped(here, answer_by, model_dir, capsys):

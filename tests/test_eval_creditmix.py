@@ -10,10 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PLAIN, evaluate, evaluate_json, infer_one, labelled_rows, read_lines, write_lines
+from conftest import (
+    FLOAT32,
+    HOLD,
+    PLAIN,
+    evaluate,
+    evaluate_json,
+    infer_one,
+    labelled_rows,
+    other_process,
+    read_lines,
+    write_lines,
+)
 
+import creditmix_prepare
 import eval_creditmix
+import export_adapter
 import infer_creditmix
+import kd_prepare
+import kd_train
+import sft_train
 from common import InputError
 from distil.creditmix import evaluation
 from distil.creditmix.evaluation import EvalOptions, draw, draw_samples, usable
@@ -92,9 +108,10 @@ def test_the_evaluations_teacher_is_the_one_that_labels_kd_rows(credit_file):
 
 
 def test_rows_to_fit_on_are_limited_by_their_flag(here, model_dir, credit_file):
+    own = shutil.copytree(model_dir, here / "own")
     for count in (7, 4):
-        assert evaluate(model_dir, credit_file, "--fit", "--fit_per_class", str(count)) == 0
-        stored = json.loads(Path("runs/creditmix_base/calibration.json").read_text())
+        assert evaluate(str(own), credit_file, "--fit", "--fit_per_class", str(count)) == 0
+        stored = json.loads((own / "calibration.json").read_text())
         assert stored["fitted_on"]["rows"] == 3 * count
 
 
@@ -304,6 +321,7 @@ def test_a_training_on_more_labels_than_the_comparison_is_noted(
 
 def test_a_calibration_of_another_split_is_refused(here, capsys, model_dir, credit_file, tmp_path):
     """Its calibration customers may be validation customers now; a base has no run.json to tell from."""
+    model_dir = str(shutil.copytree(model_dir, here / "own"))
     evaluate(model_dir, credit_file, "--fit", "--split_seed", "1")
     with pytest.raises(InputError, match="fitted with --split_seed 1, evaluated with 0: its rows may be validation"):
         evaluate(model_dir, credit_file)
@@ -325,6 +343,94 @@ def test_an_adapter_of_another_split_is_refused(here, credit_adapter, credit_fil
     with pytest.raises(InputError, match="trained with --split_seed 0, evaluated with 3: rows would leak"):
         evaluate(credit_adapter, credit_file, "--split_seed", "3")
     assert not (here / "runs").exists()
+
+
+@pytest.fixture
+def trained(here, credit_file, llama_dir):
+    """Return a function that trains two steps on data of split seed 7, or as the flags say, and returns the folder."""
+
+    def train(name: str, *flags: str) -> str:
+        if not Path("data").exists():
+            assert creditmix_prepare.main(["--src", credit_file, "--outdir", "data", "--split_seed", "7"]) == 0
+        argv = ["--student", llama_dir, "--data", "data/creditmix_sft.jsonl", "--save_dir", name, *FLOAT32]
+        assert sft_train.main([*argv, "--max_steps", "2", "--warmup_steps", "0", *flags]) == 0
+        return name
+
+    return train
+
+
+def exported(adapter: str) -> str:
+    assert export_adapter.main(["--model_dir", adapter, "--save_dir", f"{adapter}_merged", "--rows", "0"]) == 0
+    return f"{adapter}_merged"
+
+
+LEAK = "trained with --split_seed 7, evaluated with 0: rows would leak"
+
+
+def test_an_export_of_another_split_is_refused_and_so_is_what_was_trained_on_it(here, capsys, trained, credit_file):
+    """An adapter, its export, an adapter on that, and that one's export; under 7 nothing is noted."""
+    first = trained("first")
+    merged = exported(first)
+    second = trained("second", "--student", merged)
+    for model in (first, merged, second, exported(second)):
+        with pytest.raises(InputError, match=LEAK):
+            evaluate(model, credit_file)
+        capsys.readouterr()
+        assert evaluate(model, credit_file, "--split_seed", "7", "--calibration", "none") == 0
+        assert "note: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["adapter", "export"])
+def test_a_student_of_a_teacher_of_another_split_is_refused(here, capsys, trained, credit_file, form):
+    """Rows of the evaluation's split are not answered by it; on rows of unknown origin the teacher's split counts."""
+    teacher = trained("teacher") if form == "adapter" else exported(trained("teacher"))
+    assert creditmix_prepare.main(["--src", credit_file, "--outdir", "zero"]) == 0
+    write_lines("plain.jsonl", [{"input": row["input"]} for row in read_lines("zero/creditmix_sft.jsonl")])
+    ask = ["--teacher", teacher, "--labels", "Good,Standard,Bad", *FLOAT32]
+    with pytest.raises(InputError, match=r"teacher.* was trained with --split_seed 7, zero/creditmix_sft.jsonl has 0"):
+        kd_prepare.main([*ask, "--input", "zero/creditmix_sft.jsonl", "--output", "kd.jsonl"])
+    assert kd_prepare.main([*ask, "--input", "plain.jsonl", "--output", "kd.jsonl"]) == 0
+    student = ["--data", "kd.jsonl", "--save_dir", "student", "--max_steps", "2", "--warmup_steps", "0", *FLOAT32]
+    assert kd_train.main(["--student", json.loads(Path("teacher/run.json").read_text())["base_model"], *student]) == 0
+    for model in ("student", exported("student")):
+        with pytest.raises(InputError, match=LEAK):
+            evaluate(model, credit_file)
+        capsys.readouterr()
+        assert evaluate(model, credit_file, "--split_seed", "7", "--calibration", "none") == 0
+        assert "on rows whose source is not recorded; they may be among" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("record", "noted"), [({"adapter": "a"}, True), (None, False)])
+def test_an_export_without_a_record_of_its_rows_is_noted(here, capsys, model_dir, credit_file, record, noted):
+    own = shutil.copytree(model_dir, here / "own")
+    if record:
+        (own / "export.json").write_text(json.dumps(record))
+    assert evaluate(str(own), credit_file) == 0
+    assert ("own was trained on rows whose source is not recorded" in capsys.readouterr().err) == noted
+
+
+def test_the_gold_share_of_an_export_is_compared(here, capsys, model_dir, credit_file):
+    own = shutil.copytree(model_dir, here / "own")
+    record = {"split_seed": 0, "sources": [{"file": credit_file, "sha256": file_sha256(credit_file)}]}
+    for share, noted in ((0.5, False), (1.0, True)):
+        (own / "export.json").write_text(json.dumps(record | {"gold_share": share}))
+        assert evaluate(str(own), credit_file, "--gold_share", "0.5") == 0
+        assert ("own was trained with --gold_share 1, not 0.5" in capsys.readouterr().err) == noted
+
+
+def test_rows_that_name_no_customer_are_noted(here, capsys, model_dir, credit_file):
+    rows = [row | {"customer_id": "nan"} for row in json.loads(Path(credit_file).read_text())]
+    Path("nan.json").write_text(json.dumps(rows))
+    assert evaluate(model_dir, "nan.json") == 0
+    assert "rows have no customer id, each text counts as a customer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["report", "own/calibration.json"])
+def test_two_evaluations_do_not_write_to_one_place(here, model_dir, credit_file, place):
+    own = shutil.copytree(model_dir, here / "own")
+    with other_process(HOLD, here / place), pytest.raises(InputError, match=r"another run \(process \d+\) is writing"):
+        evaluate(str(own), credit_file, "--report_dir", "report", "--fit", "--calibration", "none")
+    assert not list(here.glob("report/*")) and not (own / "calibration.json").exists()
 
 
 def test_every_model_is_looked_up_before_the_first_is_scored(here, credit_adapter, credit_file, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 import export_adapter
 from common import InputError, PromptEncoder
 from distil.scoring import FastLabelScorer
+from distil.splits import provenance
 from distil.testing import load_named, run_cli, save_adapter
 
 ROWS = [{"input": f"Debt: {37 * n}, Age: {20 + n}", "output": ("Good", "Standard", "Bad")[n % 3]} for n in range(9)]
@@ -78,7 +79,7 @@ def test_only_an_earlier_export_is_replaced(adapter, model_dir, sample, tmp_path
             export_adapter.main(["--model_dir", adapter, "--save_dir", str(folder), "--rows", "0", "--overwrite"])
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     argv = ["--model_dir", adapter, "--save_dir", str(tmp_path / "merged"), "--sample", sample]
-    assert export_adapter.main([*argv, "--rows", "0"]) == 0
+    assert export_adapter.main([*argv[:4], "--rows", "0"]) == 0
     with pytest.raises(InputError, match="an export is here; replace it with --overwrite"):
         export_adapter.main(argv)
     assert "rows" not in json.loads((tmp_path / "merged" / "export.json").read_text())
@@ -96,6 +97,10 @@ def test_only_an_earlier_export_is_replaced(adapter, model_dir, sample, tmp_path
         (["--model_dir", "ADAPTER", "--save_dir", "out"], "give rows with --sample"),
         (["--model_dir", "ADAPTER", "--save_dir", "out", "--sample", "no.jsonl"], "no.jsonl"),
         (["--model_dir", "ADAPTER", "--save_dir", "out", "--rows", "-1"], "--rows"),
+        (
+            ["--model_dir", "ADAPTER", "--save_dir", "out", "--rows", "0", "--batch_size", "8"],
+            "--batch_size: --rows",
+        ),
     ],
 )
 def test_bad_input_ends_with_one_line(flags, message, adapter, model_dir, tmp_path):
@@ -103,3 +108,35 @@ def test_bad_input_ends_with_one_line(flags, message, adapter, model_dir, tmp_pa
     done = run_cli("export_adapter.py", *flags, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+RECORD = {"split_seed": 7, "sources": [{"file": "raw.json", "sha256": "abc"}], "gold_share": 0.2}
+
+
+def export(adapter: str, folder: Path) -> str:
+    assert export_adapter.main(["--model_dir", adapter, "--save_dir", str(folder), "--rows", "0"]) == 0
+    return str(folder)
+
+
+def test_an_export_keeps_the_provenance_of_its_adapter_at_any_depth(adapter, tmp_path):
+    """Also of the base below, an export itself, and where a copy lacks export.json."""
+    (Path(adapter) / "run.json").write_text(json.dumps(RECORD))
+    first = export(adapter, tmp_path / "first")
+    stored = json.loads((tmp_path / "first" / "export.json").read_text())
+    assert {name: stored[name] for name in RECORD} == RECORD
+    second = save_adapter(tmp_path / "second", first)
+    other = {"file": "other.json", "sha256": "def"}
+    (Path(second) / "run.json").write_text(json.dumps({"split_seed": 7, "sources": [other], "gold_share": 0.1}))
+    merged = export(second, tmp_path / "merged")
+    wanted = {"split_seed": 7, "sources": [other, *RECORD["sources"]], "gold_share": 0.2}
+    assert provenance(merged).record == wanted
+    (tmp_path / "merged" / "export.json").unlink()
+    assert provenance(merged).record == wanted
+
+
+def test_an_adapter_of_another_split_than_its_base_is_not_exported(adapter, tmp_path):
+    (Path(adapter) / "run.json").write_text(json.dumps(RECORD))
+    second = save_adapter(tmp_path / "second", export(adapter, tmp_path / "first"))  # with split seed 0
+    with pytest.raises(InputError, match=r"first was trained with --split_seed 7, .*second has 0"):
+        export(second, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

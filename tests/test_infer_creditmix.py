@@ -8,7 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CREDIT_TEXT, PLAIN, RESPONSE_FIELDS, evaluate, infer_one, read_lines, write_lines
+from conftest import (
+    CREDIT_TEXT,
+    PLAIN,
+    RESPONSE_FIELDS,
+    evaluate,
+    infer_one,
+    other_process,
+    plain,
+    read_lines,
+    write_lines,
+)
 
 import infer_creditmix
 from common import InputError
@@ -87,7 +97,7 @@ def test_an_adapter_without_a_calibration_gets_a_note(here, capsys, credit_adapt
         (model_dir, ()),
     ):
         capsys.readouterr()
-        assert infer_creditmix.main(["--model_dir", name, "--features", "Age: 30", *PLAIN, *flags]) == 0
+        assert infer_creditmix.main(["--model_dir", name, "--features", "Age: 30", *plain(flags), *flags]) == 0
         noted.append("no stored calibration" in capsys.readouterr().err)
     assert noted == [True, False, False, False]
 
@@ -106,7 +116,7 @@ def test_a_text_without_a_known_feature_gets_a_note(here, capsys, model_dir):
 
 
 def infer_file(model: str, source: str, output: str, *flags: str) -> int:
-    return infer_creditmix.main(["--model_dir", model, *PLAIN, "--input", source, "--output", output, *flags])
+    return infer_creditmix.main(["--model_dir", model, *plain(flags), "--input", source, "--output", output, *flags])
 
 
 def good_lines(count: int) -> list[str]:
@@ -114,17 +124,38 @@ def good_lines(count: int) -> list[str]:
     return [json.dumps({"id": i, "features": text + " x" * (i % 5)}) for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize(("flag", "tried"), [("auto", 1), ("200", 0)])
-def test_a_file_is_scored_in_the_requested_batches(here, monkeypatch, model_dir, flag, tried):
-    """--batch_size auto has rows enough to try some, and more than a stretch between two writes fits one batch."""
+def watch_batches(monkeypatch, chosen: int) -> tuple[list[int], list[int]]:
+    """Let `auto` choose a size; return lists that get an item with each search, and the rows of each batch."""
     searches, batches = [], []
     batch = FastLabelScorer._score_batch
-    monkeypatch.setattr(FastLabelScorer, "_fastest_batch_size", lambda *args: searches.append(1) or 64)
+    monkeypatch.setattr(FastLabelScorer, "_fastest_batch_size", lambda *args: searches.append(1) or chosen)
     monkeypatch.setattr(FastLabelScorer, "_score_batch", lambda *args: batches.append(len(args[1])) or batch(*args))
-    write_lines(Path("rows.jsonl"), [json.dumps({"features": f"Age: {20 + n % 50}"}) for n in range(300)])
-    assert infer_file(model_dir, "rows.jsonl", "out.jsonl", "--calibration", "none", "--batch_size", flag) == 0
-    assert len(searches) == tried and max(batches) == (64 if tried else 200)
-    assert len(read_lines("out.jsonl")) == 300
+    return searches, batches
+
+
+def test_batch_size_auto_scores_as_the_size_that_it_chose(here, monkeypatch, model_dir):
+    """Byte for byte: which rows are in one batch decides the last digits. The first lines have no row to try."""
+    searches, batches = watch_batches(monkeypatch, 64)
+    lines = ["{oops"] * 40 + [json.dumps({"features": f"Age: {20 + n % 50}" + " x" * (n % 9)}) for n in range(600)]
+    write_lines(Path("rows.jsonl"), lines)
+    results, flags = {}, ("--calibration", "none", "--overwrite")
+    for flag in ("auto", "64", "200"):
+        batches.clear()
+        assert infer_file(model_dir, "rows.jsonl", "out.jsonl", *flags, "--batch_size", flag) == 1
+        results[flag] = batches[:], Path("out.jsonl").read_bytes()
+    assert results["auto"] == results["64"] and len(searches) == 1
+    assert max(results["200"][0]) == 200 and len(read_lines("out.jsonl")) == 640
+
+
+def test_a_resumed_run_with_auto_has_the_size_of_the_interrupted_one(here, monkeypatch, model_dir):
+    write_lines(Path("rows.jsonl"), good_lines(300))
+    monkeypatch.setattr(infer_creditmix, "chunk_of", lambda size: 4)
+    for size in (3, 2):  # what another search might find
+        searches, batches = watch_batches(monkeypatch, size)
+        if size == 3:
+            interrupt(monkeypatch, "rows.jsonl", "out.jsonl", model_dir, 2, "--batch_size", "auto")
+    assert infer_file(model_dir, "rows.jsonl", "out.jsonl", "--batch_size", "auto") == 0
+    assert not searches and max(batches) == 3 and len(read_lines("out.jsonl")) == 300
 
 
 def test_a_file_keeps_order_and_objects_and_adds_the_response(here, capsys, model_dir):
@@ -185,6 +216,41 @@ def test_a_line_that_is_not_utf8_carries_an_error(here, model_dir):
     first, second, third = read_lines(here / "out.jsonl")
     assert second == {"error": {"code": "not_utf8", "message": "the line is not UTF-8 text"}}
     assert first["prediction"] in LABELS and third["features"] == "café"
+
+
+# Scores with a pause in the middle of the file, in chunks of 4 lines.
+SLOW = """
+import sys, time
+import infer_creditmix
+score, chunks = infer_creditmix.score_lines, []
+
+def slowly(*args):
+    chunks.append(1)
+    if len(chunks) == 3:
+        print("half", flush=True)
+        time.sleep(100)
+    return score(*args)
+
+infer_creditmix.score_lines, infer_creditmix.chunk_of = slowly, lambda size: 4
+infer_creditmix.main(sys.argv[1:])
+"""
+
+
+def test_two_runs_do_not_write_one_output(here, monkeypatch, capsys, model_dir):
+    """The second is refused whatever its flags are; after a kill it resumes."""
+    write_lines(here / "in.jsonl", good_lines(14))
+    monkeypatch.setattr(infer_creditmix, "chunk_of", lambda size: 4)
+    assert infer_file(model_dir, "in.jsonl", "full.jsonl") == 0
+    argv = ["--model_dir", model_dir, *PLAIN, "--input", "in.jsonl", "--output", "out.jsonl"]
+    with other_process(SLOW, *argv) as process:
+        for flags in ([], ["--overwrite"], ["--bias", "Bad=1"]):
+            with pytest.raises(InputError, match=rf"out.jsonl: another run \(process {process.pid}\) is writing it"):
+                infer_file(model_dir, "in.jsonl", "out.jsonl", *flags)
+    capsys.readouterr()
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl") == 0
+    assert "after 8 rows" in capsys.readouterr().err
+    assert (here / "out.jsonl").read_bytes() == (here / "full.jsonl").read_bytes()
+    assert sorted(path.name for path in here.iterdir()) == ["full.jsonl", "in.jsonl", "out.jsonl"]
 
 
 def test_a_finished_output_needs_overwrite(here, model_dir):
@@ -260,7 +326,7 @@ def test_an_interrupted_run_is_not_mixed_with_another(here, monkeypatch, model_d
         write_lines(here / "in.jsonl", good_lines(10))
     if change == "no note":
         (here / "out.jsonl.part.json").unlink()
-    why = {"flag": "(.*bias.*)", "input": "(input_size, input_time)", "no note": "(.*)"}[change]
+    why = {"flag": "(.*bias.*)", "input": "(chunk, input_sha256)", "no note": "(.*)"}[change]
     with pytest.raises(InputError, match=rf"\.part: left by a run with another model, input or flags \({why}\)"):
         infer_file(model_dir, "in.jsonl", "out.jsonl", *flags)
     assert (here / "out.jsonl.part").read_text() == before
@@ -274,7 +340,14 @@ def test_an_interrupted_run_is_not_mixed_with_another_calibration(here, monkeypa
     write_lines(here / "in.jsonl", good_lines(9))
     interrupt(monkeypatch, "in.jsonl", "out.jsonl", own, 1)
     evaluate(own, credit_file, "--fit")
-    with pytest.raises(InputError, match="left by a run with another model"):
+    with pytest.raises(InputError, match=r"left by a run with another model.*calibration_used"):
+        infer_file(own, "in.jsonl", "out.jsonl")
+    assert infer_file(own, "in.jsonl", "out.jsonl", "--overwrite") == 0
+    interrupt(monkeypatch, "in.jsonl", "out.jsonl", own, 1, "--overwrite")
+    file = Path(own, "calibration.json")
+    stored = json.loads(file.read_text())  # as a fit to other rows may leave it: only the prior is another
+    file.write_text(json.dumps(stored | {"prior": {label: value + 0.1 for label, value in stored["prior"].items()}}))
+    with pytest.raises(InputError, match=r"left by a run with another model.*calibration_used"):
         infer_file(own, "in.jsonl", "out.jsonl")
 
 
@@ -297,6 +370,8 @@ def test_an_interrupted_run_is_not_mixed_with_another_calibration(here, monkeypa
         (["--features", "x", "--bias", "Bad=nan"], "--bias Bad=nan: labels are .* numbers finite"),
         (["--features", "x", "--null_prompts", "0"], "--null_prompts 0: 1 to 7 are available"),
         (["--features", "x", "--null_prompts", "8"], "--null_prompts 8: 1 to 7 are available"),
+        (["--features", "x", "--overwrite"], "--overwrite: only with --output"),
+        (["--features", "x", "--aggregate", "mean"], "--aggregate: only with --verbalizers"),
         (["--features", "x", "--batch_size", "0"], "--batch_size 0: at least 1"),
         (["--features", "x", "--verbalizers", "missing.json"], r"missing\.json: no such file"),
         (["--features", "word " * 400], "a text has [0-9]+ tokens; the model's context is 512: shorten it"),

@@ -95,3 +95,9 @@ def test_wrong_input_ends_with_status_2_and_one_line(argv, message, tmp_path):
     done = run_cli("infer_idp.py", *argv, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--overwrite"], ["--retries", "0", "--seed", "1"]])
+def test_flags_without_effect_are_refused(flags, model_dir, schema_file):
+    with pytest.raises(InputError, match=f"{flags[0] if len(flags) == 1 else '--seed'}: only"):
+        infer_idp.main(["--model_dir", model_dir, "--schema", str(schema_file), "--document", "x", *flags])

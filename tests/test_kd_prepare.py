@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
-from conftest import FLOAT32, ask_endpoint, gold_rows, read_lines, write_lines
+from conftest import FLOAT32, HOLD, all_files, ask_endpoint, gold_rows, other_process, read_lines, write_lines
 
 import kd_prepare
 from common import InputError
 from distil.creditmix.rows import LABELS
 from distil.teachers import answers, local
-from distil.testing import ROOT, credit_rows
+from distil.teachers.answers import shown_url
+from distil.testing import ROOT, credit_rows, save_adapter
 
 
 def test_answered_prompts_are_not_sent_again(here, endpoint, capsys):
@@ -106,18 +109,14 @@ def test_a_damaged_line_of_an_interrupted_run_is_reported(one_fails):
 
 def test_two_runs_at_once_are_refused(here, endpoint):
     write_lines("in.jsonl", gold_rows(6))
-    code = (
-        "import fcntl; f = open('kd.jsonl.part.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
-    )
-    other = [sys.executable, "-c", code]
-    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+    with other_process(HOLD, "kd.jsonl") as process:
         server = endpoint()
-        with pytest.raises(InputError, match="another run is writing it"):
+        with pytest.raises(InputError, match=rf"another run \(process {process.pid}\) is writing it"):
             ask_endpoint(server.url)
         assert not server.requests
-        process.communicate(b"\n")
-    assert ask_endpoint(server.url) == 0 and not Path("kd.jsonl.part.lock").exists()
+    assert ask_endpoint(server.url) == 0 and not [
+        name for name in all_files(here) if "lock" in name or ".part" in name
+    ]
 
 
 def test_a_teacher_trained_since_does_not_resume(here, model_dir, monkeypatch):
@@ -177,7 +176,10 @@ def test_an_existing_output_is_kept(here):
         (["--teacher_url", "u"], "--teacher_url needs --teacher_model"),
         (["--teacher", "m"], "--input is needed"),
         (["--teacher", "tabular", "--min_confidence", "2"], "--min_confidence is from 0 to 1"),
-        (["--teacher", "tabular", "--concurrency", "0"], "--concurrency is at least 1"),
+        (
+            ["--teacher_url", "http://a", "--teacher_model", "m", "--input", "in.jsonl", "--concurrency", "0"],
+            "--concurrency is at least 1",
+        ),
         (["--teacher", "m", "--input", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--teacher", "m", "--input", "bad.jsonl"], 'bad.jsonl: line 1 needs "input" or "prompt"'),
         (["--teacher", "runs/none", "--input", "in.jsonl"], "runs/none: no such model folder"),
@@ -190,8 +192,8 @@ def test_an_existing_output_is_kept(here):
         (["--teacher", "m", "--input", "in.jsonl", "--temperature", "nan"], "--temperature is at least 0"),
         (["--teacher", "m", "--input", "in.jsonl", "--timeout", "nan"], "--timeout is above 0 and at most 86400"),
         (["--teacher", "m", "--input", "in.jsonl", "--timeout", "inf"], "--timeout is above 0 and at most 86400"),
-        (["--teacher", "tabular", "--input", "in.jsonl"], "--input is not for the tabular teacher"),
-        (["--teacher", "tabular", "--rationale"], "--rationale is not for the tabular teacher"),
+        (["--teacher", "tabular", "--input", "in.jsonl"], "--input: not for the tabular teacher"),
+        (["--teacher", "tabular", "--rationale"], "--rationale: not for the tabular teacher"),
         (["--teacher", "tabular", "--src", "rows.json", "--gold_share", "1e-9"], "no training row has a label"),
     ],
 )
@@ -202,3 +204,157 @@ def test_wrong_flags_and_files(here, flags, message):
     with pytest.raises(InputError, match=message):
         kd_prepare.main([*flags, "--output", "kd.jsonl"])
     assert not Path("kd.jsonl").exists()
+
+
+def note(path: str, **record: object) -> None:
+    """Write the note of a data file."""
+    record |= {"files": {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()}}
+    Path(path.replace(".jsonl", "_prepared.json")).write_text(json.dumps(record))
+
+
+def teacher(folder: Path, model_dir: str, kind: str, **record: object) -> str:
+    """Write an adapter, or an export, with this record of its training."""
+    if kind == "adapter":
+        saved = save_adapter(folder / "teacher", model_dir)
+        (Path(saved) / "run.json").write_text(json.dumps(record))
+        return saved
+    saved = shutil.copytree(model_dir, folder / "teacher")
+    (saved / "export.json").write_text(json.dumps(record))
+    return str(saved)
+
+
+RAW = {"file": "raw.json", "sha256": "abc"}
+OTHER = {"file": "other.json", "sha256": "def"}
+
+
+def answers_of(teacher: str, *flags: str) -> dict:
+    """Let a model answer in.jsonl and return the note of its answers, {} without one."""
+    Path("kd_prepared.json").unlink(missing_ok=True)
+    argv = ["--teacher", teacher, "--input", "in.jsonl", "--output", "kd.jsonl", "--overwrite", *FLOAT32, *flags]
+    assert kd_prepare.main(argv) == 0
+    return json.loads(Path("kd_prepared.json").read_text()) if Path("kd_prepared.json").exists() else {}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "export"])
+def test_what_the_teacher_was_trained_on_goes_into_the_note_of_its_answers(here, model_dir, kind):
+    """Its answers carry the labels that it saw, so they are rows of its split, its sources and its gold share."""
+    write_lines("in.jsonl", gold_rows(6))
+    note("in.jsonl", split_seed=7, source=RAW, gold_share=0.2)
+    model = teacher(here, model_dir, kind, split_seed=7, sources=[OTHER], gold_share=0.5)
+    written = answers_of(model)
+    assert (written["split_seed"], written["sources"], written["gold_share"]) == (7, [RAW, OTHER], 0.5)
+    note("in.jsonl", split_seed=0, source=RAW, gold_share=0.2)
+    Path("kd.jsonl").unlink()
+    with pytest.raises(InputError, match=r"teacher was trained with --split_seed 7, in\.jsonl has 0"):
+        answers_of(model)
+    assert not Path("kd.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["adapter", "export"])
+def test_answers_to_rows_of_unknown_origin_are_of_the_teachers_split(here, model_dir, kind):
+    write_lines("in.jsonl", gold_rows(6))
+    written = answers_of(teacher(here, model_dir, kind, split_seed=7, sources=[OTHER], gold_share=0.5))
+    assert (written["split_seed"], written["sources"], written["gold_share"]) == (7, [None, OTHER], None)
+    assert answers_of(model_dir) == {}  # nothing is known
+
+
+def test_a_base_model_adds_nothing_to_the_note(here, model_dir):
+    write_lines("in.jsonl", gold_rows(6))
+    note("in.jsonl", split_seed=7, source=RAW, gold_share=0.2)
+    written = answers_of(model_dir)
+    assert (written["split_seed"], written["sources"], written["gold_share"]) == (7, [RAW], 0.2)
+
+
+def test_what_an_endpoints_model_was_trained_on_is_noted_as_unseen(here, endpoint):
+    write_lines("in.jsonl", gold_rows(6))
+    note("in.jsonl", split_seed=7, source=RAW, gold_share=0.2)
+    server = endpoint()
+    assert ask_endpoint(server.url) == 0
+    written = json.loads(Path("kd_prepared.json").read_text())
+    assert written["sources"] == [RAW, {"file": f"the teacher m at {server.url}"}]
+    assert (written["split_seed"], written["gold_share"]) == (7, None)
+
+
+def test_a_password_reaches_the_endpoint_and_nothing_else(here, endpoint, capsys, caplog):
+    caplog.set_level("DEBUG")
+    write_lines("in.jsonl", gold_rows(6))
+    server = endpoint(("500", "400", "401"))
+    url = server.url.replace("http://", "http://me:s3cret@") + "?key=t0ken&x=1"
+    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:\d+/v1\?key=\.\.\.&x=\.\.\. answers 401") as refused:
+        ask_endpoint(url, "--retries", 0, "--concurrency", 1)
+    assert Path("kd.jsonl.part.json").exists()
+    left = [path.read_text() for path in here.iterdir()]
+    assert ask_endpoint(url) == 0
+    assert server.keys == {f"Basic {b64encode(b'me:s3cret').decode()}"}
+    assert server.paths == {"/v1/chat/completions?key=t0ken&x=1"}
+    with pytest.raises(InputError) as wrong:
+        ask_endpoint("http://me:s3cret/t0ken@:99999", "--overwrite")
+    written = [path.read_text() for path in here.iterdir()]
+    shown = [*left, *written, str(refused.value), str(wrong.value), *capsys.readouterr()]
+    shown += [record.getMessage() for record in caplog.records]
+    assert any('"url"' in text for text in shown)
+    assert not [text for text in shown if "s3cret" in text or "t0ken" in text]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://host:8000/v1", "http://host:8000/v1"),
+        ("https://me:pw@host/v1?a=1&a=2&b#c", "https://host/v1?a=...&b=..."),
+        ("http://key@host", "http://host"),
+        ("me:pw@host/v1", "host/v1"),
+        ("http://me:p/w@host/v1?k=pw", "http://host/v1"),
+        ("http://me:1?pw@host/v1", "http://host/v1"),
+        ("ftp://me:pw@host/v1#pw", "ftp://host/v1"),
+    ],
+)
+def test_a_url_is_shown_without_password_and_query(url, shown):
+    assert shown_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--gold_share 0.2 --per_class 3 --split_seed 0 --src x",
+            "--src, --per_class, --gold_share, --split_seed: only",
+        ),
+        ("--timeout 5", "--timeout: only with --teacher_url"),
+        ("--partial", "--partial: only with --teacher_url"),
+        ("--max_new_tokens 9", "--max_new_tokens: only where the teacher writes text"),
+        ("--temperature 0.5", "--temperature: only where the teacher writes text"),
+        ("--rationale --seed 3", "--seed: only for the tabular teacher and samples"),
+        ("--input text.jsonl --calibration auto", "--calibration: only where a teacher's label probabilities"),
+        ("--min_confidence 0.6", "--min_confidence: only with --filter confident"),
+    ],
+)
+def test_flags_without_effect_are_refused(here, model_dir, flags, message):
+    write_lines("in.jsonl", gold_rows(6))
+    write_lines("text.jsonl", [{"input": "a"}])
+    argv = ["--teacher", model_dir, "--input", "in.jsonl", "--output", "kd.jsonl", *flags.split()]
+    with pytest.raises(InputError, match=message):
+        kd_prepare.main(argv)
+    assert not Path("kd.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--seed 3", "--seed: only for"),
+        ("--batch_size 16", "--batch_size: only for a model that runs here"),
+        ("--quantization none --compute_dtype float32", "--quantization, --compute_dtype: only for a model that runs"),
+        ("--rationale --calibration batch", "--calibration: only where"),
+        ("--split_seed 0", "--split_seed: only for the tabular teacher"),
+    ],
+)
+def test_flags_without_effect_on_an_endpoint_are_refused(here, flags, message):
+    write_lines("in.jsonl", gold_rows(6))
+    with pytest.raises(InputError, match=message):
+        ask_endpoint("http://127.0.0.1:9/v1", *flags.split())
+
+
+@pytest.mark.parametrize("flag", ["--calibration", "--max_new_tokens", "--temperature", "--batch_size", "--retries"])
+def test_flags_without_effect_on_the_tabular_teacher_are_refused(here, flag):
+    value = "none" if flag == "--calibration" else "16"
+    with pytest.raises(InputError, match=f"{flag}: "):
+        kd_prepare.main(["--teacher", "tabular", "--output", "kd.jsonl", flag, value])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ import eval_creditmix
 import infer_creditmix
 import sft_train
 from common import InputError, load_model
-from distil.files import write_jsonl
-from distil.models import ModelRef, model_fingerprint, resolve, warn_if_slow
+from distil import models
+from distil.files import cache_dir, file_sha256, write_jsonl
+from distil.models import ModelRef, content_sha256, model_fingerprint, resolve, warn_if_slow
 from distil.testing import ROOT, load_named, save_adapter
 
 
@@ -70,6 +72,72 @@ def test_the_fingerprint_of_a_base_reaches_its_last_layer(tmp_path, model_dir):
         save_file({"model.embed_tokens.weight": embeddings} | layers, folder / "model.safetensors")
         prints.add(fingerprint(str(folder)))
     assert len(prints) == 2
+
+
+def test_the_fingerprint_covers_each_byte_of_the_weights(tmp_path, model_dir, monkeypatch):
+    """Also where the hash of an unchanged file comes from the cache, and a file's time was set back."""
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(model_dir, tmp_path / "base")
+    weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.full([2**18], i + 1.0) for i in range(30)}
+    save_file(weights, path := folder / "model.safetensors")
+    now, read = time.time_ns, []
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)  # as if the file were old
+    monkeypatch.setattr(models, "file_sha256", lambda file: read.append(Path(file).name) or file_sha256(file))
+    prints, content, stat = {fingerprint(folder)}, path.read_bytes(), path.stat()
+    assert read.count(path.name) == 1 and fingerprint(folder) in prints and read.count(path.name) == 1
+    start = len(content) - 30 * 2**20
+    for first, count in ((len(content) - 1, 1), (start + 2**20 * 17, 1), (start + 2**20 * 14 + 2**17, 2**19)):
+        with open(path, "r+b") as file:
+            file.seek(first)
+            file.write(bytes(count - 1) + b"\x01")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        prints.add(fingerprint(folder))
+    assert len(prints) == 4
+    last = fingerprint(folder)
+    for file in cache_dir().glob("hashes/*"):
+        file.write_text('{"file": ')
+    assert fingerprint(folder) == last
+    monkeypatch.setenv("DISTIL_SLM_CACHE", str(path / "not-a-folder"))
+    assert fingerprint(folder) == last
+
+
+def test_a_file_that_has_just_changed_is_not_taken_from_the_cache(tmp_path, monkeypatch):
+    """Two changes within a tick of the system's clock have one time."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(2**20))
+    content_sha256(path)
+    assert not list(cache_dir().glob("hashes/*"))
+
+
+def test_the_fingerprint_does_not_depend_on_names(tmp_path, model_dir, monkeypatch):
+    adapter = Path(save_adapter(tmp_path / "adapter", model_dir))
+    before = fingerprint(adapter), fingerprint(model_dir)
+    moved = shutil.copytree(model_dir, tmp_path / "moved")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(moved)}))
+    monkeypatch.chdir(tmp_path)
+    assert (fingerprint("./adapter"), fingerprint("moved")) == before
+    (moved / "config.json").write_text((moved / "config.json").read_text() + "\n")
+    assert fingerprint("adapter") != before[0]  # of another base
+
+
+@pytest.mark.parametrize(("trained", "noted"), [("none", True), ("nf4", True), ("none", False), (None, False)])
+def test_an_adapter_in_another_quantization_than_it_was_trained_in_is_noted(
+    tmp_path, model_dir, capsys, trained, noted
+):
+    folder = Path(save_adapter(tmp_path / "own", model_dir))
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | ({"flags": {"quantization": trained}} if trained else {})))
+    used = {"none": "nf4", "nf4": "none"}[trained] if noted else "none"
+    for trainable in (False, True):
+        capsys.readouterr()
+        load_named(str(folder), used, trainable=trainable)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+        wanted = f"note: {folder} was trained with --quantization {trained} and is used with {used}, so its scores"
+        assert len(lines) == noted and all(line.startswith(wanted) for line in lines)
+        assert all(line.endswith(f"give --quantization {trained}") for line in lines)
 
 
 def test_a_model_is_loaded_as_qlora_says_and_answers_greedily(model_dir):

@@ -196,17 +196,17 @@ def test_an_interrupted_process_goes_on_in_its_own_stretch(tmp_path, monkeypatch
 
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(KeyboardInterrupt):
-        batch.run_file(source, output, 11, {}, 2, work)
+        batch.run_file(source, output, {}, 2, work)
     assert [row["n"] for row in read_lines(tmp_path / "out.jsonl.1of2.part")] == [
         5,
         6,
         7,
         8,
     ]
-    batch.run_file(source, output, 11, {}, 2, work)
+    batch.run_file(source, output, {}, 2, work)
     assert not output.exists()
     monkeypatch.setenv("RANK", "0")
-    batch.run_file(source, output, 11, {}, 2, work)
+    batch.run_file(source, output, {}, 2, work)
     assert [row["n"] for row in read_lines(output)] == list(range(11))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 

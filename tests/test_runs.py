@@ -12,8 +12,15 @@ def test_checkpoints_sort_by_number(tmp_path):
     for step in (900, 1000, 1100):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
-        if step < 1100:
-            (folder / "trainer_state.json").write_text("{}")
+        for name in (
+            "trainer_state.json",
+            "adapter_model.safetensors",
+            "optimizer.pt",
+            "scheduler.pt",
+            "rng_state.pth",
+        ):
+            if step < 1100 or name != "optimizer.pt":
+                (folder / name).write_text("{}")
     assert runs.last_checkpoint(str(tmp_path)).endswith("checkpoint-1000")
     assert runs.last_checkpoint(str(tmp_path / "none")) is None
 

@@ -5,7 +5,6 @@ Nothing here knows how the scorer works: the reference runs each prompt with eac
 
 from __future__ import annotations
 
-import copy
 import json
 
 import numpy as np
@@ -215,12 +214,20 @@ def test_the_longest_label_counts_into_the_context(loaded):
     assert not FastLabelScorer(model, encoder, SEVERAL_FORMS).fits(fitting)
 
 
-def test_a_model_that_rescales_its_logits_is_refused(loaded):
-    model, encoder = loaded
-    other = copy.deepcopy(model)
-    other.config.final_logit_softcapping = 30.0
-    with pytest.raises(InputError, match="rescale their logits"):
-        FastLabelScorer(other, encoder, ONE_TOKEN)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_the_fast_way_is_wrong_the_models_own_logits_are_used(model_dir, dtype, capsys):
+    """Here something stands between the body and the head, as in ModernBERT's decoder."""
+    model, tokenizer = load_named(model_dir, "none", dtype)
+    encoder = PromptEncoder(tokenizer)
+    assert not FastLabelScorer(model, encoder, ONE_TOKEN, shared_by=TURNS).plain
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].roll(1, dims=-1),))
+    scoring._print_once.cache_clear()
+    capsys.readouterr()
+    for shared in ((), TURNS):
+        scorer = FastLabelScorer(model, encoder, SEVERAL_FORMS, batch_size=5, shared_by=shared)
+        wanted = plain_scores(model, encoder, TEXTS, SEVERAL_FORMS, "max")
+        np.testing.assert_allclose(scorer.raw_scores(TEXTS), wanted, atol=1e-4 if dtype == "float32" else 0.3)
+    assert capsys.readouterr().err.count("note: this qwen2 model is scored by its own logits") == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "auto"])

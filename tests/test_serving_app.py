@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx2
 import pytest
 from conftest import RESPONSE_FIELDS, assert_error
 from fastapi.testclient import TestClient
@@ -252,6 +255,16 @@ def test_flags_out_of_range(flags):
         engine_options(build_parser().parse_args(flags))
 
 
+def test_flags_without_an_effect_are_refused(model_dir):
+    """Those of the environment are for any command line."""
+    for flags, message in (
+        (["--aggregate", "max"], "--aggregate: only with --verbalizers"),
+        (["--calibration", "none", "--null_prompts", "7"], "--null_prompts: --calibration none uses no prior"),
+    ):
+        with pytest.raises(InputError, match=message):
+            serve_creditmix.main(["--base", model_dir, *flags])
+
+
 def test_flags_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("CREDITMIX_BASE", "smollm2-135m")
     monkeypatch.setenv("CREDITMIX_PORT", "9001")
@@ -275,20 +288,29 @@ def test_wrong_environment_ends_with_one_line_under_uvicorn_too(monkeypatch, cap
         assert stop.value.code == 2 and printed.count("\n") == 1 and message in printed
 
 
-def test_half_a_request_head_is_not_waited_for():
-    """uvicorn itself would keep the connection for ever; enough of them and no one else gets one."""
+@contextlib.contextmanager
+def listening(key: str | None = None):
+    """Run the server in a thread and give its address."""
     import uvicorn
 
-    bound = bound_socket("127.0.0.1", 0)
-    app = create_app(TinyEngine(), Metrics())
-    config = uvicorn.Config(app, log_config=None, http=impatient_protocol(0.3), timeout_keep_alive=15)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([bound],))
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        address = bound.getsockname()
+    with bound_socket("127.0.0.1", 0) as bound:
+        app = create_app(TinyEngine(), Metrics(), api_key=key)
+        config = uvicorn.Config(app, log_config=None, http=impatient_protocol(0.3), timeout_keep_alive=15)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield bound.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def test_half_a_request_head_is_not_waited_for():
+    """uvicorn itself would keep the connection for ever; enough of them and no one else gets one."""
+    with listening() as address:
         half = socket.create_connection(address, timeout=10)
         half.sendall(b"GET /healthz HTTP/1.1\r\nHost: x")
         whole = http.client.HTTPConnection(*address, timeout=10)
@@ -299,10 +321,55 @@ def test_half_a_request_head_is_not_waited_for():
         assert half.recv(4096) == b""  # closed by the server
         half.close()
         whole.close()
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        bound.close()
+
+
+HEAD = b"POST /infer/sft HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def sent(address, fields: bytes, parts=(), pause: float = 0.0) -> tuple[int, str, float]:
+    """Send a request to its end, and only then read the answer: (status, code, seconds)."""
+    start = time.monotonic()
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(HEAD + fields + b"\r\n")
+        for part in parts:
+            connection.sendall(part)
+            time.sleep(pause)
+        reply = http.client.HTTPResponse(connection)
+        reply.begin()
+        error = json.loads(reply.read())["error"]["code"]
+        assert reply.getheader("connection") == "close" and connection.recv(1) == b""
+    return reply.status, error, time.monotonic() - start
+
+
+PART = b"x" * 50_000
+CHUNK = b"c350\r\n" + PART + b"\r\n"
+
+
+@pytest.mark.parametrize(("key", "status"), [(None, 413), ("k", 401)])
+def test_a_client_that_sends_on_sees_why_it_is_refused(key, status, capfd):
+    """A connection that is closed while the client sends would be reset, and the answer lost."""
+    with listening(key) as address, ThreadPoolExecutor(2) as pool:
+        whole = b"Content-Length: 10000000\r\n", [PART] * 200
+        chunked = b"Transfer-Encoding: chunked\r\n", [CHUNK] * 200 + [b"0\r\n\r\n"]
+        jobs = [pool.submit(sent, address, *request) for request in (whole, chunked, whole, chunked)]
+        assert [job.result()[0] for job in jobs] == [status] * 4
+        waits = b"Content-Length: 10000000\r\nExpect: 100-continue\r\n"  # it sends nothing without permission
+        assert sent(address, waits)[0] == status
+        with httpx2.Client() as client:
+            for body in (PART * 200, iter([PART] * 200)):
+                assert client.post("http://{}:{}/infer/sft".format(*address), content=body).status_code == status
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_is_read_of_a_refused_body_is_limited(monkeypatch):
+    monkeypatch.setattr(guard, "MAX_UNREAD", 2_000_000)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.5)
+    with listening() as address:
+        with pytest.raises(OSError):
+            sent(address, b"Content-Length: 90000000\r\n", [PART] * 1800)
+        for fields, status in ((b"Content-Length: 1000\r\n", 408), (b"Content-Length: 2000000\r\n", 413)):
+            observed = sent(address, fields, [b"x"] * 4, 0.15)
+            assert observed[0] == status and observed[2] < 2
 
 
 def test_a_port_in_use_is_said_before_anything_loads():

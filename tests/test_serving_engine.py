@@ -191,6 +191,46 @@ def test_adapters_without_a_calibration_are_named_in_the_log(model_dir, folders,
     assert logged == list(folders)
 
 
+def test_adapters_trained_in_another_quantization_are_named_in_the_log(model_dir, folders, tmp_path, caplog):
+    own = shutil.copytree(folders["kd"], tmp_path / "kd")
+    (own / "run.json").write_text(json.dumps({"flags": {"quantization": "nf4"}}))
+    Engine(arguments(model_dir, folders | {"kd": str(own)}))
+    (fields,) = (record.fields for record in caplog.records if record.message == "other quantization")
+    assert fields["variant"] == "kd" and "trained with --quantization nf4 and is used with none" in fields["hint"]
+
+
+def test_what_is_described_is_what_was_loaded(model_dir, folders, tmp_path, monkeypatch):
+    """An adapter that is trained again under a running server is not the one that answers."""
+    own = shutil.copytree(folders["kd"], tmp_path / "kd")
+    args, loading = arguments(model_dir, folders | {"kd": str(own)}), CreditModel.load_variants
+    loaded = model_fingerprint(args.refs["kd"])
+
+    def replaced(*rest):
+        models = loading(*rest)
+        save_adapter(own, model_dir, seed=9)
+        return models
+
+    monkeypatch.setattr(CreditModel, "load_variants", replaced)
+
+    async def use(engine):
+        return engine.description["kd"]["fingerprint"]
+
+    assert with_engine(args, use) == loaded != model_fingerprint(args.refs["kd"])
+
+
+def test_a_calibration_goes_with_the_weights_that_are_loaded(model_dir, folders, tmp_path):
+    """The adapter is replaced between the check at the start and the load: its old calibration is not used."""
+    own = shutil.copytree(folders["kd"], tmp_path / "kd")
+    args = arguments(model_dir, folders | {"kd": str(own)})
+    stored = {"calibration": "fitted", "temperature": 2.0, "prior": dict.fromkeys(LABELS, -0.5)}
+    stored |= {"bias": dict.fromkeys(LABELS, 1.0), "model": model_fingerprint(args.refs["kd"])}
+    (own / "calibration.json").write_text(json.dumps(stored | args.scoring.raw_settings()))
+    engine = Engine(args)
+    save_adapter(own, model_dir, seed=9)
+    with pytest.raises(InputError, match="fitted with another model"):
+        engine._load()
+
+
 def test_a_folder_that_was_named_must_have_an_adapter(model_dir, tmp_path):
     with pytest.raises(InputError, match="no adapter there; 'none' leaves this endpoint without one"):
         arguments(model_dir, {"kd": str(tmp_path)})

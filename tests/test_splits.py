@@ -1,12 +1,21 @@
-"""The split by customer: shares, and what it depends on."""
+"""The split by customer: shares, what it depends on, and who was trained under which."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from distil.splits import split_of
+import eval_codegen
+import eval_idp
+from common import InputError
+from distil import splits
+from distil.files import file_sha256
+from distil.splits import provenance, split_of
+from distil.testing import save_adapter
 
 
 @pytest.mark.parametrize("seed", [0, 1, 17])
@@ -22,3 +31,82 @@ def test_the_split_depends_on_customer_and_split_seed_alone():
     first = [split_of(name, 0) for name in names]
     assert first == [split_of(name) for name in names]
     assert sum(a != b for a, b in zip(first, (split_of(name, 1) for name in names), strict=True)) > 100
+
+
+RAW = {"file": "raw.csv", "sha256": "abc"}
+OTHER = {"file": "other.csv", "sha256": "def"}
+
+
+@pytest.fixture
+def chain(tmp_path, model_dir):
+    """Write an adapter on an export, each with a record as scripts write it; return (adapter, export)."""
+
+    def write(of_adapter: dict, of_export: dict | None) -> tuple[str, str]:
+        export = shutil.copytree(model_dir, tmp_path / "export", dirs_exist_ok=True)
+        (export / "export.json").unlink(missing_ok=True)
+        if of_export is not None:
+            (export / "export.json").write_text(json.dumps(of_export))
+        adapter = save_adapter(tmp_path / "adapter", str(export))
+        (Path(adapter) / "run.json").write_text(json.dumps(of_adapter))
+        return adapter, str(export)
+
+    return write
+
+
+def test_an_adapter_has_the_provenance_of_its_base(chain):
+    record = {"split_seed": 7, "sources": [RAW], "gold_share": 0.2}
+    adapter, export = chain(record, record | {"sources": [OTHER, RAW], "gold_share": 0.5})
+    found = provenance(adapter)
+    assert found.record == {"split_seed": 7, "sources": [RAW, OTHER], "gold_share": 0.5}
+    assert provenance(export).record == {"split_seed": 7, "sources": [OTHER, RAW], "gold_share": 0.5}
+
+
+def test_a_base_model_was_trained_on_nothing_of_ours(chain, model_dir):
+    for name in (model_dir, "smollm2-135m", "Qwen/Qwen2.5-3B-Instruct"):
+        assert provenance(name) == splits.Provenance(name, None, (), 0.0)
+    adapter, _ = chain({"split_seed": 7, "sources": [RAW], "gold_share": 0.2}, None)
+    assert provenance(adapter).record == {"split_seed": 7, "sources": [RAW], "gold_share": 0.2}
+
+
+@pytest.mark.parametrize("record", [{}, {"adapter": "runs/a", "fingerprint": "1"}, {"sources": [None]}])
+def test_what_is_not_recorded_is_unknown(chain, record):
+    """An export without these fields, an adapter without run.json: trained on unknown rows."""
+    adapter, export = chain({"split_seed": 7, "sources": [RAW], "gold_share": 0.2}, record)
+    assert provenance(export).record == {"split_seed": None, "sources": [None], "gold_share": None}
+    assert provenance(adapter).record == {"split_seed": 7, "sources": [RAW, None], "gold_share": None}
+    adapter, _ = chain(record, {"split_seed": 7, "sources": [RAW], "gold_share": 0.2})
+    assert provenance(adapter).record == {"split_seed": 7, "sources": [None, RAW], "gold_share": None}
+
+
+def test_parts_of_different_splits_are_refused(chain):
+    adapter, _ = chain({"split_seed": 0, "sources": [RAW]}, {"split_seed": 7, "sources": [RAW]})
+    with pytest.raises(InputError, match=r"export was trained with --split_seed 7, .*adapter has 0"):
+        provenance(adapter)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"sources": 1}, {"sources": [{}]}, {"split_seed": "7"}, {"gold_share": "all"}, ["x"], {"sources": ["x"]}],
+)
+def test_a_damaged_record_is_refused(chain, record):
+    _, export = chain({}, {})
+    (Path(export) / "export.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"export: its record .* is damaged"):
+        provenance(export)
+
+
+@pytest.mark.parametrize("main", [eval_idp.main, eval_codegen.main], ids=["idp", "codegen"])
+def test_documents_and_tasks_of_another_split_are_refused(here, model_dir, main):
+    """Their validation file is one split's; a model of another split of the same raw file may have seen its rows."""
+    row = {"document": "a", "expected": "{}", "prompt": "f(x)", "tests": ["assert f(1)"]}
+    Path("validation.jsonl").write_text(json.dumps(row) + "\n")
+    note = {"split_seed": 0, "source": RAW, "files": {"validation.jsonl": file_sha256("validation.jsonl")}}
+    Path("idp_prepared.json").write_text(json.dumps(note))
+    own = shutil.copytree(model_dir, here / "own")
+    (own / "export.json").write_text(json.dumps({"split_seed": 7, "sources": [RAW], "gold_share": None}))
+    argv = ["--model_dir", str(own), "--data", "validation.jsonl"]
+    with pytest.raises(InputError, match=r"own: trained with --split_seed 7, validation\.jsonl was prepared with 0"):
+        main(argv)
+    for record in ({"split_seed": 0, "sources": [RAW]}, {"split_seed": 7, "sources": [OTHER]}):
+        (own / "export.json").write_text(json.dumps(record))
+        splits.check_split([str(own), model_dir], "validation.jsonl", file_sha256("validation.jsonl"))

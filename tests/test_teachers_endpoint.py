@@ -35,7 +35,7 @@ def test_an_unreliable_endpoint_answers_every_prompt_once(here, endpoint):
     for row in written:
         assert row["teacher_output"] == LABELS[len(row["input"]) % 3] and "label_probs" not in row
         assert row["teacher"] == {"name": "m", "prompt": str(PROMPT_VERSION)}
-    assert sorted(path.name for path in here.iterdir()) == ["in.jsonl", "kd.jsonl"]
+    assert sorted(path.name for path in here.iterdir()) == ["in.jsonl", "kd.jsonl", "kd_prepared.json"]
 
 
 @pytest.mark.parametrize("status", ["401", "403", "404"])

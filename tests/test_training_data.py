@@ -160,6 +160,12 @@ def test_the_sources_of_the_adapter_to_continue_from_are_recorded(train, noted_d
     assert recorded["gold_share"] == 0.2  # the larger: the first step saw these labels
 
 
+def test_renamed_data_keep_their_note(train, noted_data):
+    renamed = (noted_data / "sft.jsonl").rename(noted_data / "mine.jsonl")
+    recorded = run_json(train("sft", "run", "--data", renamed))
+    assert (recorded["split_seed"], recorded["gold_share"]) == (7, 0.2)
+
+
 def test_the_note_of_other_data_is_not_used(train, noted_data):
     with open(noted_data / "sft.jsonl", "a") as out:
         out.write('{"input": "Debt: 1", "output": "Good"}\n')
@@ -177,6 +183,30 @@ def test_training_does_not_continue_from_an_adapter_of_another_split(method, tra
     (sft_adapter / "run.json").write_text(json.dumps(record | {"split_seed": 0}))
     with pytest.raises(InputError, match=r"--adapter .* was trained with --split_seed 0, .* has 7"):
         train(method, "run", "--adapter", sft_adapter, "--data", noted_data / f"{method}.jsonl", base=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_on_top_of_an_export_inherits_what_that_was_trained_on(method, train, noted_data, model_dir):
+    export = shutil.copytree(model_dir, noted_data / "export")
+    record = {"split_seed": 7, "sources": [{"file": "other.csv", "sha256": "def"}], "gold_share": 0.5}
+    (export / "export.json").write_text(json.dumps(record))
+    flags = ("--student", export, "--data", noted_data / f"{method}.jsonl")
+    recorded = run_json(train(method, "run", *flags))
+    assert [source["file"] for source in recorded["sources"]] == ["raw.csv", "other.csv"]
+    assert (recorded["split_seed"], recorded["gold_share"]) == (7, 0.5)
+    (export / "export.json").write_text(json.dumps(record | {"split_seed": 0}))
+    with pytest.raises(InputError, match=r"--student .*export was trained with --split_seed 0, .* has 7"):
+        train(method, "other", *flags)
+
+
+def test_rows_of_an_unknown_split_keep_that_of_the_model_to_start_from(train, training_files, sft_adapter, tmp_path):
+    """Else an evaluation under another split would take the student for one of unknown customers."""
+    start = shutil.copytree(sft_adapter, tmp_path / "start")
+    record = {"split_seed": 7, "sources": [{"file": "raw.csv", "sha256": "abc"}], "gold_share": 0.2}
+    (start / "run.json").write_text(json.dumps(run_json(start) | record))
+    recorded = run_json(train("kd", "run", "--adapter", start, base=False))
+    assert (recorded["split_seed"], recorded["gold_share"]) == (7, None)
+    assert recorded["sources"] == [None, *record["sources"]]
 
 
 def test_the_data_file_is_hashed_once_in_a_run(train, noted_data, monkeypatch):

@@ -122,6 +122,18 @@ def test_kd_flags_out_of_range_are_refused(flags, tmp_path, model_dir):
     assert f"{flags[0]} {float(flags[1])}" in refused("kd", [row_of("kd")], tmp_path, model_dir, *flags)
 
 
+@pytest.mark.parametrize(
+    ("method", "flags", "message"),
+    [
+        ("sft", ("--max_steps", 2, "--epochs", 1), "--epochs: only without --max_steps"),
+        ("kd", ("--kd_alpha", 0.9), "--kd_alpha: only for label_probs, and --data has none"),
+        ("dpo", ("--lora_dropout", 0.1), "--lora_dropout: DPO trains without dropout"),
+    ],
+)
+def test_flags_without_effect_are_refused(method, flags, message, tmp_path, model_dir):
+    assert message in refused(method, [row_of(method)], tmp_path, model_dir, *flags)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tracker_that_is_not_installed_is_refused(method, tmp_path, model_dir):
     assert "--report_to nonsense: not installed here; possible are: none" in refused(

@@ -10,10 +10,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import METHODS, adapter_tensors, assert_same_tensors, run_json, trainer
+from conftest import (
+    METHODS,
+    adapter_tensors,
+    assert_same_tensors,
+    other_process,
+    row_of,
+    run_json,
+    trainer,
+    write_lines,
+)
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 import sft_train
@@ -35,7 +46,7 @@ FILES = {
     "training_curve.json",
     "training_curve.png",
 }
-# Trains as the script does and kills its own process, without any cleaning up, after step 7.
+# Trains as the script does and kills its own process, without any cleaning up, after step 9.
 KILLED = """
 import importlib, os, signal, sys
 from distil.training import run
@@ -43,7 +54,7 @@ from transformers import TrainerCallback
 
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 7:
+        if state.global_step == 9:
             os.kill(os.getpid(), signal.SIGKILL)
 
 original = run.train_and_save
@@ -166,13 +177,35 @@ def test_planned_steps_are_the_steps_taken(shape, train, capsys):
     assert json.loads((train("sft", "run", *flags) / "run.json").read_text())["metrics"]["steps"] == planned
 
 
+def uneven_rows(method: str, folder: Path) -> str:
+    """Write 37 rows of very different lengths, which SFT and KD group by length, for steps of 2 x 3 rows."""
+    rows = []
+    for number in range(37):
+        row = row_of(method, f"Debt: {number}" + " 1" * (60 if number % 9 == 0 else number % 9))
+        rows.append(row | ({"label_probs": {"Good": 0.5, "Standard": 0.3, "Bad": 0.2}} if method == "kd" else {}))
+    return write_lines(folder / "uneven.jsonl", rows)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Compute in one thread here and in other processes, as several add numbers in no fixed order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["sft", "kd", "dpo", "dpo_from_adapter"])
-def test_a_resumed_run_equals_an_uninterrupted_one(method, model_dir, training_files, sft_adapter, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(method, model_dir, sft_adapter, tmp_path):
+    """In the middle of the second epoch, with an incomplete last step in each, under dropout: bit by bit."""
     script = method.split("_")[0]
     base = ["--adapter", sft_adapter] if "adapter" in method else ["--student", model_dir]
-    flags = [*base, "--data", training_files[script], "--max_steps", "10", "--batch_size", "4", "--save_steps", "3"]
-    flags += ["--warmup_steps", "2", "--learning_rate", "3e-3"]
-    flags += [] if "adapter" in method else ["--lora_dropout", "0.2"]
+    flags = [*base, "--data", uneven_rows(script, tmp_path), "--epochs", "2", "--batch_size", "2", "--grad_accum", "3"]
+    flags += ["--save_steps", "4", "--warmup_steps", "2", "--learning_rate", "3e-3"]
+    flags += [] if script == "dpo" else ["--lora_dropout", "0.2"]
+    flags += [] if method == "sft" else ["--quantization", "none", "--compute_dtype", "float32"]
     whole, killed = str(tmp_path / "whole"), tmp_path / "killed"
     assert trainer(script).main([*flags, "--save_dir", whole]) == 0
 
@@ -181,7 +214,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method, model_dir, training_f
     process = subprocess.run([sys.executable, "-c", KILLED, f"{script}_train", *flags], env=env, capture_output=True)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
     assert not (killed / "run.json").exists() and not (killed / "adapter_model.safetensors").exists()
-    assert {path.name for path in (killed / "checkpoints").glob("*-*")} == {"checkpoint-3", "checkpoint-6"}
+    assert {path.name for path in (killed / "checkpoints").glob("*-*")} == {"checkpoint-4", "checkpoint-8"}
     with pytest.raises(InputError, match="did not finish"):
         check_model_name(str(killed))
     with pytest.raises(InputError, match=r"unfinished run is here; --resume continues it, --overwrite"):
@@ -191,17 +224,76 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method, model_dir, training_f
         trainer(script).main([*flags, "--resume", "--learning_rate", "1e-3"])
 
     # The newest checkpoint was being written when the next kill came.
-    half = killed / "checkpoints" / "checkpoint-9"
-    shutil.copytree(killed / "checkpoints" / "checkpoint-6", half)
-    (half / "trainer_state.json").unlink()
-    (half / "adapter_model.safetensors").write_bytes(b"half")
-    assert runs.last_checkpoint(str(killed)).endswith("checkpoint-6") and not half.exists()
+    for missing in ("trainer_state.json", "optimizer.pt", "rng_state.pth"):
+        half = killed / "checkpoints" / "checkpoint-9"
+        shutil.copytree(killed / "checkpoints" / "checkpoint-8", half)
+        (half / missing).unlink()
+        assert runs.last_checkpoint(str(killed)).endswith("checkpoint-8") and not half.exists()
 
     assert trainer(script).main([*flags, "--resume"]) == 0
     assert {path.name for path in killed.iterdir()} == FILES
     result = run_json(killed)
-    assert result["resumed_from"] == "checkpoint-6" and result["metrics"]["steps"] == 10
-    assert_same_tensors(adapter_tensors(whole), adapter_tensors(killed), atol=1e-6)
+    assert result["resumed_from"] == "checkpoint-8" and result["metrics"]["steps"] == 14
+    assert_same_tensors(adapter_tensors(whole), adapter_tensors(killed), atol=0)
+    curves = [json.loads((Path(folder) / "training_curve.json").read_text()) for folder in (whole, killed)]
+    seconds = [[entry.pop("seconds") for entry in curve] for curve in curves]
+    assert curves[0] == curves[1] and [entry["step"] for entry in curves[1]] == [1, 4, 8, 10, 12, 14]
+    assert seconds[1] == sorted(seconds[1]) and result["wall_seconds"] >= seconds[1][-1]
+    for name in ("train_loss", "last_loss"):
+        assert result["metrics"][name] == run_json(Path(whole))["metrics"][name]
+
+
+@pytest.mark.parametrize("lengths", [None, [3 + number % 12 for number in range(37)]])
+def test_seed_and_epoch_alone_decide_the_order_of_rows(lengths):
+    """Whatever was drawn before, and wherever in the epoch a run is resumed: each row once."""
+    strategy = "group_by_length" if lengths else "random"
+    trainer = SimpleNamespace(args=SimpleNamespace(train_sampling_strategy=strategy), state=SimpleNamespace())
+    options = SimpleNamespace(seed=3, batch_size=2, grad_accum=3)
+    dataset = Dataset.from_list([{"input_ids": [0] * length} for length in lengths or [3] * 37])
+    order, orders = run.RowOrder(trainer, options, dataset), []
+    for step in (0, 6, 7, 13):  # the first and the last of the 7 steps of two epochs
+        torch.rand(step + 1)
+        trainer.state.global_step = step
+        orders.append(list(order))
+        assert sorted(orders[-1]) == list(range(37))
+    assert orders[0] == orders[1] != orders[2] == orders[3]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_training(train, tmp_path):
+    """The Trainer would show the mean of earlier losses instead, and the adapter would be saved."""
+    with pytest.raises(InputError, match=r"the loss is not a number at step .: lower --learning_rate"):
+        train("sft", "run", "--learning_rate", "1e30", "--optimizer", "sgd", "--save_steps", 1)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+# Trains as the script does, and stops in the first step.
+SLOW = """
+import sys, time
+import torch, transformers
+import sft_train
+from distil.training import loss
+
+def step(*args, **kwargs):
+    print("training", flush=True)
+    time.sleep(100)
+
+loss.CompletionTrainer.training_step = step
+sft_train.main(sys.argv[1:])
+"""
+
+
+def test_two_trainings_do_not_write_one_folder(train, model_dir, training_files, tmp_path):
+    """Neither with --resume nor with --overwrite; what a killed one leaves can be replaced."""
+    folder = tmp_path / "run"
+    with other_process(SLOW, "--student", model_dir, "--data", training_files["sft"], "--save_dir", folder) as process:
+        for flags in ([], ["--resume"], ["--overwrite"]):
+            with pytest.raises(InputError, match=rf"run: another run \(process {process.pid}\) is writing it"):
+                train("sft", "run", *flags)
+            assert (folder / "checkpoints" / "settings.json").is_file()
+    with pytest.raises(InputError, match="an unfinished run is here"):
+        train("sft", "run")
+    train("sft", "run", "--seed", 2, "--overwrite")
+    assert run_json(folder)["seed"] == 2 and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_full_disk_is_named_in_the_last_line(train, monkeypatch, capsys):
@@ -251,7 +343,7 @@ def test_what_overwrite_replaces_is_complete_until_the_new_run_is(moment, train,
     assert not (save_dir / "calibration.json").exists() and not (save_dir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("changed", ["data_sha256", "adapter_fingerprint", "processes"])
+@pytest.mark.parametrize("changed", ["data_sha256", "model", "processes", "dtype", "torch version"])
 def test_resume_refuses_other_data_or_start(changed, train, training_files, sft_adapter, tmp_path, monkeypatch):
     """DPO's frozen reference would be another network than before the kill."""
     start = Path(shutil.copytree(sft_adapter, tmp_path / "start"))
@@ -267,6 +359,10 @@ def test_resume_refuses_other_data_or_start(changed, train, training_files, sft_
     train("dpo", "run", *flags, "--resume", "--dry_run", base=False)
     if changed == "processes":
         monkeypatch.setattr(run, "rank_and_world", lambda: (0, 2))
+    elif changed == "dtype":
+        monkeypatch.setattr(runs, "dtype_name", lambda name: "another")
+    elif changed == "torch version":
+        monkeypatch.setattr(runs, "package_versions", lambda: {"torch": "1.0"})
     elif changed == "data_sha256":
         rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     else:

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from common import Calibration, InputError
-from distil.calibration import adjusted, candidates, choose_method, uncalibrated, write_fitted
+from distil.calibration import adjusted, calibration_path, candidates, choose_method, uncalibrated, write_fitted
 from distil.creditmix.metrics import MeasureOptions, measure
 from distil.creditmix.model import CreditModel
 from distil.creditmix.rows import LABELS, CreditRow, balanced_sample
+from distil.files import hold
 from distil.models import ModelRef
 from distil.processes import rank_and_world
-from distil.runs import run_record
 from distil.scoring import ScoringOptions
-from distil.splits import is_gold, split_of
+from distil.splits import is_gold, provenance, split_of
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,24 @@ class EvalOptions:
 
 
 def check_training(ref: ModelRef, options: EvalOptions) -> None:
-    """Raise InputError for an adapter trained under another split: its training rows would be validation rows.
+    """Raise InputError for a model trained under another split: its training rows would be validation rows.
     Print a note where it was trained on other rows (whether those include these customers cannot be seen), or with
-    labels that --gold_share excludes."""
-    if not ref.adapter:
-        return
-    run = run_record(ref.adapter)
-    trained, seed = run.get("split_seed"), options.split_seed
+    labels that --gold_share excludes. Adapters, exports and what they were made from count alike (`provenance`)."""
+    origin = provenance(ref.name)
+    trained, seed, sources = origin.split_seed, options.split_seed, origin.sources
     if trained not in (None, seed):
         raise InputError(f"{ref.name}: trained with --split_seed {trained}, evaluated with {seed}: rows would leak")
-    sources = run.get("sources") or [None]
-    others = [source["file"] for source in sources if source and source["sha256"] != options.data_sha256]
-    if others or None in sources or trained is None:
-        place = f"on rows of {', '.join(others)}, not of --data" if others else "on rows whose source is not recorded"
-        print(f"note: {ref.name} was trained {place}; they may be among the validation rows", file=sys.stderr)
-    share = run.get("gold_share")
+    others = [source["file"] for source in sources if source and source.get("sha256") != options.data_sha256]
+    if rank_and_world()[0]:
+        return
+    if others or None in sources:
+        places = [f"on rows of {', '.join(others)}, not of --data"] if others else []
+        places += ["on rows whose source is not recorded"] if None in sources else []
+        print(
+            f"note: {ref.name} was trained {', and '.join(places)}; they may be among the validation rows",
+            file=sys.stderr,
+        )
+    share = origin.gold_share
     if options.gold_share < 1 and (share is None or share > options.gold_share):
         used = "a --gold_share that is not recorded" if share is None else f"--gold_share {share:g}"
         print(f"note: {ref.name} was trained with {used}, not {options.gold_share:g}", file=sys.stderr)
@@ -117,7 +120,8 @@ def fit(model: CreditModel, ref: ModelRef, rows: list[CreditRow], options: EvalO
         digest = hashlib.sha256(json.dumps([[row.features, row.label] for row in rows]).encode()).hexdigest()
         fitted_on = {"rows": len(rows), "sha256": digest, "data": options.data, "data_sha256": options.data_sha256}
         fitted_on |= {"split_seed": options.split_seed, "bias": options.fit_bias, "gold_share": options.gold_share}
-        print(f"wrote {write_fitted(ref, chosen, nll, options.scoring, fitted_on)}", file=sys.stderr)
+        path = write_fitted(ref, model.fingerprint, chosen, nll, options.scoring, fitted_on)
+        print(f"wrote {path}", file=sys.stderr)
     return chosen, methods
 
 
@@ -126,7 +130,8 @@ def evaluate_model(ref: ModelRef, rows: list[CreditRow], fit_rows: list[CreditRo
     if options.fit:
         plain = replace(options.scoring, calibration="contextual", bias=(0.0,) * len(LABELS), class_shares=None)
         model = CreditModel.load(ref, plain)
-        chosen, methods = fit(model, ref, fit_rows, options)
+        with hold(calibration_path(ref)):
+            chosen, methods = fit(model, ref, fit_rows, options)
         model = replace(model, calibration=adjusted(chosen, options.scoring))
     else:
         model = CreditModel.load(ref, options.scoring)

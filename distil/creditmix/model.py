@@ -15,6 +15,7 @@ from distil.cli import add_scoring_flags, scoring_options
 from distil.creditmix.rows import LABELS, NULL_FEATURES, creditmix_prompt, null_prompts
 from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import gather, own_share, rank_and_world
+from distil.runs import package_versions
 from distil.scoring import BASE, FastLabelScorer, ScoringOptions, label_prior
 
 if TYPE_CHECKING:
@@ -46,25 +47,23 @@ class CreditModel:
     calibration: Calibration
     adapter: str | None = None
     abstain_below: float | None = None
+    fingerprint: str = ""  # distil.models.model_fingerprint of what is loaded
 
     @classmethod
     def load(cls, ref: ModelRef, options: ScoringOptions) -> CreditModel:
         """Load a base or adapter with its calibration. Raises InputError."""
-        fitted = fitted_calibration(ref, options)
+        before, fitted = model_fingerprint(ref), fitted_calibration(ref, options)
         if (note := unfitted_note(ref, fitted, options)) and rank_and_world()[0] == 0:
             print(f"note: {note}", file=sys.stderr)
-        before = model_fingerprint(ref)
         return cls._calibrated(ref, before, credit_scorer(*load(ref, options.load), options), fitted, options)
 
     @classmethod
-    def load_variants(
-        cls, refs: dict[str, ModelRef], fitted: dict[str, Calibration | None], options: ScoringOptions
-    ) -> dict[str, CreditModel]:
+    def load_variants(cls, refs: dict[str, ModelRef], options: ScoringOptions) -> dict[str, CreditModel]:
         """Load one base and scorer for all of {variant: model}, the adapters on top of it.
-        refs: one without an adapter, all others adapters of it. fitted: `fitted_calibration` of each, read before
-        anything is loaded. Raises InputError."""
+        refs: one without an adapter, all others adapters of it. Raises InputError."""
         base = next(ref for ref in refs.values() if not ref.adapter)
         before = {variant: model_fingerprint(ref) for variant, ref in refs.items()}
+        fitted = {variant: fitted_calibration(ref, options) for variant, ref in refs.items()}
         model, tokenizer = load(base, options.load)
         if folders := {variant: ref.adapter for variant, ref in refs.items() if ref.adapter}:
             model = add_adapters(model, folders)
@@ -85,10 +84,11 @@ class CreditModel:
             raise InputError(f"{ref.name}: changed while it was loaded; start again when its training has ended")
         calibration = fitted or uncalibrated(len(LABELS))
         if not fitted and options.calibration != "none":
-            key = f"{before} {options.load.quantization} {dtype_name(options.load.compute_dtype)}"
+            how = options.load.quantization, dtype_name(options.load.compute_dtype), bool(options.load.offload_folder)
+            key = f"{before} {how} {package_versions()}"
             prior = label_prior(scorer, key, null_prompts(options.null_prompts), adapter)
             calibration = replace(calibration, method="contextual", prior=prior)
-        return cls(ref.name, scorer, adjusted(calibration, options), adapter, options.abstain_below)
+        return cls(ref.name, scorer, adjusted(calibration, options), adapter, options.abstain_below, before)
 
     def prompt(self, features: str, notes: Counter | None = None) -> list[int]:
         """Return token ids of a feature string's prompt; `notes` counts what `canonical_features` fixed in it."""

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,10 @@ def null_prompts(count: int = len(NULL_FEATURES)) -> list[str]:
     return [head + text for text in NULL_FEATURES[:count]]
 
 
+NO_CUSTOMER = ("", "nan", "none", "null", "n/a", "na", "<na>", "nat", "-", "_", UNKNOWN.casefold())
+_NUMBER_ID = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+
+
 @dataclass(frozen=True)
 class CreditRow:
     """One labelled customer-month: canonical feature string, label in LABELS, and the key that the split hashes."""
@@ -133,11 +138,24 @@ class CreditRow:
     label: str
 
 
-def _customer_id(value: Any) -> str:
-    """Return one spelling of a customer (' 17', 17 and 17.0 are '17'), who would else be in two parts of the split."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return "" if value is None else str(value).strip()
+def customer_id(value: Any) -> str:
+    """Return one spelling of a customer (' 17', '1.7e1', 17 and 17.0 are '17'), who would else be in two parts of the
+    split; '' where there is none. '017' is another customer than 17: zeros in front are part of a text id, and what
+    reads ids as numbers loses them in all rows. Raises ValueError for values that cannot be an id."""
+    if value is not None and type(value) not in (str, int, float):
+        raise ValueError(f"a customer id is a text or a number, found {json.dumps(value)[:40]}")
+    text = "" if value is None else repr(value) if type(value) is float else str(value).replace("\ufeff", "").strip()
+    if text.casefold() in NO_CUSTOMER:
+        return ""
+    if not _NUMBER_ID.fullmatch(text):
+        return text
+    if re.fullmatch("[+-]?[0-9]+", text):
+        return str(int(text)) if len(text) < 400 else text
+    if abs(number := float(text)) < 2**53:
+        return str(int(number)) if number.is_integer() else repr(number)
+    if "." in text or "e+" in text.casefold():  # not the likes of '12e45', which may be hexadecimal
+        raise ValueError(f"the customer id {text[:40]} has lost digits as a number with a point; write whole numbers")
+    return text
 
 
 def _cell(field: str, value: str) -> str:
@@ -146,17 +164,18 @@ def _cell(field: str, value: str) -> str:
     return re.sub(r",\s+", ",", value) if field in PLAUSIBLE else value
 
 
-def _raw_csv(path: Path, text: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (place, customer or '', feature string, label) of each row of the Kaggle CSV."""
+def _raw_csv(path: Path, text: str) -> Iterator[tuple[str, Any, str, str]]:
+    """Yield (place, customer id as it is, feature string, label) of each row of the Kaggle CSV."""
     reader = csv.DictReader(io.StringIO(text))
-    columns = list(reader.fieldnames or [])
+    reader.fieldnames = columns = [name.strip("\ufeff \t") for name in reader.fieldnames or []]
     if len(columns) < 2:
         raise InputError(
             f"{path}: empty, or not separated by commas; a header with {', '.join(CSV_COLUMNS)} is needed"
         )
-    if missing := [name for name in (*CSV_COLUMNS, "Credit_Mix", "Customer_ID") if name not in columns]:
+    needed, folded = (*CSV_COLUMNS, "Credit_Mix", "Customer_ID"), [name.casefold() for name in columns]
+    if missing := [name for name in needed if name not in columns]:
         raise InputError(f"{path}: column {', '.join(missing)} missing; found {', '.join(columns)}")
-    if twice := [name for name in CSV_COLUMNS if columns.count(name) > 1]:
+    if twice := [name for name in needed if folded.count(name.casefold()) > 1]:
         raise InputError(f"{path}: column {', '.join(twice)} occurs twice; keep one")
     while True:
         place = f"{path}: line {reader.line_num + 1}"
@@ -169,14 +188,14 @@ def _raw_csv(path: Path, text: str) -> Iterator[tuple[str, str, str, str]]:
         if None in row or None in row.values():
             raise InputError(f"{place} has another number of cells than the header")
         features = ", ".join(f"{field}: {_cell(field, row[column])}" for column, field in CSV_COLUMNS.items())
-        yield place, _customer_id(row["Customer_ID"]), features, row["Credit_Mix"]
+        yield place, row["Customer_ID"], features, row["Credit_Mix"]
 
 
-def _raw_json(path: Path, text: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (place, customer or '', feature string, label) of each row of a JSON list or JSONL file."""
+def _raw_json(path: Path, text: str) -> Iterator[tuple[str, Any, str, str]]:
+    """Yield (place, customer id as it is, feature string, label) of each row of a JSON list or JSONL file."""
     if text.lstrip().startswith("["):
         try:
-            rows, first, unit = parse_json(text), 0, "item"
+            rows, first, unit = parse_json(text, unique=True), 0, "item"
         except ValueError as error:
             raise InputError(f"{path}: not a JSON list ({error})") from None
     else:
@@ -185,7 +204,7 @@ def _raw_json(path: Path, text: str) -> Iterator[tuple[str, str, str, str]]:
         place = f"{path}: {unit} {number}"
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("question", "answer")):
             raise InputError(f'{place} needs "question" and "answer" as strings, found {json.dumps(row)[:80]}')
-        yield place, _customer_id(row.get("customer_id")), row["question"], row["answer"]
+        yield place, row.get("customer_id"), row["question"], row["answer"]
 
 
 def read_creditmix(path: str | Path) -> tuple[list[CreditRow], Counter]:
@@ -195,8 +214,12 @@ def read_creditmix(path: str | Path) -> tuple[list[CreditRow], Counter]:
     path, notes, raw, rows = Path(path), Counter(), [], []
     labels_of: dict[str, set[str]] = defaultdict(set)
     read = _raw_csv if path.suffix.lower() == ".csv" else _raw_json
-    for place, customer, question, answer in read(path, read_text(path)):
+    for place, name, question, answer in read(path, read_text(path)):
         features, label = canonical_features(question, notes), answer.strip()
+        try:
+            customer = customer_id(name)
+        except ValueError as error:
+            raise InputError(f"{place}: {error}") from None
         if label in LABELS:
             labels_of[customer or features].add(label)
         elif label.strip("_"):
@@ -213,6 +236,13 @@ def read_creditmix(path: str | Path) -> tuple[list[CreditRow], Counter]:
     if not rows:
         raise InputError(f"{path}: no labelled rows")
     return rows, notes
+
+
+def note_anonymous(rows: Sequence[CreditRow]) -> None:
+    """Print a note where rows have no customer id: the split cannot keep one person's rows together."""
+    if anonymous := sum(row.customer == row.features for row in rows):
+        risk = "rows of one person may be on both sides of the split, and all figures too good"
+        print(f"note: {anonymous} rows have no customer id, each text counts as a customer: {risk}", file=sys.stderr)
 
 
 def balanced_sample(rows: Sequence[CreditRow], per_class: int, seed: int) -> list[CreditRow]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
-from common import left_padded
+from distil.generation import left_padded
 from distil.idp.schema import SchemaGrammar, grammar_tokenizer
 from distil.workarounds import pack_for_decoding
 

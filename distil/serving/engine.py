@@ -18,7 +18,7 @@ from common import InputError
 from distil.calibration import fitted_calibration, unfitted_note
 from distil.creditmix.model import CreditModel
 from distil.creditmix.rows import creditmix_prompt
-from distil.models import ModelRef, adapter_config, check_model_name, model_fingerprint, resolve, same_base
+from distil.models import ModelRef, adapter_config, check_model_name, quantization_note, resolve, same_base
 from distil.scoring import ScoringOptions
 
 VARIANTS = ("base", "sft", "kd", "dpo")
@@ -95,10 +95,12 @@ class Engine:
     def __init__(self, options: EngineOptions, metrics: Any = None):
         self.options, self.metrics = options, metrics
         self.base = options.refs["base"].name
-        self._fitted = {variant: fitted_calibration(ref, options.scoring) for variant, ref in options.refs.items()}
-        for variant, ref in options.refs.items():
-            if note := unfitted_note(ref, self._fitted[variant], options.scoring):
-                LOG.warning("not calibrated", extra={"fields": {"variant": variant, "hint": note}})
+        for variant, ref in options.refs.items():  # what does not fit is refused before anything is loaded
+            unfitted = unfitted_note(ref, fitted_calibration(ref, options.scoring), options.scoring)
+            other = quantization_note(ref, options.scoring.load)
+            for event, note in (("not calibrated", unfitted), ("other quantization", other)):
+                if note:
+                    LOG.warning(event, extra={"fields": {"variant": variant, "hint": note}})
         self._missing = training_commands(self.base, [name for name in VARIANTS if name not in options.refs])
         self.models: dict[str, CreditModel] = {}
         self.description: dict[str, dict] = {}
@@ -244,7 +246,7 @@ class Engine:
     def _load(self) -> None:
         """Load base, adapters and priors (from disk if cached), and run a first forward of each kind."""
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        models = CreditModel.load_variants(self.options.refs, self._fitted, self.options.scoring)
+        models = CreditModel.load_variants(self.options.refs, self.options.scoring)
         scorer = models["base"].scorer
         turns = [creditmix_prompt("Age: 1")] * len(models)
         scorer.raw_scores(turns, adapters=[model.adapter for model in models.values()])
@@ -253,8 +255,7 @@ class Engine:
             used = model.calibration
             bias = dict(zip(self.options.scoring.labels, used.bias.tolist(), strict=True))
             calibration = {"method": used.method, "bias": bias, "temperature": used.temperature}
-            described = {"model_name": model.name, "base": self.base}
-            described["fingerprint"] = model_fingerprint(self.options.refs[variant])
+            described = {"model_name": model.name, "base": self.base, "fingerprint": model.fingerprint}
             self.description[variant] = described | {"calibration": calibration, "since": since}
         self.models = models
         if self.metrics:

@@ -15,6 +15,7 @@ from typing import Any
 API_KEY = "CREDITMIX_API_KEY"
 MAX_BODY = 1_000_000  # bytes; a full batch of the longest feature strings has 512,000 if all letters are ASCII
 MAX_FEATURES, MAX_BATCH = 2000, 256  # characters of a feature string, rows of a batch request
+MAX_UNREAD = 64_000_000  # bytes of a refused body that are read, so that its sender sees the answer
 BODY_SECONDS = 10  # for a client to send its body
 OPEN_PATHS = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")  # no key needed
 OPEN_FOLDER = "/static-offline-docs/"  # assets of /docs
@@ -51,7 +52,7 @@ class Guard:
             await send(message)
 
         try:
-            body = self._refuse(scope, headers) or await self._body(headers, receive)
+            body = await self._body(self._refuse(scope, headers), headers, receive)
             if isinstance(body, tuple):
                 await send_error(reply, *body)
             elif body is not None:
@@ -82,26 +83,33 @@ class Guard:
             return None
         return 401, "unauthorized", "a valid key is needed", "send it as 'Authorization: Bearer KEY'"
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes | tuple | None:
-        """Return the complete body; an error where it is too large or too slow; None where the client has left."""
+    async def _body(self, refused: tuple | None, headers: dict[bytes, bytes], receive: Any) -> bytes | tuple | None:
+        """Return the complete body; an error where it is refused, too large or too slow; None where the client left.
+        A refused body is read on and dropped: a connection that is closed on a client that sends is reset, and with
+        it the answer. One beyond MAX_UNREAD is not, nor that of a client which waits for permission to send."""
         too_large = 413, "too_large", f"the body has more than {MAX_BODY} bytes", "send fewer rows at once"
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MAX_BODY:
-            return too_large
-        body = b""
+        length, waits = headers.get(b"content-length", b"0"), headers.get(b"expect", b"").lower() == b"100-continue"
+        size = int(length) if length.isdigit() else 0
+        refused = refused or (too_large if size > MAX_BODY else None)
+        if refused and (waits or size > MAX_UNREAD):
+            return refused
+        body, size = b"", 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                while True:
+                while size <= MAX_UNREAD:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
-                    if len(body) > MAX_BODY:
-                        return too_large
+                    part = message.get("body", b"")
+                    size += len(part)
+                    refused = refused or (too_large if size > MAX_BODY else None)
+                    body = b"" if refused else body + part
                     if not message.get("more_body"):
-                        return body
+                        return refused or body
         except TimeoutError:
-            return 408, "too_slow", f"the body did not arrive within {BODY_SECONDS} s", "send it at once"
+            slow = 408, "too_slow", f"the body did not arrive within {BODY_SECONDS} s", "send it at once"
+            refused = refused or slow
+        return refused
 
     async def _until_gone(self, scope: dict, body: bytes, receive: Any, reply: Any) -> None:
         """Run the application on a body that was read; cancel it, and so its rows, when the client leaves."""
@@ -132,8 +140,7 @@ async def send_error(send: Any, status: int, code: str, message: str, hint: str 
     """Send an error outside of the application."""
     body = json.dumps(error_body(code, message, hint)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status in (408, 413):
-        headers.append((b"connection", b"close"))  # the rest of the body is not read
+    headers.append((b"connection", b"close"))  # a rest of the body may be on its way
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

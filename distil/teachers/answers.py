@@ -7,11 +7,13 @@ prompt was refused, or the text was cut off.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from common import Calibration, InputError
 from distil.batch import AnswerFile
@@ -80,6 +82,26 @@ class Prompts:
         return [f"{text}\n{RATIONALE}" if rationale else text for text in self.texts]
 
 
+def shown_url(url: str) -> str:
+    """Return a URL without user, password and the values of its query, as notes, messages and logs may have it."""
+    if not is_http(url):
+        return re.split("[?#]", re.sub(r"^(\w+://)?.*@", r"\1", url))[0]
+    parts = urlsplit(url)
+    query = "&".join(f"{name}=..." for name in dict.fromkeys(name for name, _ in parse_qsl(parts.query, True)))
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
+
+
+def is_http(url: str) -> bool:
+    """Return whether a URL is the address of a server."""
+    try:
+        parts = urlsplit(url)
+        # An @ further right is one of a password with a sign that ends the address, such as / or ?.
+        rest = parts.path + parts.query + parts.fragment
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in rest
+    except ValueError:  # not a port
+        return False
+
+
 def read_prompts(path: str, labels: str | None) -> Prompts:
     """Return the prompts of a JSONL file. labels: --labels; by default the gold answers, up to 10 different.
     Raises InputError."""
@@ -104,8 +126,13 @@ def answer_file(ref: ModelRef | None, options: TeacherOptions, **more: Any) -> A
     """Open the answers to the prompts of options.input, also those of an interrupted run.
     Raises InputError where that run had another model `ref` (None: endpoint), options, or settings `more`."""
     settings = {"teacher": ref.name if ref else None, "prompt": PROMPT_VERSION, "input": options.input_sha256}
-    names = ["teacher_url", "teacher_model", "rationale", "max_new_tokens", "temperature", "seed"]
+    names = ["teacher_model", "rationale", "max_new_tokens", "temperature", "seed"]
     names += ["batch_size", "calibration"] if ref else []
+    if (
+        url := options.teacher_url
+    ):  # of a query's values, which may hold a key, 16 bits: enough to see that they differ
+        query = hashlib.sha256(urlsplit(url).query.encode()).hexdigest()[:4]
+        settings |= {"teacher_url": shown_url(url), "teacher_query": query}
     settings |= {name: getattr(options, name) for name in names} | {"labels": list(options.labels), **more}
     settings |= {"quantization": options.load.quantization, "compute_dtype": options.load.compute_dtype}
     settings |= {"model": model_fingerprint(ref)} if ref else {}
@@ -188,6 +215,8 @@ def calibrate_answers(answers: list[dict[str, Any]], prompts: Prompts, method: s
     import numpy as np
 
     labels, scored = prompts.labels, [i for i, answer in enumerate(answers) if "label_probs" in answer]
+    if not scored and method == "batch":
+        print("note: --calibration batch has no effect: the answers came without probabilities", file=sys.stderr)
     if not scored or method == "none":
         return answers
     raw = np.log(np.maximum([[answers[i]["label_probs"][label] for label in labels] for i in scored], MIN_SHARE))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import random
 import signal
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
 from threading import Event, Thread, current_thread, main_thread
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from common import SYSTEM_PROMPT, InputError
-from distil.teachers.answers import CUT, TeacherOptions
+from distil.teachers.answers import CUT, TeacherOptions, shown_url
 
 REFUSED = (400, 413, 422)  # statuses that may be about one prompt
 BUSY = (408, 409, 425, 429)  # statuses below 500 that are worth another try
@@ -60,13 +62,20 @@ class HttpTeacher:
     def __init__(self, options: TeacherOptions, answered: bool = False):
         from openai import OpenAI
 
-        self.options, self.url, self.answered = options, options.teacher_url, answered
+        self.options, self.url, self.answered = options, shown_url(options.teacher_url), answered
         self._reported: set[str] = set()
         self._top = max(TOP_LOGPROBS) if options.labels else 0
         self._stopped = Event()
         # Retries are ours: the client's own do not cover a reply that is half a JSON text.
         key = os.environ.get(options.api_key_env) or "none"
-        self.client = OpenAI(base_url=self.url, api_key=key, timeout=options.timeout, max_retries=0)
+        # A password goes into a header and a query behind the path: the address in an exception or log has neither.
+        parts, url = urlsplit(options.teacher_url), self.url.partition("?")[0]
+        for name in ("openai", "httpx", "httpx2") if parts.query else ():
+            logging.getLogger(name).setLevel(logging.WARNING)  # they would log the query
+        user = unquote(parts.netloc.rpartition("@")[0])
+        headers = {"Authorization": f"Basic {b64encode(user.encode()).decode()}"} if user else None
+        how = {"default_headers": headers, "default_query": dict(parse_qsl(parts.query, True))}
+        self.client = OpenAI(base_url=url, api_key=key, timeout=options.timeout, max_retries=0, **how)
 
     def answers(self, prompts: dict[int, str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (number, answer) of each numbered user turn, as they come; one that got none in all tries is missing.
@@ -212,15 +221,6 @@ def label_probabilities(choice: Any, labels: Sequence[str]) -> dict[str, float]:
             mass[starts[0]] += math.exp(token.logprob)
     total = sum(mass.values())
     return {label: p / total for label, p in mass.items()} if total >= 0.5 else {}
-
-
-def is_http(url: str) -> bool:
-    """Return whether a URL is the address of a server."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # not a port
-        return False
 
 
 def one_line(error: BaseException | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from distil.creditmix.rows import LABELS, balanced_sample, creditmix_prompt, read_creditmix
+from distil.creditmix.rows import LABELS, balanced_sample, creditmix_prompt, note_anonymous, read_creditmix
 from distil.creditmix.tabular import tabular_teacher
 from distil.splits import is_gold, split_of
 from distil.teachers.answers import Prompts, answer_of_probabilities
@@ -19,7 +19,9 @@ def tabular_rows(
     """Return (prompts, answers) of CreditMix training rows, each row's answer by a model that never saw its customer.
     per_class: rows of each label, 0 for as many as the rarest has. gold_share: share of customers whose labels may be
     used; those of the others are not used at all. Raises InputError."""
-    pool = [row for row in read_creditmix(src)[0] if split_of(row.customer, split_seed) == "train"]
+    rows, _ = read_creditmix(src)
+    note_anonymous(rows)
+    pool = [row for row in rows if split_of(row.customer, split_seed) == "train"]
     with_gold = [is_gold(row.customer, gold_share, split_seed) for row in pool]
     answers = [answer_of_probabilities(LABELS, row) for row in tabular_teacher(pool, with_gold, seed)]
     # Classes are balanced by gold where all of it may be used, else by the teacher's labels.

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import InputError, PromptEncoder
 from distil.files import file_sha256, read_jsonl
-from distil.runs import run_record
-from distil.splits import preparation
+from distil.splits import Provenance, joined, preparation, provenance, recorded
 
 if TYPE_CHECKING:
     import torch
@@ -20,44 +19,51 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows of a data file, the file's hash, the note of its preparation ({} without one) and, where training continues
-    from an adapter, that adapter's run.json."""
+    """Rows of a data file, the file's hash, the note of its preparation ({} without one) and the provenance of the
+    model that training starts from, a base or an adapter."""
 
     file: str
     rows: list[dict]
     sha256: str
     note: dict[str, Any]
-    start: dict[str, Any] | None = None
+    start: Provenance | None = None
+
+    def _all(self) -> Provenance:
+        own = recorded(self.file, self.note)
+        return joined(own, self.start) if self.start else own
 
     def sources(self) -> list[dict | None]:
-        """Return the raw files of the data, then those of the adapter to continue from; None for an unknown one."""
-        return [self.note.get("source"), *([] if self.start is None else self.start.get("sources", [None]))]
+        """Return the raw files of the data, then those of the model to start from; None for an unknown one."""
+        return list(self._all().sources)
 
     def gold_share(self) -> float | None:
-        """Return the larger --gold_share of data and adapter; None where one is not known."""
-        shares = [note.get("gold_share") for note in (self.note, self.start) if note is not None]
-        return None if None in shares else max(shares)
+        """Return the larger --gold_share of data and model; None where one is not known."""
+        return self._all().gold_share
 
     def split_seed(self, flag: int | None, adapter: str | None = None) -> int | None:
-        """Return the split that the data was prepared with, from --split_seed or the note; None if unknown.
-        Raises InputError where note, flag and adapter differ: validation rows could have been trained on."""
+        """Return the split that the data was prepared with, from --split_seed or the note, or else that of the model
+        to start from; None if unknown. adapter: the model, if it is one. Raises InputError where note, flag and model
+        differ: validation rows could have been trained on."""
         if flag is None and "changed" in self.note:
             changed = f"{self.file}: changed since {self.note['changed']} was written"
             raise InputError(f"{changed}; prepare it again, or specify with --split_seed how its rows were split")
-        noted, before = self.note.get("split_seed"), (self.start or {}).get("split_seed")
+        noted, before = self.note.get("split_seed"), self.start.split_seed if self.start else None
         seed = noted if flag is None else flag
         if noted not in (None, seed):
             raise InputError(f"--split_seed {seed}: {self.file} was prepared with {noted}; leave the flag out")
         if None not in (before, seed) and before != seed:
-            trained = f"--adapter {adapter} was trained with --split_seed {before}"
-            raise InputError(f"{trained}, {self.file} has {seed}; prepare the data with the adapter's")
-        return seed
+            trained = (
+                f"--{'adapter' if adapter else 'student'} {self.start.name} was trained with --split_seed {before}"
+            )
+            raise InputError(f"{trained}, {self.file} has {seed}; prepare the data with the model's")
+        return before if seed is None else seed
 
 
-def read_data(path: str, required: Sequence[str], adapter: str | None = None) -> TrainingData:
-    """Return a JSONL file's rows with the `required` fields; adapter: folder to continue from. Raises InputError."""
+def read_data(path: str, required: Sequence[str], start: str | None = None) -> TrainingData:
+    """Return a JSONL file's rows with the `required` fields; start: the model or adapter that training starts from.
+    Raises InputError."""
     rows, sha256 = read_jsonl(path, required), file_sha256(path)
-    return TrainingData(path, rows, sha256, preparation(path, sha256), run_record(adapter) if adapter else None)
+    return TrainingData(path, rows, sha256, preparation(path, sha256), provenance(start) if start else None)
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,11 @@ def add_training_flags(
     add("--debug", action="store_true", help="show tracebacks")
 
 
+def unused(flags: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the flags of all trainers that have no effect next to the others, for `distil.cli.refuse_unused`."""
+    return {"only without --max_steps": ["epochs"] if flags["max_steps"] else []}
+
+
 def train_options(
     flags: Mapping[str, Any], small: dict, large: dict, ref: ModelRef, data: TrainingData, kind: type[Options]
 ) -> Options:

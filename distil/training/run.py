@@ -6,16 +6,19 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from common import InputError, compute_dtype, lora_config
-from distil import calibration, runs
+from distil import runs
 from distil.files import write_json
 from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import rank_and_world
@@ -60,6 +63,7 @@ def trainer_arguments(options: TrainOptions) -> dict[str, Any]:
         "optim": options.optimizer,
         "logging_steps": min(10, options.max_steps or 10),  # the last step of a short run too
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would show the mean of earlier losses in place of a loss that is NaN
         "save_total_limit": 2,
         "use_cpu": not torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,  # every adapter takes part in every forward
@@ -79,21 +83,68 @@ def adapter_trainer(
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
     lora = None if weights else lora_config(options.lora_r, options.lora_alpha, options.lora_dropout)
     trainer = build(model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    trainer._get_train_sampler = lambda *_: RowOrder(trainer, options, dataset)
     adapters_to_float32(trainer.model, weights)
     return trainer
 
 
+class RowOrder(torch.utils.data.Sampler):
+    """Row numbers in an order that seed and epoch alone decide, so that a resumed run sees the rows that are left.
+    The Trainer's own order of grouped rows follows from all that was drawn before, and in several processes its
+    sampler does not hear of the epoch that a run is resumed in."""
+
+    def __init__(self, trainer: Any, options: TrainOptions, dataset: Dataset):
+        self.trainer, self.options, self.rows = trainer, options, len(dataset)
+        grouped = trainer.args.train_sampling_strategy == "group_by_length"
+        self.lengths = [len(ids) for ids in dataset["input_ids"]] if grouped else None
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        options = self.options
+        epoch = self.trainer.state.global_step // steps_per_epoch(options, self.rows)
+        drawn = torch.Generator().manual_seed(options.seed + epoch)
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=drawn).tolist())
+        return iter(get_length_grouped_indices(self.lengths, options.batch_size * options.grad_accum, generator=drawn))
+
+
+class Records(TrainerCallback):
+    """Makes the training curve of a resumed run that of an uninterrupted one: at each checkpoint the mean loss since
+    the last entry is logged, and entries have the seconds of training until then, those of killed runs included.
+    Ends a training whose loss is not a number, before that is saved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic() - (state.log_history[-1]["seconds"] if state.log_history else 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        entry = state.log_history[-1]
+        entry["seconds"] = round(time.monotonic() - self.started, 1)
+        entry.pop("num_tokens", None)  # TRL counts those since a resume
+        if not math.isfinite(entry.get("loss", 0)):
+            fix = "lower --learning_rate, or give --compute_dtype float32"
+            raise InputError(f"the loss is not a number at step {state.global_step}: {fix}")
+
+
+def steps_per_epoch(options: TrainOptions, rows: int) -> int:
+    """Return the optimiser steps of an epoch; the processes of a launcher share the rows."""
+    return math.ceil(math.ceil(rows / (options.batch_size * rank_and_world()[1])) / options.grad_accum)
+
+
 def step_count(options: TrainOptions, rows: int) -> int:
-    """Return the optimiser steps of the run; the processes of a launcher share the rows."""
-    per_epoch = math.ceil(math.ceil(rows / (options.batch_size * rank_and_world()[1])) / options.grad_accum)
-    return options.max_steps or math.ceil(per_epoch * options.epochs)
+    """Return the optimiser steps of the run."""
+    return options.max_steps or math.ceil(steps_per_epoch(options, rows) * options.epochs)
 
 
 def run_settings(options: TrainOptions, ref: ModelRef, data: TrainingData) -> dict[str, Any]:
-    """Return what decides a run's result: flags, data and adapter hashes, processes (which share the rows)."""
+    """Return what decides a run's result: flags, content of data and model, processes (they share rows), machine."""
     settings = {name: value for name, value in asdict(options).items() if name not in _FREE_FLAGS}
-    settings |= {"data_sha256": data.sha256, "processes": rank_and_world()[1]}
-    return settings | ({"adapter_fingerprint": model_fingerprint(ref)} if ref.adapter else {})
+    settings |= {"data_sha256": data.sha256, "processes": rank_and_world()[1], "model": model_fingerprint(ref)}
+    return settings | runs.conditions(options.compute_dtype)
 
 
 def train_and_save(
@@ -101,7 +152,7 @@ def train_and_save(
 ) -> None:
     """Train (from the last complete checkpoint with --resume), then write the adapter folder, run.json last.
     What --overwrite replaces is complete until then. Raises InputError where --resume would change settings."""
-    save_dir, started = Path(options.save_dir), time.monotonic()
+    save_dir = Path(options.save_dir)
     main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
     if options.overwrite and main:
         shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
@@ -119,6 +170,7 @@ def train_and_save(
         checkpoint = runs.last_checkpoint(save_dir) if options.resume else None
     if options.resume and not checkpoint and main:
         print(f"{save_dir}: no checkpoint yet, training starts at the beginning", file=sys.stderr)
+    trainer.add_callback(records := Records())
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except BaseException:
@@ -126,14 +178,17 @@ def train_and_save(
             if bar := getattr(callback, "training_bar", None):
                 bar.close()  # it would be drawn once more, below the message
         raise
-    # What was not logged yet is each process's own share of the loss.
-    loss = torch.tensor(result.metrics["train_loss"], device=trainer.accelerator.device)
-    result.metrics["train_loss"] = trainer.accelerator.reduce(loss, "mean").item()
     if not main:
         return
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    metrics = {**result.metrics, "steps": trainer.state.global_step, "last_loss": history[-1]["loss"]}
-    seconds, memory = round(time.monotonic() - started, 1), runs.peak_memory()
+    last = dict(history[-1])
+    ends = {"steps": last.pop("step"), "last_loss": last.pop("loss")}
+    metrics = result.metrics | last | ends
+    total = sum(
+        entry["loss"] * (entry["step"] - before["step"]) for before, entry in pairwise([{"step": 0}, *history])
+    )
+    metrics["train_loss"] = total / metrics["steps"]  # the Trainer's is of the steps since a resume
+    seconds, memory = round(time.monotonic() - records.started, 1), runs.peak_memory()
     run = run_facts(method, options, ref, data) | {"metrics": metrics, "wall_seconds": seconds}
     run["resumed_from"] = checkpoint and Path(checkpoint).name
     run["memory"] = memory | {"estimated_gb": round(estimate["total"], 2)}
@@ -163,7 +218,7 @@ def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[d
     write_json(done / "training_curve.json", history)
     plot_curve(done / "training_curve.png", history, f"{save_dir.name} ({run['method']})")
     write_json(done / "run.json", run)
-    for name in ("run.json", calibration.FILE):  # of the run that this one replaces
+    for name in ("run.json", "calibration.json"):  # of the run that this one replaces
         (save_dir / name).unlink(missing_ok=True)
     for path in sorted(done.iterdir(), key=lambda path: path.name == "run.json"):
         path.replace(save_dir / path.name)  # needs no room on a full disk

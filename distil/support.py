@@ -1,0 +1,58 @@
+"""Decide from a model's configuration alone whether this project can score and train it; no weights are loaded."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from common import InputError
+
+TAKE = "take a causal language model with attention in every layer, such as Llama, Qwen2, Qwen3 or Gemma 3"
+
+
+@functools.lru_cache(maxsize=8)
+def empty_model(path: str) -> Any:
+    """Return a model with the modules and shapes of a local folder or hub id, and without weights. Raises InputError
+    where transformers has no causal language model for its configuration."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    try:
+        if config.is_encoder_decoder:
+            raise ValueError("an encoder-decoder")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{path}: {config.model_type} models are not supported ({reason}); {TAKE}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def check_supported(path: str) -> None:
+    """Raise InputError where a base model (local folder or hub id) cannot be used, with the reason: it is no causal
+    language model, its layers keep no keys that prompts could share, or its context has no stated length."""
+    model = empty_model(path)
+    if lacks := missing_part(model):
+        raise InputError(f"{path}: {model.config.model_type} models are not supported ({lacks}); {TAKE}")
+
+
+def missing_part(model: Any) -> str | None:
+    """Return what scoring and training need and this model does not have, None for a supported model."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+    text = model.config.get_text_config(decoder=True)
+    if {module.is_causal for module in model.modules() if hasattr(module, "is_causal")} == {False}:
+        return "attention that is not causal"
+    if not (getattr(text, "max_position_embeddings", None) or 0) > 0:
+        return "no max_position_embeddings, the length of the context, in config.json"
+    if not hasattr(model, model.base_model_prefix or "-") or model.get_output_embeddings() is None:
+        return "no separate body and output head"
+    try:
+        layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        layers = {None}
+    if layers - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
+        return "layers without attention or with a sparse index, whose state prompts cannot share"
+    return None

@@ -1,0 +1,241 @@
+"""Label scores of tiny random models of many architectures against one plain forward for each prompt and label.
+
+The shared beginning is longer than a window of 16 tokens and shorter than one of 64; rows have some 10 to 400 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import METHODS, refused, row_of
+from peft import LoraConfig, get_peft_model
+from scipy.special import softmax
+
+from common import InputError, PromptEncoder
+from distil import scoring
+from distil.creditmix.rows import creditmix_prompt
+from distil.models import LoadOptions, resolve
+from distil.scoring import BASE, FastLabelScorer
+from distil.support import check_supported
+from distil.teachers.answers import TeacherOptions
+from distil.teachers.local import ModelTeacher
+from distil.testing import build_tokenizer
+
+LABELS = {label: [label] for label in ("Good", "Standard", "Bad")}
+FORMS = {"Good": ["Good"], "Standard": ["Standard", "Typical"], "Bad": ["Bad"]}
+CUSTOMER = "Age: 31, Annual Income: 48000, Outstanding Debt: 1200, Ratio: "
+TURNS = [creditmix_prompt(f"{CUSTOMER * (i % 2)}{i}" + ", word" * (i * 7 % 23)) for i in range(6)]
+TEXTS = ["x", "long " * 75, *TURNS]
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 640,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": None}
+WINDOWED = {  # a value of None is the window
+    "gemma3_text": MIXED,
+    "mistral": {"sliding_window": None},
+    "phi3": {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "qwen3": MIXED | {"use_sliding_window": True},
+    "gpt_neo": {"window_size": None, "attention_types": [[["global", "local"], 1]], "attention_layers": None},
+    "gpt_oss": MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "ministral": MIXED,
+    "olmo3": MIXED,
+    "exaone4": MIXED,
+    "starcoder2": {"sliding_window": None},
+    "modernbert-decoder": {"layer_types": ["sliding_attention", "full_attention"], "local_attention": None},
+}
+CAUSAL = {"llama": {}, "qwen2": {}, "gpt_neox": {}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2}}
+OWN_LOGITS = {"granite": {"logits_scaling": 4.0}, "gemma2": {"final_logit_softcapping": 3.0}, "cohere": {}}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return PromptEncoder(build_tokenizer())
+
+
+def tiny(architecture: str, fields: dict, vocabulary: int):
+    """Return a random float32 model; fields that its configuration does not have are left out."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    known = AutoConfig.for_model(architecture).to_dict()
+    small = {name: value for name, value in SMALL.items() if name in known or name in ("num_hidden_layers",)}
+    config = AutoConfig.for_model(architecture, **small | fields, vocab_size=vocabulary)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def plain_scores(model, encoder: PromptEncoder, turns: list[str], forms: dict | None = None) -> np.ndarray:
+    """Return reference scores [turns, labels]: one forward of the complete model for each prompt with each form."""
+    table = []
+    for prompt in map(encoder.prompt, turns):
+        best = []
+        for words in (forms or FORMS).values():
+            scores = []
+            for ids in map(encoder.label, words):
+                logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0].float()
+                log_probs = torch.log_softmax(logits[len(prompt) - 1 :], dim=-1)
+                scores.append(np.mean([log_probs[i, token].item() for i, token in enumerate(ids)]))
+            best.append(max(scores))
+        table.append(best)
+    return np.array(table)
+
+
+CASES = [(name, fields, window) for name, fields in WINDOWED.items() for window in (16, 64)]
+CASES += [(name, fields, None) for name, fields in (CAUSAL | OWN_LOGITS).items()]
+
+
+@pytest.mark.parametrize(("name", "fields", "window"), CASES, ids=[f"{name}-{window}" for name, _, window in CASES])
+def test_scores_equal_a_plain_forward(encoder, name, fields, window, monkeypatch, capsys):
+    """Batches of mixed length, with and without cached beginnings, and with rows of several adapters."""
+    monkeypatch.setattr(scoring, "STEM_TOKENS", 0)
+    scoring._print_once.cache_clear()
+    fields = {key: window if value is None and "layers" not in key else value for key, value in fields.items()}
+    model = tiny(name, {k: v for k, v in fields.items() if v is not None}, len(encoder.tokenizer))
+    wanted = plain_scores(model, encoder, TEXTS)
+    assert np.ptp(wanted, axis=0).min() > 0.01  # rows differ
+    for size, shared in ((1, TURNS), (3, TURNS), (16, TURNS), (3, ()), (16, ())):
+        scorer = FastLabelScorer(model, encoder, FORMS, batch_size=size, shared_by=shared)
+        assert scorer.plain == (name in OWN_LOGITS or name == "modernbert-decoder")
+        assert bool(scorer.prefix) == bool(shared and not scorer.plain)
+        np.testing.assert_allclose(scorer.raw_scores(TEXTS), wanted, atol=1e-4)
+        np.testing.assert_allclose(scorer.raw_scores(TURNS), wanted[2:], atol=1e-4)  # with stems
+    assert capsys.readouterr().err.count("is scored by its own logits") == scorer.plain  # once for five scorers
+
+    head, modules = model.get_output_embeddings(), model.named_modules()
+    linear = {name.rpartition(".")[2] for name, m in modules if isinstance(m, torch.nn.Linear) and m is not head}
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=sorted(linear), init_lora_weights=False)
+    model = get_peft_model(model, config, "a").eval()
+    model.add_adapter("b", config)
+    scorer = FastLabelScorer(model, encoder, FORMS, "max", 16, TURNS, ("a", "b", BASE))
+    table = {BASE: wanted}
+    for adapter in ("a", "b"):
+        model.set_adapter(adapter)
+        table[adapter] = plain_scores(model, encoder, TEXTS)
+    names = [("a", "b", BASE)[i % 3] for i in range(len(TEXTS))]
+    mixed = scorer.score([encoder.prompt(turn) for turn in TEXTS], adapters=names)
+    np.testing.assert_allclose(mixed, [table[name][i] for i, name in enumerate(names)], atol=1e-4)
+    assert np.abs(table["a"] - wanted).max() > 0.1 and np.abs(table["b"] - table["a"]).max() > 0.1
+
+
+def test_a_local_teachers_probabilities_are_those_of_a_plain_forward(encoder, tmp_path):
+    """kd_prepare.py's label_probs; one prompt is longer than the window by far."""
+    fields = {key: 16 if value is None else value for key, value in MIXED.items()}
+    model = tiny("gemma3_text", fields, len(encoder.tokenizer))
+    model.save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    wanted = softmax(plain_scores(model, encoder, TEXTS, LABELS), axis=1)
+    options = TeacherOptions(labels=tuple(LABELS), calibration="none", load=LoadOptions("none", "float32"))
+    answers = dict(ModelTeacher(resolve(str(tmp_path)), options).answers(dict(enumerate(TEXTS))))
+    got = [[answers[i]["label_probs"][label] for label in LABELS] for i in range(len(TEXTS))]
+    np.testing.assert_allclose(got, wanted, atol=1e-4)  # they are rounded to four digits
+
+
+# ------------------------------------------------------------------- models for which the fast way of scoring is wrong
+
+
+def test_a_head_on_which_lora_works_is_used(encoder):
+    """The weight of the base's head alone would be off by several nats."""
+    model = tiny("llama", {}, len(encoder.tokenizer))
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(model, config, "a").eval()
+    with model.disable_adapter():
+        base = plain_scores(model, encoder, TEXTS)
+    wanted = plain_scores(model, encoder, TEXTS)
+    assert np.abs(base - wanted).max() > 1
+    scorer = FastLabelScorer(model, encoder, FORMS, batch_size=3, shared_by=TURNS)
+    np.testing.assert_allclose(scorer.raw_scores(TEXTS), wanted, atol=1e-4)
+    scorer = FastLabelScorer(model, encoder, FORMS, "max", 16, TURNS, ("a", BASE))
+    names = [("a", BASE)[i % 2] for i in range(len(TEXTS))]
+    mixed = scorer.score([encoder.prompt(turn) for turn in TEXTS], adapters=names)
+    np.testing.assert_allclose(mixed, [(wanted, base)[i % 2][i] for i in range(len(TEXTS))], atol=1e-4)
+
+
+def test_a_module_between_body_and_head_that_changes_the_width_is_used(encoder):
+    model = tiny("llama", {}, len(encoder.tokenizer))
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, len(encoder.tokenizer)))
+    model.get_output_embeddings = lambda: model.lm_head[1]
+    scorer = FastLabelScorer(model, encoder, FORMS, batch_size=3, shared_by=TURNS)
+    np.testing.assert_allclose(scorer.raw_scores(TEXTS), plain_scores(model, encoder, TEXTS), atol=1e-4)
+
+
+@pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_prompt_tuning_is_refused(tmp_path, peft_type):
+    """Label scores would be those of the bare base."""
+    config = {"peft_type": peft_type, "base_model_name_or_path": "smollm2-135m"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"an adapter of type {peft_type}; take one of type LORA"):
+        resolve(str(tmp_path))
+
+
+def test_scores_that_depend_on_what_follows_are_refused(encoder):
+    """XLM's attention looks both ways, and none of its modules says so."""
+    fields = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "embed_init_std": 0.3, "init_std": 0.3, "pad_index": 0}
+    with pytest.raises(InputError, match="xlm: what follows a token, or other rows of a batch, change its score"):
+        FastLabelScorer(tiny("xlm", fields, len(encoder.tokenizer)), encoder, FORMS)
+
+
+# --------------------------------------------------------------------------------- what is supported, before weights
+
+
+def saved(folder: Path, architecture: str) -> str:
+    """Write a default configuration without weights and return its folder."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(architecture).save_pretrained(folder)
+    return str(folder)
+
+
+LAYERS = "layers without attention or with a sparse index"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("t5", "an encoder-decoder"),
+        ("bart", "an encoder-decoder"),
+        ("bert", "attention that is not causal"),
+        ("vit", "not supported"),
+        ("mamba", "no max_position_embeddings"),
+        ("bloom", "no max_position_embeddings"),
+        ("bamba", LAYERS),
+        ("falcon_h1", LAYERS),
+        ("qwen3_5_text", LAYERS),
+        ("qwen3_next", LAYERS),
+        ("kimi_linear", LAYERS),
+        ("deepseek_v32", LAYERS),
+    ],
+)
+def test_unsupported_models_are_refused_by_their_configuration(tmp_path, architecture, reason):
+    folder = saved(tmp_path, architecture)
+    with pytest.raises(InputError, match=reason) as error:
+        check_supported(folder)
+    assert folder in str(error.value) and "\n" not in str(error.value) and "take a causal" in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3_text", "gemma2", "granite", "gpt2"])
+def test_supported_models_are_not_refused(tmp_path, architecture):
+    check_supported(saved(tmp_path, architecture))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trainers_refuse_before_they_read_weights(tmp_path, model_dir, method):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    saved(folder, "qwen3_next")
+    (folder / "model.safetensors").write_bytes((len(b"{}")).to_bytes(8, "little") + b"{}")  # no tensor
+    message = refused(method, [row_of(method)], tmp_path, str(folder), "--dry_run")
+    assert "qwen3_next models are not supported (layers without attention" in message
