@@ -201,6 +201,8 @@ def measure(setup: Setup, prompts: list[str], in_file: list[str], quantization: 
     def clock(name: str, way: Callable, rows: int) -> None:
         start = time.perf_counter()
         outputs[name] = way()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds[name].append((time.perf_counter() - start) / rows)
 
     threads = torch.get_num_threads()

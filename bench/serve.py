@@ -58,13 +58,13 @@ def random_adapters(base: str, folder: Path) -> None:
     import torch
     from peft import get_peft_model
 
+    model, _ = load_named(base, "nf4", "auto")
+    model = get_peft_model(model, lora_config(dropout=0.0))
     for seed, variant in enumerate(VARIANTS[1:]):
-        model, _ = load_named(base, "none", "float32")
-        model = get_peft_model(model, lora_config(dropout=0.0))
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data = torch.randn_like(parameter) * 0.01
+                parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.01
         model.peft_config["default"].base_model_name_or_path = base
         model.save_pretrained(folder / f"creditmix_{variant}", save_embedding_layers=False)
 
@@ -145,11 +145,14 @@ async def load(port: int, jobs: list[tuple[str, str]], clients: int) -> dict:
     waiting, done = iter(range(len(jobs))), asyncio.Event()
     statuses: list[int] = []
     health: list[float] = []
+    latency: list[float] = []
 
     async def client() -> None:
         connection = await Client.connect(port)
         for i in waiting:
+            sent = time.perf_counter()
             status, answers[i] = await connection.request("POST", f"/infer/{jobs[i][0]}", {"features": jobs[i][1]})
+            latency.append(1000 * (time.perf_counter() - sent))
             statuses.append(status)
         connection.close()
 
@@ -168,7 +171,8 @@ async def load(port: int, jobs: list[tuple[str, str]], clients: int) -> dict:
     seconds = time.perf_counter() - start
     done.set()
     await probing
-    return {"answers": answers, "seconds": seconds, "errors": sum(s != 200 for s in statuses), "health": health}
+    errors = sum(status != 200 for status in statuses)
+    return {"answers": answers, "seconds": seconds, "errors": errors, "health": health, "latency": latency}
 
 
 async def one_by_one(port: int, jobs: list[tuple[str, str]]) -> list[float]:
@@ -188,10 +192,10 @@ def bare_forwards(model: CreditModel, texts: list[str]) -> list[float]:
 
     network, encoder, seconds = model.scorer.model, model.scorer.encoder, []
     for text in texts:
-        ids = torch.tensor([encoder.prompt(creditmix_prompt(text))])
+        ids = torch.tensor([encoder.prompt(creditmix_prompt(text))], device=network.device)
         start = time.perf_counter()
         with torch.inference_mode():
-            network(input_ids=ids, logits_to_keep=1, use_cache=False)
+            network(input_ids=ids, logits_to_keep=1, use_cache=False).logits.cpu()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
     return seconds
 

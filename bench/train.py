@@ -116,7 +116,8 @@ def trl_command(setup: Setup, method: str, folder: Path, output: Path) -> list[s
         **{"gradient_checkpointing": False, "optim": "adamw_torch", "lr_scheduler_type": "linear"},
         **{"logging_steps": LOG_EVERY, "logging_first_step": True, "save_strategy": "no", "report_to": "none"},
     }
-    command = [str(Path(sys.executable).with_name("trl")), method, "--use_peft", *shared_flags(setup, method)]
+    start = [sys.executable, "-c", "from trl.cli import main; main()"]  # what the command `trl` does
+    command = [*start, method, "--use_peft", *shared_flags(setup, method)]
     if setup.quantization == "nf4":
         command += ["--load_in_4bit", "--use_bnb_nested_quant"]
     command += ["--lora_target_modules", *sorted(config.target_modules)]

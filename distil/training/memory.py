@@ -28,7 +28,8 @@ MAX_LOGITS_BYTES = 2**29  # own loss where any batch's supervised logits stay be
 MAX_EAGER_TOKENS = 256  # up to this length attention that keeps its weights trains a fifth faster on a CPU
 MIN_SHARED_TOKENS = 16  # a shorter common start of a batch's prompts is not worth a separate forward
 FUSED_TOKENS, FUSED_TILE = 4096, 32768  # the tiles of TRL's fused head: tokens, columns of the vocabulary
-LIBRARIES_GB = 0.7  # what libraries take in addition to tensors, measured on a CPU; a CUDA context is as large
+LIBRARIES_GB = 0.7  # what libraries take in addition to tensors, measured on a CPU
+CUDA_GB = 1.1  # on a GPU: its context (0.8) and what PyTorch reserves and does not use (docs/results/gpu.md)
 
 
 def logits_fit(vocabulary: int, supervised: int) -> bool:
@@ -139,7 +140,8 @@ def estimate_memory(ref: ModelRef, options: TrainOptions, sizes: RowSizes) -> di
         "activations": saved + (work if work > logits else 0),
         "logits": 0 if work > logits else logits,
     }
-    gb = {kind: value / 1e9 for kind, value in gb.items()} | {"libraries": LIBRARIES_GB}
+    gb = {kind: value / 1e9 for kind, value in gb.items()}
+    gb |= {"libraries": CUDA_GB if torch.cuda.is_available() else LIBRARIES_GB}
     return {**gb, "total": sum(gb.values()), "trainable_parameters": size.adapter}
 
 
