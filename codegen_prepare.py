@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil.cli import InputError, new_parser, run_script
 from distil.codegen.sandbox import run_programs
 from distil.codegen.tasks import codegen_prompt, parses, read_tasks
 from distil.splits import hash_share, write_parts
@@ -24,7 +24,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val_share", type=float, default=0.4, help="share of tasks for validation (%(default)s)")
     add("--split_seed", type=int, default=0, help="decides which tasks these are (%(default)s)")
     add("--outdir", required=True, help="folder of codegen_sft.jsonl and codegen_validation.jsonl; they are replaced")
-    add_debug_flag(parser)
     return parser
 
 

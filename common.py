@@ -12,6 +12,7 @@ Departures from the textbook:
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -28,14 +29,12 @@ if TYPE_CHECKING:
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SYSTEM_PROMPT = "Follow the instruction and answer with nothing else."
+TEMPLATE_DATE = datetime.date(2024, 7, 26)  # of chat templates that write one
 SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
 
 
 class InputError(Exception):
     """Wrong input (flag, file, data, model). distil.cli.run_script prints it as one line and exits with status 2."""
-
-
-# --------------------------------------------------------------------------------------------------- loading in NF4
 
 
 def compute_dtype(name: str = "auto") -> torch.dtype:
@@ -97,10 +96,11 @@ def load_model(
         use_safetensors=True,
         **({"offload_folder": offload_folder} if offload else {}),
     )
+    if surplus := sorted(report["unexpected_keys"]):
+        unused = f"the weights have {len(surplus)} tensors that its config.json does not use, such as {surplus[0]}"
+        print(f"note: {path}: {unused}", file=sys.stderr)
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-        raise InputError(
-            f"{path}: the weights lack {len(missing)} tensors of the model, such as {missing[0]}; copy it again"
-        )
+        raise InputError(f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; copy it again")
     for module in model.modules():
         # bitsandbytes' packed AVX512-BF16 kernel has no gradient: one evaluation would make all later training steps
         # wrong without an error (measured: cosine 0.18 to the true gradient). distil/workarounds.py has the details.
@@ -143,34 +143,34 @@ def add_adapters(model: Any, folders: dict[str, str], trainable: bool = False) -
 
 
 def align_special_tokens(model: Any, tokenizer: Any, end_of_turn: str) -> None:
-    """Set EOS to the template's end-of-turn token and PAD to another token, in tokenizer, config and generation.
+    """Set EOS to the end-of-turn token and PAD to another one, since pad = eos would mask the stop token in training.
 
-    pad = eos would mask the stop token in training. Generation becomes greedy, without the penalties that chat models
-    ship. Raises InputError where no token can serve as padding.
+    Generation becomes greedy, without the penalties that chat models ship. Raises InputError as `padding_token`.
     """
     from transformers import GenerationConfig
 
-    tokenizer.eos_token = end_of_turn
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        vocabulary = tokenizer.get_vocab()
-        choices = ("<|endoftext|>", "<pad>", "<|pad|>", "<|finetune_right_pad_id|>", tokenizer.unk_token)
-        usable = [token for token in choices if token in vocabulary and token != tokenizer.eos_token]
-        if not usable:
-            raise InputError(f"{tokenizer.name_or_path}: no token can serve as padding apart from end-of-turn")
-        tokenizer.pad_token = usable[0]
+    tokenizer.eos_token, tokenizer.pad_token = end_of_turn, padding_token(tokenizer, end_of_turn)
     tokenizer.padding_side = "left"
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model.config.update(ids)
+    model.config.update({name: token for name, token in ids.items() if token is not None})
     model.generation_config = GenerationConfig(do_sample=False, repetition_penalty=1.0, **ids)
+
+
+def padding_token(tokenizer: Any, end_of_turn: str) -> str:
+    """Return a token that can serve as padding, which `end_of_turn` cannot. Raises InputError where there is none."""
+    others = ("<|endoftext|>", "<pad>", "<|pad|>", "<|finetune_right_pad_id|>", tokenizer.unk_token)
+    for token in (tokenizer.pad_token, *others):
+        if token in tokenizer.get_vocab() and token != end_of_turn:
+            return token
+    raise InputError(f"{tokenizer.name_or_path}: no token can serve as padding apart from end-of-turn")
 
 
 def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05) -> LoraConfig:
     """Return LoRA over attention and MLP projections, as the whitepaper's section 3 sets it."""
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"
-    )
+    scale = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
+    return LoraConfig(**scale, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -213,6 +213,9 @@ class PromptEncoder:
         self._parts: list[int | str] | None = None
         if tokenizer.chat_template is None:
             return
+        # Templates that write today's date (Llama 3.2) would change scores from day to day.
+        date, frozen = r"strftime_now\((['\"])(.+?)\1\)", lambda call: repr(TEMPLATE_DATE.strftime(call[2]))
+        self._template = re.sub(date, frozen, tokenizer.get_chat_template())
         rendered = self._render([{"role": "user", "content": self._SLOT}], add_generation_prompt=True)
         if rendered.count(self._SLOT) != 1:
             raise InputError(f"{tokenizer.name_or_path}: its chat template has not the user's text once; take another")
@@ -222,7 +225,7 @@ class PromptEncoder:
         answered = self._render([{"role": "user", "content": "-"}, {"role": "assistant", "content": self._SLOT}])
         after = pattern.search(answered.rpartition(self._SLOT)[2])
         self.end_of_turn = after[0] if after else tokenizer.eos_token
-        self._check("Age: 23, Debt: 1")
+        self._check('Age: 23, a_b: "1.5"\n<x> & {y}:  7\t-\n\n' + "word " * 200 + "end.")
 
     def _check(self, turn: str) -> None:
         """Raise InputError where plain text has other tokens than by the template itself; it names the first one."""
@@ -235,14 +238,16 @@ class PromptEncoder:
                 raise InputError(f"{self.tokenizer.name_or_path}: {what}; take a model with special tokens there")
 
     def _render(self, messages: list[dict], **kwargs: Any) -> Any:
-        from jinja2 import TemplateError
-
-        system, how = {"role": "system", "content": SYSTEM_PROMPT}, {"tokenize": False} | kwargs
-        try:
-            return self.tokenizer.apply_chat_template([system, *messages], **how)
-        except TemplateError:  # some templates (Gemma's) refuse a system turn: its text then opens the user turn
-            first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{messages[0]['content']}"}
-            return self.tokenizer.apply_chat_template([first, *messages[1:]], **how)
+        system = {"role": "system", "content": SYSTEM_PROMPT}
+        # For templates (Gemma's) that refuse a system turn.
+        first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{messages[0]['content']}"}
+        how = {"tokenize": False, "chat_template": self._template} | kwargs
+        for turns in ([system, *messages], [first, *messages[1:]]):
+            try:
+                return self.tokenizer.apply_chat_template(turns, **how)
+            except Exception as error:  # a template is a program
+                fails = f"its chat template fails ({' '.join(str(error).split())[:120]}); take another model"
+        raise InputError(f"{self.tokenizer.name_or_path}: {fails}")
 
     def text(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of plain text; control tokens in it stay text."""
@@ -251,8 +256,10 @@ class PromptEncoder:
     def prompt(self, user_turn: str) -> list[int]:
         """Return the token ids of system turn, user turn and assistant start."""
         if self._parts is None:
-            return self.text(user_turn + "\n", add_special_tokens=True)
-        ids: list[int] = []
+            ids = self.text(user_turn + "\n", add_special_tokens=True)
+            ended = ids[-1:] == [self.tokenizer.eos_token_id]  # by tokenizers that end every text; an answer follows
+            return ids[:-1] if ended else ids
+        ids = []
         for part in self._parts:
             ids += [part] if isinstance(part, int) else self.text(part.replace(self._SLOT, user_turn))
         return ids
@@ -333,8 +340,7 @@ def right_padded(rows: Sequence[list[int]], positions: int, filler: int, device:
 def join_forms(scores: np.ndarray, sizes: Sequence[int], aggregate: str = "max") -> np.ndarray:
     """Join scores of surface forms [N, forms] to scores of labels [N, labels].
 
-    sizes: forms of each label, in order. aggregate: 'max', 'mean' or 'logsumexp', which adds probabilities, as the
-    forms are different answers.
+    sizes: forms of each label, in order. aggregate: 'max', 'mean' or 'logsumexp', which adds the forms' probabilities.
     """
     import numpy as np
 
@@ -355,7 +361,7 @@ class LabelScorer:
         self,
         model: Any,
         encoder: PromptEncoder,
-        forms: dict[str, list[str]],
+        forms: dict[str, list],
         aggregate: str = "max",
         batch_size: int | str = 32,
     ):
@@ -403,14 +409,18 @@ class LabelScorer:
         """
         import torch
 
-        ids, last = right_padded(rows, len(targets[0]), self.encoder.tokenizer.pad_token_id, self.device)
-        hook = self.head.register_forward_pre_hook(lambda module, inputs: (inputs[0][last],))
-        try:
-            logits = self.model(input_ids=ids, cache=cache, use_cache=cache is not None).logits.float()
-        finally:
-            hook.remove()
+        logits = self.logits(rows, len(targets[0]), cache)
         wanted = torch.tensor(targets, device=logits.device).expand(*logits.shape[:2], -1)
         return torch.log_softmax(logits, dim=-1).gather(2, wanted).double().cpu().numpy()
+
+    def logits(self, rows: list[list[int]], positions: int, cache: Any = None) -> torch.Tensor:
+        """Return the model's own logits [rows, positions, vocabulary], float32, at each row's last positions."""
+        ids, last = right_padded(rows, positions, self.encoder.tokenizer.pad_token_id, self.device)
+        hook = self.head.register_forward_pre_hook(lambda module, inputs: (inputs[0][last],))
+        try:
+            return self.model(input_ids=ids, cache=cache, use_cache=cache is not None).logits.float()
+        finally:
+            hook.remove()
 
     def check_length(self, rows: Sequence[list[int]]) -> None:
         """Raise InputError where a prompt and a label exceed the context."""
@@ -419,8 +429,7 @@ class LabelScorer:
             raise InputError(f"a text has {longest} tokens; the model's context is {self.context}: shorten it")
 
     def joined(self, scores: np.ndarray) -> np.ndarray:
-        """Return scores of labels [N, labels] from those of surface forms [N, forms]; NaN raises
-        FloatingPointError."""
+        """Return scores of labels [N, labels] from those of forms [N, forms]. NaN raises FloatingPointError."""
         if (scores != scores).any():
             raise FloatingPointError("the model's scores are NaN; try --compute_dtype float32")
         return join_forms(scores, [len(words) for words in self.forms.values()], self.aggregate)

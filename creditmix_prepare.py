@@ -14,18 +14,15 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distil.cli import InputError, add_debug_flag, gold_share, new_parser, run_script, seed_number
+from distil.cli import InputError, gold_share, new_parser, run_script, seed_number
 from distil.creditmix.rows import LABELS, CreditRow, balanced_sample, creditmix_prompt, note_anonymous, read_creditmix
 from distil.creditmix.tabular import tabular_teacher
 from distil.files import check_folder
 from distil.splits import is_gold, split_of, write_parts
 from distil.teachers.gate import gate
 from distil.teachers.tabular import TABULAR
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gold_share", type=gold_share, default=1.0, help="share of customers whose label may be used (%(default)s)")
     add("--seed", type=seed_number, default=0, help="of sampling and order (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
-    add_debug_flag(parser)
     return parser
 
 
@@ -74,7 +70,7 @@ def show_counts(title: str, rows: Sequence[CreditRow]) -> None:
     print(f"{title:<34}{len(rows):>7}  " + "  ".join(f"{label} {counts[label]}" for label in LABELS))
 
 
-def training_files(sample: Sequence[CreditRow], by_row: dict[CreditRow, np.ndarray]) -> dict[str, list[dict]]:
+def training_files(sample: Sequence[CreditRow], by_row: dict[CreditRow, Any]) -> dict[str, list[dict]]:
     """Return {"sft", "kd", "dpo"} rows of a sample; by_row: class probabilities [labels] by the tabular teacher."""
     sft, kd, dpo = [], [], []
     for row in sample:

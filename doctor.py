@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from common import InputError, PromptEncoder, dtype_name
-from distil.cli import add_debug_flag, new_parser, run_script
+from distil.cli import new_parser, run_script
 from distil.creditmix.rows import LABELS
 from distil.files import cache_dir
 from distil.models import DEFAULT_STUDENT, resolve
@@ -102,7 +102,9 @@ def check_disk(student: str) -> str:
 
 def check_model(student: str) -> str:
     """Check that the student exists. Raises InputError."""
-    resolve(student)
+    from distil.training.memory import Sizes
+
+    Sizes.of(resolve(student).path)  # refuses a student without the layers that LoRA goes to
     return student
 
 
@@ -123,7 +125,6 @@ CHECKS = (check_packages, check_gpu, check_4bit, check_memory, check_disk, check
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.add_argument("--student", default=DEFAULT_STUDENT, help="model to train or use (%(default)s)")
-    add_debug_flag(parser)
     return parser
 
 

@@ -17,11 +17,11 @@ from math import inf
 from pathlib import Path
 
 from distil.batch import check_output
-from distil.cli import add_debug_flag, add_loading_flags, new_parser, refuse_unused, run_script, seed_number
-from distil.files import InputError, hold, read_jsonl, write_jsonl
+from distil.cli import add_loading_flags, new_parser, refuse_unused, run_script, seed_number
+from distil.files import InputError, hashed, hold, read_jsonl, write_jsonl
 from distil.models import check_model_name, model_fingerprint, resolve
 from distil.processes import only_one
-from distil.splits import joined, note_preparation, provenance, recorded, unchanged_preparation
+from distil.splits import check_note, joined, note_preparation, provenance, recorded, unchanged_preparation
 from distil.teachers.answers import teacher_options
 from distil.teachers.preferences import PairOptions, judged_pairs, label_pairs
 
@@ -44,7 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=5.0, help="code and its tests may run (%(default)s)")
     add("--seed", type=seed_number, default=0, help="of the samples (%(default)s)")
     add_loading_flags(parser)
-    add_debug_flag(parser)
     return parser
 
 
@@ -55,12 +54,12 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.n + args.gold < 2 and args.task != "label":
         raise InputError("--n is at least 2, or 1 with --gold: a pair needs two answers")
     check_output(Path(args.output), args.overwrite)
+    check_note(args.output)
     check_model_name(args.model_dir)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     only_one("making pairs")
     with hold(args.output):
         check_flags(args)
@@ -68,32 +67,28 @@ def main(argv: list[str] | None = None) -> int:
         belong = {"json": ["schema"], "code": ["seconds"], "json or code": sampled}
         unused = {f"only for --task {task}": names for task, names in belong.items() if args.task not in task.split()}
         refuse_unused(parser, argv, unused)
-        return write_pairs(args)
-
-
-def write_pairs(args: argparse.Namespace) -> int:
-    """Write the pairs and the note of their preparation; return the exit status."""
-    rows = read_jsonl(args.input, () if args.task == "code" else ("input", "output"))
-    options, ref = teacher_options(vars(args), PairOptions), resolve(args.model_dir)
-    note = unchanged_preparation(args.input, options.input_sha256)
-    origin = joined(recorded(args.input, note), provenance(args.model_dir))
-    if args.task == "label":
-        file, prompts = None, [row["input"] for row in rows]
-        pairs = label_pairs(rows, ref, options)
-    else:
-        file, prompts, pairs = judged_pairs(rows, ref, options)
-    lines = [
-        {"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}
-        for prompt, pair in zip(prompts, pairs, strict=True)
-        if pair and pair[0].strip() and pair[1].strip()
-    ]
-    print(f"{len(rows) - len(lines)} of {len(rows)} prompts dropped: no right or no worse answer", file=sys.stderr)
-    if not lines:
-        raise InputError("no pair has contrast; raise --n or --temperature, or add --gold")
-    write_jsonl(args.output, lines)
-    note_preparation(args.output, note, origin, student=model_fingerprint(ref))
-    if file:
-        file.remove()
+        needed = () if args.task == "code" else ("input", "output")
+        rows, sha256 = hashed(args.input, lambda: read_jsonl(args.input, needed))
+        options, ref = teacher_options(vars(args), sha256, PairOptions), resolve(args.model_dir)
+        note = unchanged_preparation(args.input, options.input_sha256)
+        origin = joined(recorded(args.input, note), provenance(args.model_dir))
+        if args.task == "label":
+            file, prompts, pairs = None, [row["input"] for row in rows], label_pairs(rows, ref, options)
+        else:
+            file, prompts, pairs = judged_pairs(rows, ref, options)
+        lines = [
+            {"prompt": prompt, "chosen": pair[0], "rejected": pair[1]}
+            for prompt, pair in zip(prompts, pairs, strict=True)
+            if pair and pair[0].strip() and pair[1].strip()
+        ]
+        dropped = len(rows) - len(lines)
+        print(f"{dropped} of {len(rows)} prompts dropped: no right or no worse answer", file=sys.stderr)
+        if not lines:
+            raise InputError("no pair has contrast; raise --n or --temperature, or add --gold")
+        write_jsonl(args.output, lines)
+        note_preparation(args.output, note, origin, student=model_fingerprint(ref))
+        if file:
+            file.remove()
     print(f"wrote {len(lines)} pairs to {args.output}")
     return 0
 

@@ -66,9 +66,10 @@ def preference_examples(data: TrainingData, encoder: PromptEncoder, max_length: 
 
 def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
-    data = read_data(args.data, ("prompt", "chosen", "rejected"), args.adapter or args.student)
+    data = read_data(args.data, ("prompt", "chosen", "rejected"))
     with claimed(vars(args)):
         ref = resolve_student(args.student, args.adapter)
+        data = data.for_model(ref.name)
         options = train_options(vars(args), SMALL, LARGE, ref, data, DpoOptions)
         no_dropout = {"DPO trains without dropout": ["lora_dropout"] if args.lora_dropout else []}
         refuse_unused(parser, argv, no_dropout | unused(vars(args)))

@@ -17,7 +17,7 @@ from typing import Any
 
 from distil import cli
 from distil.cli import InputError, with_interval
-from distil.codegen.coder import CodegenOptions, Coder, add_codegen_flags, codegen_options
+from distil.codegen.coder import Coder, add_codegen_flags, codegen_options
 from distil.codegen.judge import pass_at_k
 from distil.codegen.sandbox import SECONDS, isolation, run_programs
 from distil.codegen.tasks import Task, read_tasks
@@ -40,7 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=SECONDS, help="an answer and its tests may run (%(default)s)")
     cli.add_report_flags(parser, "tasks", 2000)
     add_codegen_flags(parser)
-    cli.add_debug_flag(parser)
     return parser
 
 
@@ -61,8 +60,7 @@ def measure(lines: list[dict], n: int, ks: Sequence[int], resamples: int) -> dic
 
 
 def answer_all(coder: Coder, tasks: list[Task], mode: str, seconds: float, title: str) -> tuple[list[dict], float]:
-    """Return one line per answer, with the outcome of its tests, and the seconds that writing one took.
-    seconds: wall time of an answer and its tests."""
+    """Return a line for each answer and its tests' outcome, and the mean writing time. seconds: to run one's tests."""
     samples, start = [task for task in tasks for _ in range(coder.options.n)], time.perf_counter()
     answers = coder.answers([task.prompt for task in samples], mode == "plan", title)
     spent = (time.perf_counter() - start) / len(samples)
@@ -98,15 +96,12 @@ def print_table(results: list[dict], ks: Sequence[int], out: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     only_one("evaluation of code")
     codegen = codegen_options(vars(args))
     if not all(1 <= k <= args.n for k in args.k):
         raise InputError(f"--k {args.k}: each from 1 to --n {args.n}")
     cli.check_at_least_one(vars(args), "limit", "bootstrap")
-    if args.seconds <= 0:
-        raise InputError("--seconds is above 0")
     if bool(args.model_dir) == args.references:
         raise InputError("give either --model_dir or --references")
     used = ("data", "limit", "seconds", "references", "debug")
@@ -115,37 +110,32 @@ def main(argv: list[str] | None = None) -> int:
     unused = {"only for answers of models, not with --references": answers, "only with --temperature above 0": greedy}
     cli.refuse_unused(parser, argv, unused)
     with cli.report_folder(args.report_dir):
-        return evaluate(args, codegen)
-
-
-def evaluate(args: argparse.Namespace, codegen: CodegenOptions) -> int:
-    """Evaluate the models and report; return the exit status."""
-    tasks = read_tasks(args.data)[: args.limit]
-    check_split(args.model_dir, args.data, sha256 := file_sha256(args.data))
-    if args.references:
-        return check_references(tasks, args.data, args.seconds)
-    refs = [resolve(name) for name in args.model_dir]
-    closed = "own namespaces, no network" if isolation() else "no unshare here: an audit hook and limits alone"
-    print(f"sandbox: {closed}", file=sys.stderr)
-    measured = []
-    for ref in refs:
-        coder = Coder.load(ref, codegen)
-        for mode in ("direct", "plan") if args.mode == "both" else (args.mode,):
-            if too_long := [task.name for task in tasks if not coder.fits(task.prompt, mode == "plan")]:
-                number = f"{len(too_long)} tasks ({too_long[0]} ...) exceed the context of {ref.name}"
-                raise InputError(f"{args.data}: {number}; lower --max_new_tokens, or --mode direct")
-            lines, spent = answer_all(coder, tasks, mode, args.seconds, f"{ref.name} {mode}")
-            result = {"model": ref.name, "mode": mode} | measure(lines, args.n, args.k, args.bootstrap)
-            measured.append((result | {"seconds_per_answer": spent}, lines))
-    results = [result for result, _ in measured]
-    data = {"file": args.data, "sha256": sha256, "tasks": len(tasks)}
-    summary = {"data": data, "temperature": codegen.temperature, "models": results}
-    print_table(results, args.k, sys.stderr if args.json else sys.stdout)
-    for number, (result, lines) in enumerate(measured) if args.report_dir else ():
-        name = f"{number}_{Path(result['model']).resolve().name}_{result['mode']}.jsonl"
-        write_jsonl(Path(args.report_dir) / name, lines)
-    cli.finish_report(summary, args.report_dir, args.json)
-    return 0
+        tasks = read_tasks(args.data)[: args.limit]
+        check_split(args.model_dir, args.data, sha256 := file_sha256(args.data))
+        if args.references:
+            return check_references(tasks, args.data, args.seconds)
+        refs = [resolve(name) for name in args.model_dir]
+        closed = "own namespaces, no network" if isolation() else "no unshare here: an audit hook and limits alone"
+        print(f"sandbox: {closed}", file=sys.stderr)
+        measured = []
+        for ref in refs:
+            coder = Coder.load(ref, codegen)
+            for mode in ("direct", "plan") if args.mode == "both" else (args.mode,):
+                if too_long := [task.name for task in tasks if not coder.fits(task.prompt, mode == "plan")]:
+                    number = f"{len(too_long)} tasks ({too_long[0]} ...) exceed the context of {ref.name}"
+                    raise InputError(f"{args.data}: {number}; lower --max_new_tokens, or --mode direct")
+                lines, spent = answer_all(coder, tasks, mode, args.seconds, f"{ref.name} {mode}")
+                result = {"model": ref.name, "mode": mode} | measure(lines, args.n, args.k, args.bootstrap)
+                measured.append((result | {"seconds_per_answer": spent}, lines))
+        results = [result for result, _ in measured]
+        data = {"file": args.data, "sha256": sha256, "tasks": len(tasks)}
+        summary = {"data": data, "temperature": codegen.temperature, "models": results}
+        print_table(results, args.k, sys.stderr if args.json else sys.stdout)
+        for number, (result, lines) in enumerate(measured) if args.report_dir else ():
+            name = f"{number}_{Path(result['model']).resolve().name}_{result['mode']}.jsonl"
+            write_jsonl(Path(args.report_dir) / name, lines)
+        cli.finish_report(summary, args.report_dir, args.json)
+        return 0
 
 
 if __name__ == "__main__":

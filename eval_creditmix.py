@@ -16,14 +16,12 @@ from pathlib import Path
 from distil import cli
 from distil.calibration import FIT_BIAS, calibration_path, check_fitted
 from distil.cli import InputError
-from distil.creditmix.evaluation import EvalOptions, check_training, draw_samples, evaluate_model, usable
-from distil.creditmix.metrics import BASELINES, ROW_BY_ROW, add_differences, baselines
 from distil.creditmix.model import add_credit_flags, credit_options
-from distil.creditmix.report import print_tables, write_predictions
 from distil.creditmix.rows import note_anonymous, read_creditmix
-from distil.files import check_folder, file_sha256
+from distil.creditmix.tabular import BASELINES
+from distil.files import check_writable, hashed
 from distil.models import resolve
-from distil.processes import rank_and_world
+from distil.processes import print_note, rank_and_world
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--verbose", action="store_true", help="print differences and each model's report and confusion matrix too")
     add_credit_flags(parser)
     parser.set_defaults(calibration=None)
-    cli.add_debug_flag(parser)
     return parser
 
 
@@ -66,57 +63,56 @@ def check_flags(args: argparse.Namespace, names: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     names = args.model_dir + (BASELINES if args.baselines else [])
     check_flags(args, names)
     unused = {"only with --fit": [] if args.fit else ["fit_bias", "fit_per_class", "keep_base"]}
     unused |= {"only with several models or --baselines": [] if len(names) > 1 else ["reference"]}
     cli.refuse_unused(parser, argv, unused | cli.unused_scoring(vars(args), args.fit))
+
+    from distil.creditmix import metrics, report
+    from distil.creditmix.evaluation import EvalOptions, check_training, draw_samples, evaluate_model, usable
+
     with cli.report_folder(args.report_dir):
-        return evaluate(args, names)
-
-
-def evaluate(args: argparse.Namespace, names: list[str]) -> int:
-    """Evaluate the models and report; return the exit status. names: of all models, with baselines."""
-    scoring = replace(credit_options(vars(args)), calibration=args.calibration or ("fitted" if args.fit else "auto"))
-    refs = [resolve(name) for name in args.model_dir]
-    rows, _ = read_creditmix(args.data)
-    if not rank_and_world()[0]:
-        note_anonymous(rows)
-    same = {field.name: getattr(args, field.name) for field in fields(EvalOptions) if field.name in args}
-    options = EvalOptions(**same, scoring=scoring, data_sha256=file_sha256(args.data))
-    for ref in refs:
-        check_training(ref, options)
-        if options.fit and (ref.adapter or not options.keep_base):
-            check_folder(calibration_path(ref).parent)
-        if not options.fit and options.scoring.calibration not in ("none", "contextual"):
-            check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share)
-    validation, calibration, train = draw_samples(rows, options)
-    customers = len({row.customer for row in calibration})
-    auto = options.scoring.calibration == "auto"
-    if options.fit and customers < (50 if auto else 100):
-        fix = "give more rows, or leave --fit out" if auto else "--calibration auto fits only beyond chance"
-        print(f"note: a fit on {customers} calibration customers may do harm; {fix}", file=sys.stderr)
-    simple = []
-    if options.baselines:
-        simple = baselines(train, usable(rows, "train", options), validation, options.measurement)
-    results = [evaluate_model(ref, validation, calibration, options) for ref in refs]
-    if rank_and_world()[0]:  # of several processes the first reports
+        method = args.calibration or ("fitted" if args.fit else "auto")
+        scoring = replace(credit_options(vars(args)), calibration=method)
+        refs = [resolve(name) for name in args.model_dir]
+        (rows, _), sha256 = hashed(args.data, lambda: read_creditmix(args.data))
+        if not rank_and_world()[0]:
+            note_anonymous(rows)
+        same = {field.name: getattr(args, field.name) for field in fields(EvalOptions) if field.name in args}
+        options = EvalOptions(**same, scoring=scoring, data_sha256=sha256)
+        for ref in refs:
+            check_training(ref, options)
+            if options.fit and (ref.adapter or not options.keep_base):
+                check_writable(calibration_path(ref))
+            if not options.fit and options.scoring.calibration not in ("none", "contextual"):
+                check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share)
+        validation, calibration, train = draw_samples(rows, options)
+        customers = len({row.customer for row in calibration})
+        auto = options.scoring.calibration == "auto"
+        if options.fit and customers < (50 if auto else 100):
+            fix = "give more rows, or leave --fit out" if auto else "--calibration auto fits only beyond chance"
+            print_note(f"a fit on {customers} calibration customers may do harm; {fix}")
+        simple = []
+        if options.baselines:
+            simple = metrics.baselines(train, usable(rows, "train", options), validation, options.measurement)
+        results = [evaluate_model(ref, validation, calibration, options) for ref in refs]
+        if rank_and_world()[0]:  # of several processes the first reports
+            return 0
+        results += simple
+        if len(results) > 1:
+            reference = args.reference or (BASELINES[-1] if options.baselines else names[0])
+            metrics.add_differences(results, next(result for result in results if result["model"] == reference))
+        data = {"file": options.data, "sha256": options.data_sha256, "validation_rows": len(validation)}
+        models = [{key: value for key, value in result.items() if key not in metrics.ROW_BY_ROW} for result in results]
+        summary = {"data": data, "split_seed": options.split_seed, "seed": options.seed, "models": models}
+        compare = args.verbose or args.reference is not None
+        report.print_tables(results, validation, sys.stderr if args.json else sys.stdout, args.verbose, compare)
+        if args.report_dir:
+            report.write_predictions(results, validation, Path(args.report_dir))
+        cli.finish_report(summary, args.report_dir, args.json)
         return 0
-    results += simple
-    if len(results) > 1:
-        reference = args.reference or (BASELINES[-1] if options.baselines else names[0])
-        add_differences(results, next(result for result in results if result["model"] == reference))
-    data = {"file": options.data, "sha256": options.data_sha256, "validation_rows": len(validation)}
-    models = [{key: value for key, value in result.items() if key not in ROW_BY_ROW} for result in results]
-    summary = {"data": data, "split_seed": options.split_seed, "seed": options.seed, "models": models}
-    compare = args.verbose or args.reference is not None
-    print_tables(results, validation, sys.stderr if args.json else sys.stdout, args.verbose, compare)
-    if args.report_dir:
-        write_predictions(results, validation, Path(args.report_dir))
-    cli.finish_report(summary, args.report_dir, args.json)
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from distil.cli import InputError, with_interval
 from distil.files import file_sha256, read_jsonl, write_jsonl
 from distil.idp import extractor
 from distil.idp.documents import document_of, expected_of
-from distil.idp.extractor import Compiled, ExtractOptions, Extractor
+from distil.idp.extractor import ExtractOptions, Extractor
+from distil.idp.schema import SchemaGrammar
 from distil.idp.values import measure
 from distil.models import ModelRef, resolve
 from distil.processes import only_one
@@ -38,7 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--by", metavar="FIELD", help="also measure groups by this field of the lines, such as layout")
     cli.add_report_flags(parser, "documents", 2000)
     extractor.add_extraction_flags(parser)
-    cli.add_debug_flag(parser)
     return parser
 
 
@@ -53,17 +52,16 @@ def read_documents(path: str, limit: int | None) -> list[dict]:
 
 
 def evaluate_model(
-    ref: ModelRef, rows: Sequence[dict], options: ExtractOptions, compiled: Compiled, by: str | None, resamples: int
+    ref: ModelRef, rows: list[dict], options: ExtractOptions, grammar: SchemaGrammar, by: str | None, resamples: int
 ) -> tuple[dict, list[dict]]:
-    """Return (metrics, answers) of one model. compiled: the schema, of `compile_for`; by: a field to group rows by."""
+    """Return (metrics, answers) of one model. grammar: of `compile_for`; by: a field to group rows by."""
     from tqdm import tqdm
 
-    model, answers = Extractor.load(ref, options, compiled), []
+    model, answers = Extractor.load(ref, options, grammar), []
     start, size = time.perf_counter(), 4 * options.batch_size
     for first in tqdm(range(0, len(rows), size), desc=ref.name, unit="batch", file=sys.stderr):
         answers += model.extract([row["document"] for row in rows[first : first + size]])
-    seconds = (time.perf_counter() - start) / len(rows)
-    result = {"model": ref.name, "seconds_per_document": round(seconds, 3)}
+    result = {"model": ref.name, "seconds_per_document": round((time.perf_counter() - start) / len(rows), 3)}
     result |= measure(rows, answers, options.schema, resamples)
     if by:
         groups = defaultdict(list)
@@ -94,34 +92,27 @@ def print_tables(results: list[dict], by: str | None, out: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     only_one("evaluation of documents")
     cli.refuse_unused(parser, argv, {"only for retries, and --retries is 0": [] if args.retries else ["seed"]})
     cli.check_at_least_one(vars(args), "limit", "bootstrap")
     with cli.report_folder(args.report_dir):
-        return evaluate(args)
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    """Evaluate the models and report; return the exit status."""
-    rows = read_documents(args.data, args.limit)
-    check_split(args.model_dir, args.data, sha256 := file_sha256(args.data))
-    if args.by and not any(args.by in row for row in rows):
-        raise InputError(f"--by {args.by}: no line of {args.data} has it")
-    options = extractor.extract_options(vars(args))
-    refs = [resolve(name) for name in args.model_dir]
-    compiled = {path: extractor.compile_for(path, options) for path in dict.fromkeys(ref.path for ref in refs)}
-    measured = [evaluate_model(ref, rows, options, compiled[ref.path], args.by, args.bootstrap) for ref in refs]
-    results = [result for result, _ in measured]
-    data = {"file": args.data, "sha256": sha256, "documents": len(rows)}
-    schema = {"file": options.schema_name, "sha256": options.schema_sha256}
-    summary = {"data": data, "schema": schema, "models": results}
-    print_tables(results, args.by, sys.stderr if args.json else sys.stdout)
-    for number, (result, answers) in enumerate(measured) if args.report_dir else ():
-        folder = Path(args.report_dir) / f"{number}_{Path(result['model']).resolve().name}"
-        write_jsonl(folder / "predictions.jsonl", (r | a for r, a in zip(rows, answers, strict=True)))
-    cli.finish_report(summary, args.report_dir, args.json)
+        rows = read_documents(args.data, args.limit)
+        check_split(args.model_dir, args.data, sha256 := file_sha256(args.data))
+        if args.by and not any(args.by in row for row in rows):
+            raise InputError(f"--by {args.by}: no line of {args.data} has it")
+        options = extractor.extract_options(vars(args))
+        refs = [resolve(name) for name in args.model_dir]
+        compiled = {path: extractor.compile_for(path, options) for path in dict.fromkeys(ref.path for ref in refs)}
+        measured = [evaluate_model(ref, rows, options, compiled[ref.path], args.by, args.bootstrap) for ref in refs]
+        results = [result for result, _ in measured]
+        data = {"file": args.data, "sha256": sha256, "documents": len(rows)}
+        schema = {"file": options.schema_name, "sha256": options.schema_sha256}
+        print_tables(results, args.by, sys.stderr if args.json else sys.stdout)
+        for number, (result, answers) in enumerate(measured) if args.report_dir else ():
+            folder = Path(args.report_dir) / f"{number}_{Path(result['model']).resolve().name}"
+            write_jsonl(folder / "predictions.jsonl", (r | a for r, a in zip(rows, answers, strict=True)))
+        cli.finish_report({"data": data, "schema": schema, "models": results}, args.report_dir, args.json)
     return 0
 
 

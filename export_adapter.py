@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import InputError, PromptEncoder
-from distil.cli import add_debug_flag, new_parser, refuse_unused, run_script
+from distil.cli import new_parser, refuse_unused, run_script
 from distil.files import check_folder, hold, read_jsonl, write_json
-from distil.models import LoadOptions, ModelRef, load, model_fingerprint, resolve
+from distil.models import LoadOptions, ModelRef, check_unchanged, load, model_fingerprint, resolve
 from distil.processes import only_one
 from distil.runs import run_record
 from distil.scoring import FastLabelScorer
@@ -43,13 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rows", type=int, default=200, help="first rows of it to compare; 0: none (%(default)s)")
     add("--batch_size", type=int, default=32, help="rows scored in one forward (%(default)s)")
     add("--overwrite", action="store_true", help="replace an earlier export in --save_dir")
-    add_debug_flag(parser)
     return parser
 
 
 def read_sample(ref: ModelRef, sample: str | None, count: int) -> list[tuple[str, str]]:
-    """Return (input, answer) of the first `count` rows of a file, by default of the adapter's training data. Raises
-    InputError where the data are missing."""
+    """Return (input, answer) of the first `count` rows of a file, by default the adapter's data. Raises InputError."""
     if not count:
         return []
     source = sample or run_record(ref.adapter).get("data", {}).get("file", "")
@@ -119,8 +117,7 @@ def compare(ref: ModelRef, merged: str, rows: list[tuple[str, str]], batch_size:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     only_one("the export")
     refuse_unused(parser, argv, {"--rows 0 compares none": [] if args.rows else ["sample", "batch_size"]})
     ref = resolve(args.model_dir)
@@ -137,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             new = Path(folder) / "new"
             merge(ref, new)
             report = compare(ref, str(new), rows, args.batch_size)
+            check_unchanged(ref)
             write_json(new / "export.json", report)
             if save_dir.exists():
                 save_dir.rename(Path(folder) / "old")

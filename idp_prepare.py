@@ -17,7 +17,7 @@ import sys
 from decimal import Decimal
 from typing import Any
 
-from distil.cli import InputError, add_debug_flag, new_parser, run_script
+from distil.cli import InputError, new_parser, run_script
 from distil.files import read_json, read_jsonl
 from distil.idp.documents import compact_json, expected_of, idp_prompt
 from distil.idp.schema import checked_validator, pointer_of
@@ -46,7 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split_seed", type=int, default=0, help="which groups those are (%(default)s)")
     add("--broken_copies", type=int, default=0, help="of a training document, values broken (%(default)s)")
     add("--outdir", required=True, help="folder of idp_sft.jsonl and idp_validation.jsonl; they are replaced")
-    add_debug_flag(parser)
     return parser
 
 

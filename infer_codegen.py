@@ -13,7 +13,7 @@ import functools
 import sys
 
 from distil import batch
-from distil.cli import InputError, add_debug_flag, new_parser, refuse_unused, run_script
+from distil.cli import InputError, new_parser, refuse_unused, run_script
 from distil.codegen.coder import Coder, add_codegen_flags, codegen_options
 from distil.codegen.judge import first_passing
 from distil.codegen.sandbox import SECONDS
@@ -36,7 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tests", metavar="FILE", help=tests)
     add("--seconds", type=float, default=SECONDS, help="an answer and its tests may run, each time (%(default)s)")
     add_codegen_flags(parser)
-    add_debug_flag(parser)
     return parser
 
 
@@ -83,8 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     unused = {"only with --temperature above 0": [] if codegen.temperature else ["seed"]}
     unused |= {"only with --tests": ["seconds"] if args.prompt is not None and not args.tests else []}
     refuse_unused(parser, argv, unused)
-    if args.seconds <= 0:
-        raise InputError("--seconds is above 0")
     tests = [read_text(args.tests)] if args.tests else []
     if tests and (problem := flaw_of_tests(tests)):
         raise InputError(f"{args.tests}: {problem}")

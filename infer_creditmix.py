@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
@@ -20,11 +19,11 @@ from typing import Any
 
 from distil import batch
 from distil.batch import failed_line, parse_line
-from distil.cli import InputError, add_debug_flag, new_parser, refuse_unused, run_script, unused_scoring
+from distil.cli import InputError, new_parser, refuse_unused, run_script, unused_scoring
 from distil.creditmix.model import CreditModel, add_credit_flags, credit_options
 from distil.creditmix.rows import NO_FIELD
 from distil.models import ModelRef, resolve
-from distil.processes import gather, rank_and_world
+from distil.processes import gather, print_note, rank_and_world
 from distil.scoring import ScoringOptions
 
 FIELDS = ("features", "question")  # the first of them that a row has is scored
@@ -39,7 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
     output = "JSONL to write: each input object with the result's fields added, in the same order"
     batch.add_file_flags(add, 'JSONL of {"features"} (or {"question"})', output)
     add_credit_flags(parser)
-    add_debug_flag(parser)
     return parser
 
 
@@ -69,8 +67,7 @@ def score_lines(model: CreditModel, doubtful: Counter[str], lines: list[str]) ->
             doubtful["rows"] += bool(doubts(notes))
         else:
             row |= failed_line({}, "too_long", "the features do not fit the model's context")
-    responses = model.responses(model.scorer.score(list(prompts.values())))
-    for number, response in zip(prompts, responses, strict=True):
+    for number, response in zip(prompts, model.responses(model.scorer.score([*prompts.values()])), strict=True):
         rows[number].update(response)
     return rows
 
@@ -103,22 +100,22 @@ def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     batch.check_one_or_file(flags := vars(args), "features")
     options = credit_options(flags)
-    refuse_unused(parser, argv, unused_scoring(flags))
+    one = {"only with --input": [] if args.features is None else ["batch_size"]}
+    refuse_unused(parser, argv, one | unused_scoring(flags))
     if args.features is not None:
         if not args.features.strip() or any("\ud800" <= sign <= "\udfff" for sign in args.features):
             raise InputError("--features is empty or not UTF-8 text")
         model = CreditModel.load(resolve(args.model_dir), options)
         prompt = model.prompt(args.features, notes := Counter())
-        for note in doubts(notes):
-            print(f"note: {note}", file=sys.stderr)
+        for doubt in doubts(notes):
+            print_note(doubt)
         print(json.dumps(model.responses(model.scorer.score([prompt]))[0], indent=2))
         return 0
     doubtful: Counter[str] = Counter()
     status = batch.answer_file(flags, functools.partial(start, flags, options, doubtful))
-    count = sum(gather(doubtful["rows"]))
-    if count and rank_and_world()[0] == 0:
+    if count := sum(gather(doubtful["rows"])):
         what = "name no feature or have a value that could not be read; --features with such a row reports which"
-        print(f"note: {count} of the rows scored now {what}", file=sys.stderr)
+        print_note(f"{count} of the rows scored now {what}")
     return status
 
 

@@ -17,7 +17,7 @@ import re
 import sys
 
 from distil.batch import add_file_flags, answer_file, check_one_or_file, parse_line
-from distil.cli import InputError, add_debug_flag, new_parser, refuse_unused, run_script
+from distil.cli import InputError, new_parser, refuse_unused, run_script
 from distil.files import read_text
 from distil.idp.documents import document_of
 from distil.idp.extractor import ExtractOptions, Extractor, add_extraction_flags, extract_options
@@ -35,7 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
     source = 'JSONL of {"document"} (or {"input"}, which may be a complete user turn)'
     add_file_flags(add, source, 'JSONL to write: each input object with "json" and "truncated" added, in order')
     add_extraction_flags(parser)
-    add_debug_flag(parser)
     return parser
 
 

@@ -19,20 +19,11 @@ from pathlib import Path
 
 from distil import cli
 from distil.batch import check_output
-from distil.files import InputError, file_sha256, hold, write_jsonl
+from distil.files import InputError, hashed, hold, write_jsonl
 from distil.models import resolve
 from distil.processes import gather, only_one, rank_and_world
-from distil.splits import Provenance, joined, note_preparation, provenance, recorded, unchanged_preparation
-from distil.teachers.answers import (
-    Prompts,
-    answer_file,
-    calibrate_answers,
-    collect_answers,
-    is_http,
-    read_prompts,
-    shown_url,
-    teacher_options,
-)
+from distil.splits import Provenance, check_note, joined, note_preparation, provenance, recorded, unchanged_preparation
+from distil.teachers import answers as asking
 from distil.teachers.endpoint import HttpTeacher
 from distil.teachers.gate import checked_rows
 from distil.teachers.local import ModelTeacher
@@ -73,7 +64,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gold_share", type=cli.gold_share, default=1.0, help="share of customers with a known label (%(default)s)")
     add("--split_seed", type=int, default=0, help="of the split by customer; the same in every script (%(default)s)")
     cli.add_loading_flags(parser)
-    cli.add_debug_flag(parser)
     return parser
 
 
@@ -83,8 +73,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("give either --teacher or --teacher_url")
     if args.teacher_url and not args.teacher_model:
         raise InputError("--teacher_url needs --teacher_model")
-    if args.teacher_url and not is_http(args.teacher_url):
-        shown = shown_url(args.teacher_url)
+    if args.teacher_url and not asking.is_http(args.teacher_url):
+        shown = asking.shown_url(args.teacher_url)
         raise InputError(f"--teacher_url {shown}: an address such as http://127.0.0.1:8000/v1 is needed")
     if args.teacher != TABULAR and not args.input:
         raise InputError("--input is needed: JSONL with the prompts")
@@ -99,6 +89,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if problems:
         raise InputError("; ".join(problems))
     check_output(Path(args.output), args.overwrite)
+    check_note(args.output)
 
 
 def unused_flags(args: argparse.Namespace, is_label_task: bool) -> dict[str, list[str]]:
@@ -122,44 +113,41 @@ def unused_flags(args: argparse.Namespace, is_label_task: bool) -> dict[str, lis
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     with hold(args.output):
         check_flags(args)
-        if args.teacher == TABULAR:
-            cli.refuse_unused(parser, argv, unused_flags(args, is_label_task=True))
-            prompts = None
-        else:
-            prompts = read_prompts(args.input, args.labels)
-            cli.refuse_unused(parser, argv, unused_flags(args, bool(prompts.labels)))
-        return write_answers(args, prompts)
+        prompts, sha256 = None, ""
+        if args.teacher != TABULAR:
+            prompts, sha256 = hashed(args.input, lambda: asking.read_prompts(args.input, args.labels))
+        cli.refuse_unused(parser, argv, unused_flags(args, prompts is None or bool(prompts.labels)))
+        return write_answers(args, prompts, sha256)
 
 
-def write_answers(args: argparse.Namespace, prompts: Prompts | None) -> int:
-    """Write the rows and the note of their preparation; return the exit status. prompts: None for the tabular teacher,
-    which draws them."""
+def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha256: str) -> int:
+    """Write the rows and the note of their preparation; return the exit status. prompts: None for TABULAR; sha256: of
+    their file."""
     if prompts is None:
         only_one("the tabular teacher")
         drawn = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "gold_share")}
-        prompts, answers = tabular_rows(args.src, **drawn)
+        (prompts, answers), sha256 = hashed(args.src, lambda: tabular_rows(args.src, **drawn))
         file, name, origin = None, TABULAR, {}
-        note = drawn | {"source": {"file": args.src, "sha256": file_sha256(args.src)}}
+        note = drawn | {"source": {"file": args.src, "sha256": sha256}}
         learnt = recorded(args.src, note)
     else:
-        options = teacher_options(vars(args), labels=prompts.labels)
+        options = asking.teacher_options(vars(args), sha256, labels=prompts.labels)
+        ref = resolve(args.teacher) if args.teacher else None  # it may not change from here on
         note = unchanged_preparation(args.input, options.input_sha256)
         # What an endpoint's model was trained on cannot be seen: evaluation says so.
-        unseen = {"file": f"the teacher {args.teacher_model} at {(url := shown_url(args.teacher_url or ''))}"}
+        unseen = {"file": f"the teacher {args.teacher_model} at {(url := asking.shown_url(args.teacher_url or ''))}"}
         learnt = provenance(args.teacher) if args.teacher else Provenance(url, None, (unseen,), None)
         learnt = joined(recorded(args.input, note), learnt)
-        ref = resolve(args.teacher) if args.teacher else None
-        file = answer_file(ref, options)
+        file = asking.answer_file(ref, options)
         turns = prompts.turns(args.rationale)
         if ref:
             teacher = partial(ModelTeacher, ref, options, turns, prompts.gold)
         else:
             teacher = partial(HttpTeacher, options, any(one["teacher_output"] for one in file.answers.values()))
-        collect_answers(file, turns, name := args.teacher or args.teacher_model, teacher)
+        asking.collect_answers(file, turns, name := args.teacher or args.teacher_model, teacher)
         origin = {"model": file.settings["model"]} if ref else {"url": url}
         if missing := len(turns) - len(file.answers):
             print(f"{missing} of {len(turns)} prompts got no answer; {file.path} has the others", file=sys.stderr)
@@ -170,10 +158,9 @@ def write_answers(args: argparse.Namespace, prompts: Prompts | None) -> int:
             gather(None)
             file.remove()
             return 0
-        unanswered = {"teacher_output": "", "left_out": "none"}
-        answers = [file.answers.get(i, unanswered) for i in range(len(turns))]
+        answers = [file.answers.get(i, {"teacher_output": "", "left_out": "none"}) for i in range(len(turns))]
         if prompts.labels and args.teacher_url and not args.rationale:
-            answers = calibrate_answers(answers, prompts, args.calibration)
+            answers = asking.calibrate_answers(answers, prompts, args.calibration)
     rows, report = checked_rows(prompts, answers, name, args.rationale, args.filter, args.min_confidence)
     if not rows:
         raise InputError(f"no row is left (--filter {args.filter})")

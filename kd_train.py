@@ -69,10 +69,11 @@ def distillation_loss_sum(
 
 def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
-    data = read_data(args.data, ("input", "teacher_output"), args.adapter or args.student)
+    data = read_data(args.data, ("input", "teacher_output"))
     labels, probabilities = label_probabilities(data)
     with claimed(vars(args)):
         ref = resolve_student(args.student, args.adapter)
+        data = data.for_model(ref.name)
         options = train_options(vars(args), SMALL, LARGE, ref, data, KdOptions)
         own = {"only for label_probs, and --data has none": [] if labels else ["kd_alpha", "kd_temperature"]}
         own |= {"only with --kd_alpha above 0": [] if args.kd_alpha else ["kd_temperature"]}
@@ -88,10 +89,8 @@ def main(argv: list[str] | None = None) -> int:
             values = {"alpha": options.kd_alpha, "temperature": options.kd_temperature}
             loss_sum = functools.partial(distillation_loss_sum, label_ids=first_tokens(encoder, labels), **values)
         else:
-            print(
-                f"{data.file}: no label_probs, so --kd_alpha has no effect: teacher_output is imitated",
-                file=sys.stderr,
-            )
+            text = "no label_probs, so --kd_alpha has no effect: teacher_output is imitated"
+            print(f"{data.file}: {text}", file=sys.stderr)
         build = functools.partial(loss.completion_trainer, dataset=dataset, sizes=sizes, loss_sum=loss_sum)
         return run.plan_and_train("kd", options, ref, data, sizes, build)
 

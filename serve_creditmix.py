@@ -16,7 +16,7 @@ import socket
 import sys
 from typing import Any
 
-from distil.cli import InputError, add_debug_flag, new_parser, refuse_unused, run_script, unused_scoring
+from distil.cli import InputError, new_parser, refuse_unused, run_script, unused_scoring
 from distil.creditmix.model import add_credit_flags, credit_options
 from distil.models import DEFAULT_STUDENT
 from distil.processes import only_one
@@ -41,15 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=30.0, help="requests that wait longer get status 504, seconds (%(default)s)")
     add("--log_features", action="store_true", help="write feature strings to the log, which are personal data")
     add_credit_flags(parser)
-    add_debug_flag(parser)
     for action in parser._actions:
         variable = f"CREDITMIX_{action.dest.upper()}"
         if variable in os.environ and action.dest != "help":
-            value: Any = os.environ[variable]
+            value = os.environ[variable]
             if action.choices and value not in action.choices:
                 raise InputError(f"${variable} is {value!r}; possible are {', '.join(action.choices)}")
-            value = value.lower() not in ("", "0", "false", "no", "off") if action.nargs == 0 else value
-            action.default = value
+            action.default = value.lower() not in ("", "0", "false", "no", "off") if action.nargs == 0 else value
     parser.epilog = "Each flag's default can be set by CREDITMIX_<FLAG> in the environment, such as CREDITMIX_BASE."
     return parser
 
@@ -110,8 +108,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = (parser := build_parser()).parse_args(argv)
     refuse_unused(parser, argv, unused_scoring(vars(args)))
     only_one("the server")
     options = engine_options(args)

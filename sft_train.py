@@ -32,9 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
-    data = read_data(args.data, ("input", "output"), args.student)
+    data = read_data(args.data, ("input", "output"))
     with claimed(vars(args)):
         ref = resolve(args.student)
+        data = data.for_model(ref.name)
         options = train_options(vars(args), SMALL, LARGE, ref, data, TrainOptions)
         refuse_unused(parser, argv, unused(vars(args)))
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import InputError
 from distil.calibration import candidates, choose_method, row_losses
-from distil.cli import add_debug_flag, new_parser, run_script
+from distil.cli import new_parser, run_script
 from distil.creditmix.evaluation import EvalOptions, draw_samples
 from distil.creditmix.model import CreditModel
 from distil.creditmix.rows import LABELS, read_creditmix
@@ -40,7 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--repeats", type=int, default=40, help="draws of each number of customers (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    add_debug_flag(parser)
     return parser
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.report import report
 from common import PromptEncoder
-from distil.cli import add_debug_flag, new_parser, run_script
+from distil.cli import new_parser, run_script
 from distil.files import read_json, read_jsonl
 from distil.generation import left_padded
 from distil.idp.decoder import JsonDecoder
@@ -35,7 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, nargs="+", default=[1, 8], help="(%(default)s)")
     add("--max_new_tokens", type=int, default=256, help="(%(default)s)")
     add("--json", action="store_true", help="print one JSON object on standard output")
-    add_debug_flag(parser)
     return parser
 
 

@@ -43,7 +43,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=1280, help="of serving (%(default)s)")
     add("--max_new_tokens", type=int, default=64, help="of decoding (%(default)s)")
     add("--tiny", action="store_true", help="a narrow model and few rows")
-    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

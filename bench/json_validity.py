@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from common import InputError, PromptEncoder
-from distil.cli import add_debug_flag, new_parser, run_script
+from distil.cli import new_parser, run_script
 from distil.files import read_jsonl
 from distil.idp.decoder import JsonDecoder
 from distil.idp.documents import idp_prompt
@@ -36,7 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=16, help="(%(default)s)")
     add("--limit", type=int, help="only the first LIMIT schemas")
     add("--refusals", action="store_true", help="print why each schema was refused")
-    add_debug_flag(parser)
     return parser
 
 

@@ -39,7 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--many", type=int, default=20000, help="rows of the large file (%(default)s)")
     add("--layers", type=int, help="the model's first layers alone (default: all)")
     add("--json", action="store_true", help="print one JSON object on standard output")
-    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

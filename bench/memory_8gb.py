@@ -102,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="the 3B shape at 1024 tokens and scoring at batch 32, all layers, --unfilled: minutes on one core",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

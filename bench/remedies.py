@@ -16,7 +16,7 @@ import numpy as np
 
 from common import Calibration, InputError, PromptEncoder, join_forms
 from distil.calibration import fit_calibration, fit_shares, uncalibrated
-from distil.cli import add_debug_flag, new_parser, run_script
+from distil.cli import new_parser, run_script
 from distil.creditmix.evaluation import EvalOptions, draw_samples
 from distil.creditmix.metrics import ROW_BY_ROW, MeasureOptions, add_differences, measure
 from distil.creditmix.rows import LABELS, creditmix_prompt, null_prompts, read_creditmix
@@ -36,7 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_per_class", type=int, default=1500, help="validation rows a class (%(default)s)")
     parser.add_argument("--fit_per_class", type=int, default=300, help="calibration rows a class (%(default)s)")
     parser.add_argument("--output", help="write all metrics there as JSON")
-    add_debug_flag(parser)
     return parser
 
 

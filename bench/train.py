@@ -65,7 +65,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plot", default="runs/bench/train.png", help="where the loss curves are drawn (%(default)s)")
     add("--quick", action="store_true", help=f"{LOG_EVERY} steps, two rounds")
     add("--json", action="store_true", help="print one JSON object on standard output")
-    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

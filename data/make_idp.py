@@ -30,7 +30,7 @@ from pathlib import Path
 
 from common import InputError
 from data import idp_catalogue as words
-from distil.cli import add_debug_flag, new_parser, run_script
+from distil.cli import new_parser, run_script
 from distil.files import write_json, write_jsonl
 from distil.idp.documents import compact_json, idp_prompt
 from distil.splits import split_of
@@ -946,7 +946,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=1600,
         help="training documents; a quarter of that number is written for validation (default: 1600)",
     )
-    add_debug_flag(parser)
     return parser
 
 

@@ -8,7 +8,9 @@ are the same. Of several processes each writes one stretch of the lines into its
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import re
 import shutil
 import sys
@@ -18,8 +20,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import InputError
-from distil.files import check_folder, file_sha256, hold, parse_json, read_json, write_json
-from distil.models import ModelRef, model_fingerprint, resolve
+from distil.files import check_folder, file_sha256, file_state, hold, parse_json, read_json, write_json
+from distil.models import ModelRef, check_unchanged, model_fingerprint, resolve
 from distil.processes import gather, only_one, own_share, rank_and_world
 from distil.runs import conditions
 
@@ -51,12 +53,10 @@ def answer_file(flags: Mapping[str, Any], start: Callable[[ModelRef], tuple[int,
     with hold(output):
         check_files(source, output, flags["overwrite"])
         ref = resolve(flags["model_dir"])
-        before = model_fingerprint(ref)
         chunk, work, contents = start(ref)
-        if model_fingerprint(ref) != before:
-            raise InputError(f"{ref.name}: changed while it was loaded; start again when its training has ended")
         settings = {name: value for name, value in flags.items() if name not in ("overwrite", "debug")}
-        settings |= {"model": before} | contents | conditions(flags["compute_dtype"])
+        settings |= {"model": model_fingerprint(ref)} | contents | conditions(flags["compute_dtype"])
+        check_unchanged(ref)
         return 1 if run_file(source, output, settings, chunk, work) else 0
 
 
@@ -111,8 +111,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Raise InputError where the output is not writable, or exists without an interrupted run that may replace it."""
     if output.is_dir():
         raise InputError(f"{output}: is a folder, a file is needed")
-    if output.suffix in (".part", ".joined", ".lock"):
-        raise InputError(f"{output}: {output.suffix} is for unfinished files; choose another --output")
+    if re.search(r"\.(part(\.json)?|joined|lock)$", output.name):
+        raise InputError(f"{output}: such names are for unfinished files; choose another --output")
     check_folder(output.parent)
     if output.exists() and not overwrite and not _part(output).exists():
         raise InputError(f"{output}: exists; --overwrite replaces it")
@@ -120,27 +120,26 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def run_file(source: Path, output: Path, settings: dict[str, Any], chunk: int, work: Work) -> int:
     """Write work(lines) of each `chunk` lines; return how many carry an "error" (in the first process: of all lines).
-    settings: everything that decides the results but the input; a run resumes only with equal ones, else InputError is
-    raised, as where the input changes meanwhile."""
+    settings: all that decides the results but the input. Raises InputError where they or the input have changed."""
     from tqdm import tqdm
 
-    part, state = _part(output), _state(source)
+    part, state = _part(output), file_state(source)
     total = sum(1 for _ in _lines(source))
     mine = own_share(total)
     settings = settings | {"chunk": chunk, "input_sha256": file_sha256(source)}
-    if done := _resume_point(part, settings, together=chunk):
-        print(f"{part}: resuming after {done} rows", file=sys.stderr)
-    failed = sum('"error"' in line and "error" in json.loads(line) for line in _lines(part)) if done else 0
-    bar = tqdm(total=len(mine), initial=done, unit="row", file=sys.stderr)
-    with open(part, "a", encoding="utf-8") as out, bar:
+    with _alone(part) as out:
+        if done := _resume_point(part, settings, together=chunk):
+            print(f"{part}: resuming after {done} rows", file=sys.stderr)
+        failed = sum('"error"' in line and "error" in json.loads(line) for line in _lines(part)) if done else 0
         rest = islice(_lines(source), mine.start + done, mine.stop)
-        while lines := list(islice(rest, chunk)):
-            rows = work(lines)
-            if _state(source) != state:
-                raise InputError(f"{source}: changed while it was read; --overwrite starts again")
-            failed += sum("error" in row for row in rows)
-            _append(out, rows)
-            bar.update(len(lines))
+        with tqdm(total=len(mine), initial=done, unit="row", file=sys.stderr) as bar:
+            while lines := list(islice(rest, chunk)):
+                rows = work(lines)
+                if file_state(source) != state:
+                    raise InputError(f"{source}: changed while it was read; --overwrite starts again")
+                failed += sum("error" in row for row in rows)
+                _append(out, rows)
+                bar.update(len(lines))
     failed = sum(gather(failed))
     rank, world = rank_and_world()
     if rank == 0:
@@ -157,9 +156,19 @@ def run_file(source: Path, output: Path, settings: dict[str, Any], chunk: int, w
     return failed
 
 
-def _state(path: Path) -> tuple[int, ...]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+@contextlib.contextmanager
+def _alone(part: Path) -> Iterator[TextIO]:
+    """Open a .part file for appending, locked: the lock next to the output can be removed by hand. Raises InputError
+    where another process has it, and at the end where it is not the file at this path any more."""
+    with open(part, "a", encoding="utf-8") as out:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{part}: another run is writing it; wait until it ends, or stop it") from None
+        yield out
+        if not part.exists() or not os.path.samestat(os.fstat(out.fileno()), part.stat()):
+            raise InputError(f"{part}: was removed or replaced meanwhile; run the same command again")
 
 
 def _append(out: TextIO, rows: list[dict]) -> None:
@@ -192,7 +201,7 @@ def _resume_point(part: Path, settings: dict, answering: str = "model", together
     Half-written lines go, and incomplete groups of `together` lines, which must be in one batch again to get the same
     digits. Raises InputError where that run had other settings: its lines must not be mixed with these."""
     note = part.with_name(part.name + ".json")
-    if not part.exists():
+    if not part.exists() or not part.stat().st_size:
         write_json(note, settings)
         return 0
     before = read_json(note) if note.exists() else {}
@@ -212,16 +221,19 @@ def _resume_point(part: Path, settings: dict, answering: str = "model", together
 
 
 class AnswerFile:
-    """Answers as they come, in <output>.part; a killed run's are read back, but for a last group under `together`."""
+    """Answers as they come, in <output>.part; a killed run's are read back, but for a last group under `together`.
+    The caller holds the output: a second run would send the same prompts."""
 
     def __init__(self, output: str, settings: dict[str, Any], overwrite: bool, together: int = 1):
         self.output, self.settings = Path(output), settings
         self.path = _part(self.output)
         self.answers: dict[int, dict[str, Any]] = {}
-        self._lock = contextlib.ExitStack()  # left with the last reference: a second run would send the same prompts
-        self._lock.enter_context(hold(output))
         if overwrite:
             self.path.unlink(missing_ok=True)
+        with _alone(self.path):
+            self._read(settings, together)
+
+    def _read(self, settings: dict[str, Any], together: int) -> None:
         if _resume_point(self.path, settings, "teacher", together):
             for number, line in enumerate(_lines(self.path), 1):
                 try:
@@ -237,13 +249,12 @@ class AnswerFile:
         from tqdm import tqdm
 
         bar = tqdm(total=total, initial=len(self.answers), desc=name, unit="row", file=sys.stderr)
-        with open(self.path, "a", encoding="utf-8") as out, bar:
+        with _alone(self.path) as out, bar:
             for number, answer in answers:
                 _append(out, [{"row": number} | answer])
                 self.answers[number] = answer
                 bar.update()
 
     def remove(self) -> None:
-        """Remove the .part files, once the output is written, and let other runs have it."""
+        """Remove the .part files, once the output is written."""
         _remove_parts(self.output)
-        self._lock.close()

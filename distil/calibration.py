@@ -8,7 +8,6 @@ negative log-likelihood of the right labels, in nats; lower is better.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from common import Calibration, InputError
 from distil.files import cache_dir, read_json, write_json
 from distil.models import ModelRef, model_fingerprint
-from distil.processes import rank_and_world
+from distil.processes import print_note
 from distil.scoring import ScoringOptions
 
 if TYPE_CHECKING:
@@ -77,8 +76,7 @@ FIT_BIAS = {"likelihood": fit_calibration, "shares": fit_shares}  # --fit_bias
 def cross_fitted_probabilities(
     raw: np.ndarray, prior: np.ndarray, answers: np.ndarray, groups: Sequence[str], fit: Callable = fit_calibration
 ) -> np.ndarray:
-    """Return probabilities [N, labels] by fitted calibrations that did not see the row's group, in five folds.
-    They can be compared with those of calibrations that have nothing to fit."""
+    """Return probabilities [N, labels] by fitted calibrations that did not see the row's group, in five folds."""
     import numpy as np
     from sklearn.model_selection import GroupKFold
 
@@ -117,17 +115,15 @@ def candidates(
 ) -> tuple[dict[str, Calibration], dict[str, np.ndarray]]:
     """Return ({method: calibration}, {method: NLL of each row [N]}) on calibration rows, the simplest first.
     raw: [N, labels]; contextual: prior [labels] of content-free prompts. The losses of 'fitted' are those of fits
-    that did not see the row's customer. Where the fit gets all rows right, it has no loss: the temperature with the
-    lowest NLL would be 0, so these rows do not determine one."""
+    that did not see the row's customer; where the fit gets all rows right, it has none: its best temperature is 0."""
     none, fit = uncalibrated(raw.shape[1]), FIT_BIAS[fit_bias]
     priors = {"contextual": contextual, "batch": raw.mean(axis=0)}
     methods = {"none": none} | {name: replace(none, method=name, prior=prior) for name, prior in priors.items()}
     losses = {name: row_losses(c.probabilities(raw), answers) for name, c in methods.items()}
     methods["fitted"] = fit(raw, contextual, answers)
     if (methods["fitted"].scores(raw).argmax(axis=1) == answers).all():
-        if rank_and_world()[0] == 0:
-            fix = "--calibration auto takes another method"
-            print(f"note: a fit gets all {len(raw)} rows right: its temperature is arbitrary; {fix}", file=sys.stderr)
+        fix = "--calibration auto takes another method"
+        print_note(f"a fit gets all {len(raw)} rows right: its temperature is arbitrary; {fix}")
         return methods, losses
     losses["fitted"] = row_losses(cross_fitted_probabilities(raw, contextual, answers, customers, fit), answers)
     return methods, losses
@@ -144,8 +140,7 @@ def calibration_path(ref: ModelRef) -> Path:
 def write_fitted(
     ref: ModelRef, model: str, chosen: Calibration, nll: dict[str, float], options: ScoringOptions, fitted_on: dict
 ) -> Path:
-    """Store a model's calibration and return its path. model: fingerprint of what was scored; nll: of each method;
-    fitted_on: rows, data and split."""
+    """Store a calibration and return its path. model: fingerprint; nll: by method; fitted_on: rows, data and split."""
     prior, bias = (dict(zip(options.labels, x.tolist(), strict=True)) for x in (chosen.prior, chosen.bias))
     record = {"calibration": chosen.method, "prior": prior, "bias": bias, "temperature": chosen.temperature}
     record |= {"nll": nll, "labels": options.labels, "model": model, **options.raw_settings()}
@@ -179,21 +174,22 @@ def check_fitted(ref: ModelRef, split_seed: int, data_sha256: str, gold_share: f
     rows or with labels that --gold_share excludes. data_sha256: of the rows that the model is measured on."""
     path = calibration_path(ref)
     stored = read_json(path) if path.is_file() else None
+    if stored is None:
+        return
     fitted_on = stored.get("fitted_on") if isinstance(stored, dict) else None
     if not isinstance(fitted_on, dict):
-        return
+        raise InputError(f"{path}: says not on which rows it was fitted; fit again with eval_creditmix.py --fit")
     if (fitted := fitted_on.get("split_seed")) != split_seed:
         other = f"fitted with --split_seed {fitted}, evaluated with {split_seed}: its rows may be validation rows"
         raise InputError(f"{path}: {other}; fit again with --fit, or use --calibration contextual")
     if fitted_on.get("data_sha256") != data_sha256:
-        print(f"note: {path} was fitted on rows of {fitted_on.get('data')}, not of --data", file=sys.stderr)
+        print_note(f"{path} was fitted on rows of {fitted_on.get('data')}, not of --data")
     if (share := fitted_on.get("gold_share", 1.0)) > gold_share:
-        print(f"note: {path} was fitted with --gold_share {share:g}, not {gold_share:g}", file=sys.stderr)
+        print_note(f"{path} was fitted with --gold_share {share:g}, not {gold_share:g}")
 
 
 def fitted_calibration(ref: ModelRef, options: ScoringOptions) -> Calibration | None:
-    """Return the stored calibration that --calibration selects, None where another is to be used.
-    Raises InputError where the selected one is not stored."""
+    """Return the stored calibration that --calibration selects, or None. Raises InputError where it is not stored."""
     import numpy as np
 
     method = options.calibration
@@ -223,8 +219,7 @@ def with_shares(calibration: Calibration, shares: np.ndarray) -> Calibration:
     The odds of each label change by its share (Saerens et al. 2002), in scores and probabilities alike."""
     import numpy as np
 
-    shift = calibration.temperature * np.log(shares * len(shares))
-    return replace(calibration, bias=calibration.bias + shift)
+    return replace(calibration, bias=calibration.bias + calibration.temperature * np.log(shares * len(shares)))
 
 
 def adjusted(calibration: Calibration, options: ScoringOptions) -> Calibration:

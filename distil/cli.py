@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
@@ -84,8 +84,10 @@ def gold_share(text: str) -> float:
 
 
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose description is a script's module docstring, as it is written."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return a parser whose description is a script's module docstring, as it is written, with --debug."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")  # `run_script` looks for it
+    return parser
 
 
 def refuse_unused(
@@ -100,11 +102,6 @@ def refuse_unused(
     flags = {reason: [f"--{name}" for name in names if name in given] for reason, names in unused.items()}
     if problems := [f"{', '.join(names)}: {reason}" for reason, names in flags.items() if names]:
         raise InputError(f"{'; '.join(problems)}; leave out what has no effect")
-
-
-def add_debug_flag(parser: argparse.ArgumentParser) -> None:
-    """Add --debug, which `run_script` looks for."""
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:
@@ -141,8 +138,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser, null_prompts: int) -> Non
 
 def scoring_options(flags: Mapping[str, Any], labels: Sequence[str], null_prompts: int) -> ScoringOptions:
     """Return the checked options of `add_scoring_flags` for a task with these labels. Raises InputError."""
-    names = ("calibration", "abstain_below", "null_prompts", "aggregate", "batch_size")
-    same = {name: flags[name] for name in names}
+    same = {n: flags[n] for n in ("calibration", "abstain_below", "null_prompts", "aggregate", "batch_size")}
     if same["batch_size"] != "auto" and same["batch_size"] < 1:
         raise InputError(f"--batch_size {same['batch_size']}: at least 1")
     if same["abstain_below"] is not None and not 0 < same["abstain_below"] <= 1:
@@ -192,15 +188,12 @@ def add_report_flags(parser: argparse.ArgumentParser, units: str, resamples: int
     return add
 
 
-@contextlib.contextmanager
-def report_folder(report_dir: str | None) -> Iterator[None]:
-    """Keep other runs from writing --report_dir, if it is given, until the block ends. Raises InputError where one
-    does, and where the folder is not writable."""
-    with contextlib.ExitStack() as held:
-        if report_dir:
-            check_folder(report_dir)
-            held.enter_context(hold(report_dir))
-        yield
+def report_folder(report_dir: str | None) -> contextlib.AbstractContextManager[None]:
+    """Keep other runs out of --report_dir, if it is given. Raises InputError for one in use or not writable."""
+    if not report_dir:
+        return contextlib.nullcontext()
+    check_folder(report_dir)
+    return hold(report_dir)
 
 
 def check_at_least_one(flags: Mapping[str, Any], *names: str) -> None:

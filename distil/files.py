@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,7 @@ def read_json(path: str | Path) -> Any:
 
 def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
     """Return the objects of a JSONL file, each with the `required` fields as non-empty strings; "a|b" is a or else b.
-    Raises InputError with file, line number, what is missing and what was found, for the first bad line, and a count
-    of the others. Blank lines are skipped."""
+    Blank lines are skipped. Raises InputError with file, line, what is missing and found, and a count of bad lines."""
     rows, problems = [], []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -180,6 +179,30 @@ def read_jsonl(path: str | Path, required: Sequence[str]) -> list[dict]:
     if not rows:
         raise InputError(f"{path}: no rows; one JSON object a line with {', '.join(required)} is expected")
     return rows
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise InputError where a file can neither be written nor replaced."""
+    check_folder(Path(path).parent)
+    if Path(path).is_dir() or (Path(path).exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"{path}: cannot be written; remove it, or change its rights")
+
+
+def hashed(path: str | Path, read: Callable[[], Any]) -> tuple[Any, str]:
+    """Return (read(), SHA-256 of the file that it read). Raises InputError where the file changed meanwhile."""
+    before = file_state(path)
+    value, digest = read(), file_sha256(path)
+    if file_state(path) != before:
+        raise InputError(f"{path}: changed while it was read; start again when what writes it has ended")
+    return value, digest
+
+
+def file_state(path: str | Path) -> tuple[int, ...]:
+    """Return inode, size and times of a file, empty where there is none: another state is another content."""
+    if not Path(path).is_file():
+        return ()
+    stat = Path(path).stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def file_sha256(path: str | Path) -> str:

@@ -21,17 +21,8 @@ class Written:
     ended: bool
 
 
-def check_room(model: Any, longest: int, max_new_tokens: int) -> None:
-    """Raise InputError where a prompt of `longest` tokens and the answer exceed the context."""
-    context = model.config.get_text_config().max_position_embeddings
-    if longest + max_new_tokens > context:
-        size = f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens}"
-        raise InputError(f"{size} exceed the model's context of {context}; lower the flag or shorten the prompts")
-
-
 def left_padded(rows: Sequence[list[int]], filler: int, device: Any) -> dict[str, Any]:
-    """Return input_ids, attention_mask and position_ids [rows, tokens] of a forward that generates (rows: token ids):
-    all rows end where the next token goes."""
+    """Return input_ids, attention_mask and position_ids [rows, tokens] of rows of token ids that end in one column."""
     import torch
 
     width = max(map(len, rows))
@@ -67,7 +58,10 @@ def generate(
     from tqdm import tqdm
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-    check_room(model, max(map(len, starts), default=0), max_new_tokens)
+    context, longest = model.config.get_text_config().max_position_embeddings, max(map(len, starts), default=0)
+    if longest + max_new_tokens > context:
+        size = f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens}"
+        raise InputError(f"{size} exceed the model's context of {context}; lower the flag or shorten the prompts")
     how = {"do_sample": True, "temperature": temperature, **sampling} if temperature else {"do_sample": False}
     how |= {"max_new_tokens": max_new_tokens, "eos_token_id": list(ends), "pad_token_id": tokenizer.pad_token_id}
     config = GenerationConfig(repetition_penalty=1.0, **how)

@@ -13,35 +13,38 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import common
 from common import InputError
-from distil.files import cache_dir, file_sha256, read_json, write_json
-from distil.processes import rank_and_world
+from distil.files import cache_dir, file_sha256, file_state, read_json, write_json
+from distil.processes import print_note
 from distil.runs import run_record
-from distil.support import check_supported, empty_model
+from distil.support import check_supported, check_tokens, empty_model
 from distil.workarounds import quiet_libraries, use_cache_where_no_hub_answers
 
 EMBEDDED_MODEL = "smollm2-135m"
 DEFAULT_STUDENT = "Qwen/Qwen2.5-3B-Instruct"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-# What decides a base's answers: weights, tokenizer, template. A calibration and notes of a run are not among it.
-CONTENT = "*.safetensors *.index.json config.json tokenizer* special_tokens_map.json added_tokens.json vocab.* "
-CONTENT += "merges.txt spiece.model chat_template*"
+# What decides a base's answers: weights, tokenizer, templates. A calibration and notes of a run are not among it.
+BASE_CONTENT = "*.safetensors *.index.json config.json tokenizer* special_tokens_map.json added_tokens.json vocab.* "
+BASE_CONTENT += "merges.txt spiece.model chat_template* additional_chat_templates/*"
+CONTENT = f"{BASE_CONTENT} adapter_config.json run.json export.json"  # and what says where it comes from
 
 
 @dataclass(frozen=True)
 class ModelRef:
     """A checked model. name: as the user wrote it; base: name of the base model (the same without an adapter); path:
-    what from_pretrained takes for the base; adapter: adapter folder or None."""
+    what from_pretrained takes for the base; adapter: adapter folder or None; state: `files_state` when it was checked,
+    empty for a model on the hub."""
 
     name: str
     base: str
     path: str
     adapter: str | None = None
+    state: tuple = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,26 @@ def resolve(name: str) -> ModelRef:
     config = adapter_config(name)
     base = config["base_model_name_or_path"] if config else name
     check_supported(path := local_or_hub(base))
-    return ModelRef(name, base, path, name if config else None)
+    check_tokens(path)
+    ref = ModelRef(name, base, path, name if config else None)
+    return replace(ref, state=files_state(ref))
+
+
+def files_state(ref: ModelRef) -> tuple:
+    """Return path, inode, size and times of the files that decide a model's answers or say what it was trained on."""
+    files = [file for folder in (ref.path, ref.adapter) if folder for file in _content(Path(folder))]
+    return tuple((str(file), *file_state(file)) for file in files)
+
+
+def check_unchanged(ref: ModelRef) -> None:
+    """Raise InputError where a model's files changed since `resolve`: what was checked and recorded is not what was
+    loaded."""
+    if ref.state and files_state(ref) != ref.state:
+        raise InputError(f"{ref.name}: changed since it was checked; start again when what writes it has ended")
+
+
+def _content(folder: Path) -> list[Path]:
+    return sorted({file for names in CONTENT.split() for file in folder.glob(names) if file.is_file()})
 
 
 def resolve_student(student: str | None, adapter: str | None) -> ModelRef:
@@ -80,19 +102,44 @@ def resolve_student(student: str | None, adapter: str | None) -> ModelRef:
 def load(ref: ModelRef, options: LoadOptions, trainable: bool = False) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a resolved model; see `common.load_model`. Raises InputError."""
     warn_if_slow(ref)
-    if note := quantization_note(ref, options):
-        print(f"note: {note}", file=sys.stderr)
+    print_note(use_note(ref, options))
     how = options.quantization, options.compute_dtype, options.offload_folder
-    return common.load_model(ref.path, ref.adapter, *how, trainable)
+    model, tokenizer = common.load_model(ref.path, ref.adapter, *how, trainable)
+    check_unchanged(ref)
+    if ref.adapter:
+        check_used(model, {"default": ref.adapter})
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":  # else a file that is written in place changes a running model
+            parameter.data = parameter.data.clone()
+    return model, tokenizer
 
 
-def quantization_note(ref: ModelRef, options: LoadOptions) -> str | None:
-    """Return a note where an adapter's last training had its base in another quantization, which moves its scores."""
-    trained = (run_record(ref.adapter).get("flags") or {}).get("quantization", options.quantization)
-    if trained == options.quantization or rank_and_world()[0]:
-        return None
-    used = f"trained with --quantization {trained} and is used with {options.quantization}, so its scores differ"
-    return f"{ref.name} was {used} from those that it was trained for; give --quantization {trained}"
+def check_used(model: Any, adapters: dict[str, str]) -> None:
+    """Raise InputError where a loaded model does not use all LoRA weights of its adapters {name: folder}: other layers
+    or targets in their configuration, or a base with fewer layers."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    for name, folder in adapters.items():
+        used = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        with safe_open(Path(folder) / "adapter_model.safetensors", framework="numpy") as weights:
+            if surplus := sorted(key for key in {*weights.keys()} - {*used} if "lora_" in key):
+                lost = f"{len(surplus)} of its weights have no place in it, such as {surplus[0]}"
+                raise InputError(f"{folder}: not an adapter for this base ({lost}); train or copy it again")
+
+
+def use_note(ref: ModelRef, options: LoadOptions) -> str | None:
+    """Return a note where an adapter's last training had its base in another quantization or with other content (also
+    of tokenizer and template), which moves its scores."""
+    record, notes = run_record(ref.adapter), []
+    trained = (record.get("flags") or {}).get("quantization", options.quantization)
+    if trained != options.quantization:
+        used = f"trained with --quantization {trained} and is used with {options.quantization}, so its scores differ"
+        notes.append(f"{ref.name} was {used} from those that it was trained for; give --quantization {trained}")
+    base = record.get("base_fingerprint")
+    if base and base != model_fingerprint(ModelRef(ref.base, ref.base, ref.path)):
+        notes.append(f"{ref.name} was trained on other content of {ref.base}, which changed since; train it again")
+    return "; ".join(notes) or None
 
 
 def adapter_config(model_dir: str | Path) -> dict | None:
@@ -106,7 +153,23 @@ def adapter_config(model_dir: str | Path) -> dict | None:
             raise InputError(f"{path}: damaged ({key} is missing); copy or train the adapter again")
     if config["peft_type"] != "LORA":  # prompt and prefix tuning would be ignored by label scoring
         raise InputError(f"{path}: an adapter of type {config['peft_type']}; take one of type LORA")
+    if config.get("alora_invocation_tokens"):  # active after these tokens alone, which label scoring does not look for
+        raise InputError(f"{path}: an activated LoRA; take a plain one")
     return config
+
+
+def check_shareable(folder: str) -> None:
+    """Raise InputError for an adapter that would change the base for others on it, or that mixed batches cannot have:
+    more than LoRA matrices of linear layers."""
+    from safetensors import safe_open
+
+    config = adapter_config(folder) or {}
+    beyond = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters")
+    more = [name for name in beyond if config.get(name)]
+    with safe_open(Path(folder) / "adapter_model.safetensors", framework="numpy") as weights:
+        more += [name for name in sorted(weights.keys()) if "lora_" not in name][:1]
+    if more:
+        raise InputError(f"{folder}: has more than LoRA ({', '.join(more)}); it cannot share a base: export it")
 
 
 def same_base(one: str, other: str) -> bool:
@@ -163,12 +226,17 @@ def local_or_hub(name: str) -> str:
     if not Path(name).exists() and "/" not in name and difflib.get_close_matches(name, [EMBEDDED_MODEL], cutoff=0.8):
         raise InputError(f"{name}: no such model; {EMBEDDED_MODEL} is the one that comes with this project")
     from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
 
     if not Path(name).is_dir():
         use_cache_where_no_hub_answers()
     try:
         AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        if not Path(name).is_dir() and find_adapter_config_file(name):
+            raise InputError(f"{name}: an adapter on the model hub; download it into a folder (hf download)")
+    except InputError:
+        raise
+    except Exception as error:  # whatever a configuration can break
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if Path(name).is_dir():
             raise InputError(f"{name}: config.json is not of a known model ({reason})") from None
@@ -236,7 +304,7 @@ def model_fingerprint(ref: ModelRef) -> str:
         from transformers import AutoConfig
 
         digest.update(f"{ref.path} {getattr(AutoConfig.from_pretrained(ref.path), '_commit_hash', '')}".encode())
-    for file in sorted({file for names in CONTENT.split() for file in folder.glob(names) if file.is_file()}):
+    for file in sorted({file for names in BASE_CONTENT.split() for file in folder.glob(names) if file.is_file()}):
         digest.update(f"{file.name} {content_sha256(file)} ".encode())
     return digest.hexdigest()[:16]
 

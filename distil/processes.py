@@ -6,6 +6,7 @@ Only scoring and teachers' answers to many rows are shared here; trainers leave 
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from common import InputError
@@ -14,6 +15,12 @@ from common import InputError
 def rank_and_world() -> tuple[int, int]:
     """Return (number of this process from 0, number of processes); (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print_note(text: str | None) -> None:
+    """Print a note for people, if there is one, on stderr; of several processes the first prints it."""
+    if text and rank_and_world()[0] == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def own_share(count: int) -> range:

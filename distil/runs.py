@@ -32,8 +32,8 @@ def run_record(folder: str | Path | None) -> dict:
 
 @contextlib.contextmanager
 def claimed(flags: Mapping[str, Any]) -> Iterator[None]:
-    """Keep other trainings out of --save_dir until the block ends, and check that this one may write there; with
-    --dry_run neither. Raises InputError."""
+    """Keep other trainings out of --save_dir, and check that this one may write there; with --dry_run neither.
+    Raises InputError."""
     if flags["dry_run"]:
         yield
         return
@@ -98,14 +98,12 @@ def last_checkpoint(save_dir: str | Path) -> str | None:
 def conditions(dtype: str) -> dict[str, str | None]:
     """Return what decides a result's last digits besides flags, data and model, for a run that is resumed: the type of
     computation that --compute_dtype `dtype` is here, the GPU, versions of packages."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {f"{name} version": number for name, number in package_versions().items()}
-    return {"dtype": dtype_name(dtype), "gpu": gpu, **versions}
+    facts = machine(dtype)
+    return {"dtype": facts["compute_dtype"], "gpu": facts["gpu"], **versions}
 
 
-def machine() -> dict[str, Any]:
+def machine(dtype: str = "auto") -> dict[str, Any]:
     """Return what measured times and memory depend on: processor, usable cores, threads, GPU, type of computation."""
     import torch
 
@@ -114,7 +112,7 @@ def machine() -> dict[str, Any]:
     cpu = model[1] if model else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     cores = {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
-    return cores | {"gpu": gpu, "compute_dtype": dtype_name()}
+    return cores | {"gpu": gpu, "compute_dtype": dtype_name(dtype)}
 
 
 def package_versions() -> dict[str, str]:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from common import InputError, LabelScorer, PromptEncoder, dtype_name, form_scores, right_padded, token_log_probs
 from distil.files import cache_dir, read_json, write_json
 from distil.models import LoadOptions
-from distil.processes import rank_and_world
-from distil.support import TAKE
+from distil.processes import print_note
+from distil.support import TAKE, context_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,7 @@ STEM_TOKENS = 256  # another forward has to save at least this many tokens: abou
 # Largest difference in nats between the fast way and the model's own logits, which bf16 has in steps of 1/16 to 1/4.
 TOLERANCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.4}
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
+_print_once = functools.cache(print_note)  # once for all scorers
 Adapters = Sequence[str | None]  # name of each row's adapter, or None for the model as it is
 
 
@@ -92,8 +93,7 @@ class FastLabelScorer(LabelScorer):
 
     batch_size: rows a forward; 'auto' finds the fastest in the first call with 256 rows, and is 32 before.
     shared_by: user turns whose common beginning is run once and its key/value cache reused (none: no cache).
-    adapters: names of a PEFT model's adapters that rows may use, `BASE` for none; without them all rows are
-    scored by the model as it is."""
+    adapters: of a PEFT model, those that rows may use, `BASE` for none; without them the model scores as it is."""
 
     def __init__(
         self,
@@ -108,6 +108,7 @@ class FastLabelScorer(LabelScorer):
         import torch
 
         super().__init__(model, encoder, forms, aggregate, batch_size)
+        self.context = context_length(self.body.config.get_text_config())
         self.prefix = common_beginning([encoder.prompt(turn) for turn in shared_by]) if shared_by else []
         self._prefix_caches: dict[str | None, list[tuple[Any, Any]]] = {}
         self.plain, self._shares = False, True  # by the model's own logits; with shared beginnings
@@ -127,32 +128,36 @@ class FastLabelScorer(LabelScorer):
         self.check_length(pair)
         kind, limit = self.model.config.model_type, TOLERANCE[str(self.head.weight.dtype)]
         own: list[np.ndarray] = []
+        plain, heads = not isinstance(self.head, torch.nn.Linear), []  # LoRA makes it another class
+        hook = self.head.register_forward_hook(lambda module, inputs, output: heads.append(output))
         for adapter in adapters:  # each computes other keys and values
             cache = DynamicCache()  # not of the configuration: window layers would keep their window alone
             try:
                 with self._using([adapter]):
-                    own += list(super().log_probs(pair[1:], [first * (3 * len(word) + 1)], cache)[0, [0, -1]])
+                    logits = self.logits(pair[1:], 3 * len(word) + 1, cache)
+                plain |= not torch.allclose(heads.pop().float(), logits, 0, 0, equal_nan=True)  # rescaled
+                own += list(logits.log_softmax(dim=-1)[0, [0, -1]][:, first[0]].double().cpu().numpy())
             except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
                 raise InputError(f"{kind} models cannot be scored on text alone ({error}); {TAKE}") from None
             layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-            self._shares &= bool(layers) and all(
-                keys is not None and keys.shape[-2] == len(pair[1]) for keys, _ in layers
-            )
+            full = [keys is not None and keys.shape[-2] == len(pair[1]) for keys, _ in layers]
+            self._shares &= bool(layers) and all(full)
             if self._shares:
                 kept = [(keys[:, :, : len(self.prefix)], values[:, :, : len(self.prefix)]) for keys, values in layers]
                 self._prefix_caches[adapter] = kept
+        hook.remove()
         names, rows = [name for name in adapters for _ in pair], pair * len(adapters)
         self.prefix = self.prefix if self._shares else []
         with contextlib.suppress(RuntimeError):  # where what stands before the head also changes the width
             gap = np.abs(self.log_probs(rows, [first] * len(rows), names)[:, 0] - own).max()
-            if isinstance(self.head, torch.nn.Linear) and not gap > limit:  # LoRA makes it another class
+            if not plain and not gap > limit:
                 return  # also with NaN, which `joined` reports
         self.plain, self._shares, self.prefix = True, False, []
         alone = [self.log_probs([row], [first], [name])[0, 0] for row, name in zip(rows, names, strict=True)]
         together = self.log_probs(rows, [first] * len(rows), names)[:, 0]
         if np.abs([together - alone, own - np.array(alone)]).max() > limit:
             raise InputError(f"{kind}: what follows a token, or other rows of a batch, change its score; {TAKE}")
-        note = f"note: this {kind} model is scored by its own logits, which the fast way of scoring misses"
+        note = f"this {kind} model is scored by its own logits, which the fast way of scoring misses"
         _print_once(f"{note}: slower, and rounded where it computes in bfloat16")
 
     def _using(self, adapters: Adapters) -> contextlib.AbstractContextManager:
@@ -198,6 +203,8 @@ class FastLabelScorer(LabelScorer):
             with torch.inference_mode():
                 self.batch_size = self._fastest_batch_size(rows, adapters or [None] * len(rows))
             print(f"--batch_size auto: {self.batch_size} rows a forward", file=sys.stderr)
+        elif self.batch_size == "auto" and len(rows) > 8:  # fewer are one batch at any size
+            self.batch_size = 32  # from now on: an evaluation scores all its rows alike
         return 32 if self.batch_size == "auto" else self.batch_size
 
     def _fastest_batch_size(self, rows: Sequence[list[int]], adapters: Adapters) -> int:
@@ -237,8 +244,7 @@ class FastLabelScorer(LabelScorer):
 
     def _stem(self, rows: Sequence[list[int]], adapters: Adapters, start: int, positions: int) -> tuple[int, int]:
         """Return (length, tokens to run): up to which length rows that begin alike run once for all of them.
-        It is the length at which the fewest tokens are run beyond the first `start`; `start` itself where another
-        forward would not pay."""
+        Then the fewest tokens beyond the first `start` are run; `start` itself where another forward would not pay."""
         longest, most = max(map(len, rows)), min(map(len, rows)) - positions if self._shares else 0
         alone = len(rows) * (longest - start)
         best, fewest = start, min(0.8 * alone, alone - STEM_TOKENS)
@@ -292,13 +298,6 @@ class FastLabelScorer(LabelScorer):
         with self._using(adapters):
             output = self.body(input_ids=ids, cache=cache, use_cache=cache is not None)
         return output.last_hidden_state[last], cache
-
-
-@functools.cache
-def _print_once(note: str) -> None:
-    """Print a note on stderr, in the first process and once for all scorers."""
-    if rank_and_world()[0] == 0:
-        print(note, file=sys.stderr)
 
 
 def label_prior(

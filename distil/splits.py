@@ -5,6 +5,7 @@ All scripts draw the same split from a hash, so nothing has to be passed around 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 
 from common import InputError
 from distil.files import check_folder, file_sha256, hold, read_json, write_json, write_jsonl
-from distil.models import adapter_config
+from distil.models import EMBEDDED_MODEL, adapter_config, local_or_hub
+from distil.processes import print_note
 from distil.runs import run_record
 
 EXPORTED = "distil_slm"  # in an export's config.json, so that a copy without export.json keeps its provenance
@@ -31,15 +33,13 @@ def split_of(customer: str, split_seed: int = 0) -> str:
 
 
 def is_gold(customer: str, gold_share: float, split_seed: int) -> bool:
-    """Return whether --gold_share lets a customer's labels be used: the same customers in every script, and a larger
-    share includes those of a smaller one."""
+    """Return whether --gold_share lets a customer's labels be used; a larger share includes those of a smaller one."""
     return gold_share == 1 or hash_share(f"gold {customer}", split_seed) < gold_share
 
 
 def preparation(data: str, sha256: str | None = None) -> dict[str, Any]:
     """Return the note of a prepare script next to a data file (split seed, source), empty for data of another origin.
-    It has "changed" where the note is of other content of that file. sha256: the file's, computed here by
-    default. Raises InputError for a damaged note."""
+    It has "changed" where the note is of other content of that file. Raises InputError for a damaged note."""
     changed = {}
     for path in sorted(Path(data).parent.glob("*_prepared.json")):
         note = read_json(path)
@@ -47,7 +47,8 @@ def preparation(data: str, sha256: str | None = None) -> dict[str, Any]:
             raise InputError(f"{path}: not a note of prepared data (an object with files); prepare it again")
         files, sha256 = note.get("files", {}), sha256 or file_sha256(data)
         if sha256 in files.values():  # under this name or, renamed since, another
-            return note
+            parts = [Path(name).stem for name, digest in files.items() if digest == sha256]
+            return note | {"part": "validation"} if parts[0].endswith("_validation") else note
         if Path(data).name in files:
             changed = {"changed": str(path)}  # by another script, which left another note, or by hand
     return changed
@@ -60,6 +61,7 @@ def unchanged_preparation(data: str, sha256: str) -> dict[str, Any]:
     if "changed" in note:
         fix = "prepare it again, or move the changed file to a separate folder"
         raise InputError(f"{data}: changed since {note['changed']} was written; {fix}")
+    check_no_validation(data, note)
     return note
 
 
@@ -112,14 +114,18 @@ def _each_once(sources: list) -> tuple[dict[str, Any] | None, ...]:
 
 def provenance(name: str) -> Provenance:
     """Return what a model was trained on, with the base below an adapter and all that an export was merged from.
-    A base model that no script of this project wrote has no sources. Raises InputError where parts have different
-    splits, and for damaged records."""
+    A base of other origin has no sources. Raises InputError where parts have different splits, or are damaged."""
     config = adapter_config(name)
     base = config["base_model_name_or_path"] if config else name
-    export, plain = (Path(base) / file for file in ("export.json", "config.json"))
-    record = read_json(export) if export.is_file() else read_json(plain) if plain.is_file() else {}
-    if not export.is_file():
-        record = record.get(EXPORTED) if isinstance(record, dict) else None
+    record, export, plain = None, Path(base, "export.json"), Path(base, "config.json")
+    if export.is_file():
+        record = read_json(export)
+    elif plain.is_file():
+        record = dict(read_json(plain)).get(EXPORTED)
+    elif base != EMBEDDED_MODEL:
+        from transformers import AutoConfig
+
+        record = getattr(AutoConfig.from_pretrained(local_or_hub(base)), EXPORTED, None)
     origin = Provenance(base) if record is None else recorded(base, record)
     return joined(recorded(name, run_record(name)), origin) if config else origin
 
@@ -133,6 +139,31 @@ def check_split(models: Iterable[str], data: str, sha256: str) -> None:
         if same and origin.split_seed not in (None, note.get("split_seed")):
             seeds = f"trained with --split_seed {origin.split_seed}, {data} was prepared with {note.get('split_seed')}"
             raise InputError(f"{origin.name}: {seeds}: its rows may have been trained on; use one split for both")
+        note_sources(origin, note["source"].get("sha256"))
+
+
+def note_sources(origin: Provenance, sha256: str | None) -> None:
+    """Print a note where a model was trained on other raw files than the one with this hash, or on unknown ones."""
+    others = [source["file"] for source in origin.sources if source and source.get("sha256") != sha256]
+    places = [f"on rows of {', '.join(others)}, not of --data"] if others else []
+    places += ["on rows whose source is not recorded"] if None in origin.sources else []
+    if places:
+        print_note(f"{origin.name} was trained {', and '.join(places)}; they may be among the validation rows")
+
+
+def check_no_validation(data: str, note: dict[str, Any]) -> None:
+    """Raise InputError for the validation part of prepared data: what is trained on it cannot be evaluated on it."""
+    if note.get("part") == "validation":
+        raise InputError(f"{data}: is the validation part of prepared data; take the training part")
+
+
+def check_note(output: str) -> None:
+    """Raise InputError where the note next to an output would replace a note of other files."""
+    path = Path(output).with_name(f"{Path(output).stem}_prepared.json")
+    note = read_json(path) if path.is_file() else {}
+    if others := sorted(set(note.get("files", {})) - {Path(output).name}) if isinstance(note, dict) else []:
+        taken = f"its note {path.name} would replace that of {', '.join(others)}"
+        raise InputError(f"{output}: {taken}; take another name")
 
 
 def note_preparation(output: str, note: dict[str, Any], origin: Provenance, **more: Any) -> None:
@@ -156,7 +187,9 @@ def write_parts(outdir: str, task: str, parts: dict[str, list[dict]], src: str, 
     for path in (note_path, *paths.values()):
         if path.is_dir():
             raise InputError(f"{path}: a folder is in the way; move it, or choose another --outdir")
-    with hold(note_path):
+    with contextlib.ExitStack() as held:
+        for path in (note_path, *paths.values()):
+            held.enter_context(hold(path))
         note_path.unlink(missing_ok=True)  # an old note must not describe new files
         for part, path in paths.items():
             write_jsonl(path, parts[part])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from common import InputError
+from common import InputError, PromptEncoder, padding_token
 
 TAKE = "take a causal language model with attention in every layer, such as Llama, Qwen2, Qwen3 or Gemma 3"
 
@@ -23,7 +23,7 @@ def empty_model(path: str) -> Any:
             raise ValueError("an encoder-decoder")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever a configuration can break
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise InputError(f"{path}: {config.model_type} models are not supported ({reason}); {TAKE}") from None
 
@@ -35,6 +35,20 @@ def check_supported(path: str) -> None:
     model = empty_model(path)
     if lacks := missing_part(model):
         raise InputError(f"{path}: {model.config.model_type} models are not supported ({lacks}); {TAKE}")
+
+
+@functools.lru_cache(maxsize=8)
+def check_tokens(path: str) -> None:
+    """Raise InputError where a base model's chat template fails or changes text, where no token can serve as padding,
+    or where such a token is not in the model's vocabulary."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    end = PromptEncoder(tokenizer).end_of_turn
+    size = empty_model(path).config.get_text_config().vocab_size
+    for token in (end, padding_token(tokenizer, end)):
+        if not (number := tokenizer.convert_tokens_to_ids(token)) < size:
+            raise InputError(f"{path}: its token {token} has number {number}, the model has {size}: they differ")
 
 
 def missing_part(model: Any) -> str | None:
@@ -56,3 +70,14 @@ def missing_part(model: Any) -> str | None:
     if layers - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
         return "layers without attention or with a sparse index, whose state prompts cannot share"
     return None
+
+
+def context_length(config: Any) -> int:
+    """Return the tokens that a scored row may have. config: of the text model.
+    LongRoPE (Phi-3.5) has other angles for a forward whose longest row, or padding, is beyond the original context:
+    rows of a batch and a cached beginning would change each other's scores, so scoring stays below it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [one for one in (rope, *rope.values()) if isinstance(one, dict)]  # one, or one for each type of layer
+    long = [one for one in kinds if one.get("rope_type") == "longrope"]
+    own = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    return min([config.max_position_embeddings, *(one.get("original_max_position_embeddings", own) for one in long)])

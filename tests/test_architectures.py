@@ -182,6 +182,33 @@ def test_prompt_tuning_is_refused(tmp_path, peft_type):
         resolve(str(tmp_path))
 
 
+ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 200}
+ROPE |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_rows_stay_below_the_length_at_which_longrope_changes_all_others(encoder, name):
+    """Its angles follow from the longest row of a forward."""
+    fields = {"rope_parameters": ROPE} | ({"original_max_position_embeddings": 200} if name == "phi3" else {})
+    model = tiny(name, fields, len(encoder.tokenizer))
+    scorer = FastLabelScorer(model, encoder, FORMS, batch_size=16, shared_by=TURNS[:2])
+    assert scorer.context == 200
+    short = [turn for turn in TEXTS if scorer.fits(encoder.prompt(turn))]
+    assert 2 < len(short) < len(TEXTS)
+    assert scorer.raw_scores(short) == pytest.approx(plain_scores(model, encoder, short), abs=1e-4)
+    with pytest.raises(InputError, match="the model's context is 200"):
+        scorer.raw_scores(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("granite", {"logits_scaling": 1.1}), ("gemma2", {"final_logit_softcapping": 30.0})]
+)
+def test_a_small_scale_of_the_logits_is_found_in_bfloat16_too(encoder, name, fields):
+    model = tiny(name, fields, len(encoder.tokenizer)).bfloat16()
+    assert FastLabelScorer(model, encoder, LABELS).plain
+    assert not FastLabelScorer(tiny("llama", {}, len(encoder.tokenizer)).bfloat16(), encoder, LABELS).plain
+
+
 def test_scores_that_depend_on_what_follows_are_refused(encoder):
     """XLM's attention looks both ways, and none of its modules says so."""
     fields = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "embed_init_std": 0.3, "init_std": 0.3, "pad_index": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -55,11 +56,45 @@ def test_an_input_that_changes_meanwhile_is_refused(here):
     with pytest.raises(InputError, match=r"in\.jsonl: changed while it was read; --overwrite starts again"):
         run_file(source, here / "out.jsonl", {}, 2, work)
     assert not (here / "out.jsonl").exists() and not (here / "out.jsonl.part").read_text()
+    run_file(source, here / "out.jsonl", {}, 2, lambda lines: [json.loads(line) for line in lines])
+    assert (here / "out.jsonl").read_text() == '{"n": 1}\n' * 3  # nothing was kept
+
+
+def test_an_input_of_another_content_is_no_resume(here):
+    source, part = here / "in.jsonl", here / "out.jsonl.part"
+    source.write_text('{"n": 0}\n' * 4)
+
+    def work(lines):
+        if part.read_text():
+            raise KeyboardInterrupt
+        return [json.loads(line) for line in lines]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_file(source, here / "out.jsonl", {}, 2, work)
+    source.write_text('{"n": 1}\n' * 4)
     with pytest.raises(InputError, match=r"left by a run with another .* \(input_sha256\)"):
         run_file(source, here / "out.jsonl", {}, 2, work)
 
 
 def test_an_output_named_like_an_unfinished_file_is_refused(here):
     """It could be the one that another run is about to rename."""
-    with pytest.raises(InputError, match=r"out\.jsonl\.part: \.part is for unfinished files; choose another --output"):
+    with pytest.raises(InputError, match="such names are for unfinished files; choose another --output"):
         check_output(here / "out.jsonl.part", overwrite=True)
+
+
+def test_a_part_file_that_was_removed_or_is_anothers_ends_the_run(here):
+    """Also where someone removed the lock next to the output."""
+    Path("in.jsonl").write_text('{"x": 1}\n' * 4)
+    source, output = Path("in.jsonl"), Path("out.jsonl")
+
+    def remove(lines):
+        Path("out.jsonl.part").unlink(missing_ok=True)
+        return [{} for _ in lines]
+
+    with pytest.raises(InputError, match="was removed or replaced meanwhile; run the same command again"):
+        run_file(source, output, {}, 2, remove)
+    assert not output.exists()
+    with open("out.jsonl.part", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another run is writing it"):
+            run_file(source, output, {}, 2, lambda lines: [{} for _ in lines])

@@ -259,3 +259,42 @@ def test_after_loading_padding_is_not_end_of_turn(tmp_path, model_dir, eos, pad)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # else each training says what it aligned
             assert getattr(config, name) == getattr(loaded, name)
     assert loaded.pad_token_id != loaded.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "change", ["replace('\\n', ' ')", "tojson", "truncate(40)", "replace('_', ' ')", "upper", "replace('&', '+')"]
+)
+def test_a_template_that_changes_the_text_is_refused(tokenizer, change):
+    other = copy.deepcopy(tokenizer)
+    assert "message['content']" in CHATML
+    other.chat_template = CHATML.replace("message['content']", f"(message['content'] | {change})")
+    with pytest.raises(InputError, match=r"token .* of a prompt is|has not the user's text once"):
+        PromptEncoder(other)
+
+
+def test_a_template_that_fails_is_refused_in_one_line(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages[0]['content'] + 3 }}"
+    with pytest.raises(InputError, match="its chat template fails"):
+        PromptEncoder(other)
+
+
+def test_a_template_with_a_date_gives_the_same_prompt_every_day(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ strftime_now('%d %b %Y %S') }}" + other.chat_template
+    ids = PromptEncoder(other).prompt("x")
+    assert "26 Jul 2024 00" in other.decode(ids)
+
+
+def test_the_answer_follows_a_prompt_without_an_end_of_text(tokenizer):
+    """Some tokenizers end every text; a label after that would be the start of another one."""
+    from tokenizers.processors import TemplateProcessing
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = None
+    end = other.eos_token
+    plain = PromptEncoder(other).prompt("x")
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, other.eos_token_id)]
+    )
+    assert PromptEncoder(other).prompt("x") == plain

@@ -82,7 +82,7 @@ def test_a_model_that_is_replaced_while_it_loads_is_refused(tmp_path, model_dir,
         return loaded
 
     monkeypatch.setattr(credit_model, "load", replaced)
-    with pytest.raises(InputError, match="changed while it was loaded"):
+    with pytest.raises(InputError, match="changed since it was checked"):
         credit_model_of(adapter)
     assert not stored_priors()
 

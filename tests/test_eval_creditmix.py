@@ -434,7 +434,7 @@ def test_two_evaluations_do_not_write_to_one_place(here, model_dir, credit_file,
 
 
 def test_every_model_is_looked_up_before_the_first_is_scored(here, credit_adapter, credit_file, monkeypatch):
-    monkeypatch.setattr(eval_creditmix, "evaluate_model", lambda *args: pytest.fail("scored"))
+    monkeypatch.setattr(evaluation, "evaluate_model", lambda *args: pytest.fail("scored"))
     with pytest.raises(InputError, match="nobody/no-such-model: neither in the local cache"):
         evaluate(credit_adapter, credit_file, "--model_dir", credit_adapter, "nobody/no-such-model")
 

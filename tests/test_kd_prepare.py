@@ -280,7 +280,7 @@ def test_a_password_reaches_the_endpoint_and_nothing_else(here, endpoint, capsys
     write_lines("in.jsonl", gold_rows(6))
     server = endpoint(("500", "400", "401"))
     url = server.url.replace("http://", "http://me:s3cret@") + "?key=t0ken&x=1"
-    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:\d+/v1\?key=\.\.\.&x=\.\.\. answers 401") as refused:
+    with pytest.raises(InputError, match=r"http://127\.0\.0\.1:\d+/v1 answers 401") as refused:
         ask_endpoint(url, "--retries", 0, "--concurrency", 1)
     assert Path("kd.jsonl.part.json").exists()
     left = [path.read_text() for path in here.iterdir()]
@@ -300,7 +300,9 @@ def test_a_password_reaches_the_endpoint_and_nothing_else(here, endpoint, capsys
     ("url", "shown"),
     [
         ("http://host:8000/v1", "http://host:8000/v1"),
-        ("https://me:pw@host/v1?a=1&a=2&b#c", "https://host/v1?a=...&b=..."),
+        ("https://me:pw@host/v1?a=1&a=2&b#c", "https://host/v1"),
+        ("http://host/v1?bare", "http://host/v1"),
+        ("http://host/v1;key=k", "http://host/v1"),
         ("http://key@host", "http://host"),
         ("me:pw@host/v1", "host/v1"),
         ("http://me:p/w@host/v1?k=pw", "http://host/v1"),

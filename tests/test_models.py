@@ -338,7 +338,7 @@ def test_a_model_folder_that_lacks_a_part_is_named(here, model_dir):
     flags = ["--model_dir", "copy", "--features", "Age: 30", "--quantization", "none", "--compute_dtype", "float32"]
     gone = next(name for name in weights if "q_proj.weight" in name)
     save_file({k: v for k, v in weights.items() if k != gone}, "copy/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"copy: the weights lack 1 tensors of the model, such as .*q_proj.weight"):
+    with pytest.raises(InputError, match=r"copy: the weights lack 1 tensors, such as .*q_proj.weight"):
         infer_creditmix.main(flags)
     Path("copy/tokenizer.json").unlink()
     message = refusal(infer_creditmix.main, *flags)
@@ -375,3 +375,93 @@ def test_a_folder_that_is_no_known_model_is_named(here, model_dir):
         Path("copy/config.json").write_text(text)
         message = refusal(infer_creditmix.main, "--model_dir", "copy", "--features", "Age: 30")
         assert message.startswith("copy: config.json is not of a known model (")
+
+
+# ------------------------------------------------------------------------------ adapters and bases that do not match
+
+
+def changed_config(adapter: str, **fields) -> str:
+    path = Path(adapter) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return adapter
+
+
+def with_weights(adapter: str, change) -> str:
+    from safetensors.torch import load_file, save_file
+
+    path = Path(adapter) / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+    return adapter
+
+
+@pytest.mark.parametrize(
+    "fields", [{"layers_to_transform": [0]}, {"target_modules": ["q_proj", "k_proj"]}], ids=["layers", "targets"]
+)
+def test_an_adapter_whose_weights_are_not_all_used_is_refused(tmp_path, model_dir, fields):
+    adapter = changed_config(save_adapter(tmp_path / "adapter", model_dir), **fields)
+    with pytest.raises(InputError, match=r"not an adapter for this base .* of its weights have no place in it"):
+        models.load(models.resolve(adapter), models.LoadOptions("none", "float32"))
+
+
+def test_an_activated_lora_is_refused(tmp_path, model_dir):
+    adapter = changed_config(save_adapter(tmp_path / "adapter", model_dir), alora_invocation_tokens=[1, 2])
+    with pytest.raises(InputError, match="an activated LoRA; take a plain one"):
+        models.resolve(adapter)
+
+
+def test_adapters_that_change_the_base_for_others_cannot_share_it(tmp_path, model_dir):
+    from distil.serving.engine import resolve_variants
+
+    embedding = "base_model.model.model.embed_tokens.weight"
+    for number, adapter in enumerate(
+        (
+            changed_config(save_adapter(tmp_path / "dora", model_dir), use_dora=True),
+            with_weights(save_adapter(tmp_path / "more", model_dir), lambda w: w | {embedding: torch.ones(2, 2)}),
+        )
+    ):
+        with pytest.raises(InputError, match=("use_dora", embedding)[number]):
+            resolve_variants(model_dir, {"sft": adapter})
+    models.check_shareable(save_adapter(tmp_path / "plain", model_dir))
+
+
+def test_weights_that_the_configuration_does_not_use_get_a_note(tmp_path, model_dir, capsys):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    models.load(models.resolve(str(folder)), models.LoadOptions("none", "float32"))
+    assert "tensors that its config.json does not use, such as model.layers.1" in capsys.readouterr().err
+
+
+def test_an_adapter_on_a_base_that_changed_gets_a_note(tmp_path, model_dir):
+    base = str(shutil.copytree(model_dir, tmp_path / "base"))
+    adapter = save_adapter(tmp_path / "adapter", base)
+    before = models.model_fingerprint(models.resolve(base))
+    (Path(adapter) / "run.json").write_text(json.dumps({"base_fingerprint": before, "sources": []}))
+    options = models.LoadOptions("none", "float32")
+    assert models.use_note(models.resolve(adapter), options) is None
+    (Path(base) / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    assert "was trained on other content of" in models.use_note(models.resolve(adapter), options)
+
+
+def test_a_file_written_in_place_does_not_change_a_loaded_model(tmp_path, model_dir):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    model, _ = models.load(models.resolve(str(folder)), models.LoadOptions("none", "float32"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    path = folder / "model.safetensors"
+    with open(path, "r+b") as handle:
+        handle.seek(path.stat().st_size // 2)
+        handle.write(bytes(path.stat().st_size - path.stat().st_size // 2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_before_weights_are_read(tmp_path, model_dir, tokenizer):
+    import copy
+
+    folder, other = shutil.copytree(model_dir, tmp_path / "model"), copy.deepcopy(tokenizer)
+    other.add_tokens(["<|pad|>"], special_tokens=True)
+    other.pad_token = "<|pad|>"
+    other.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": len(tokenizer)}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"its token <\|pad\|> has number \d+, the model has \d+"):
+        models.resolve(str(folder))

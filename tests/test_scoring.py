@@ -95,8 +95,8 @@ def test_the_batch_size_is_found_on_the_rows(loaded, monkeypatch):
 
         monkeypatch.setattr(scorer, "_score_batch", costly)
         monkeypatch.setattr(scoring.time, "perf_counter", lambda clock=clock: clock[0])
-        scorer.raw_scores(TEXTS)
-        assert scorer.batch_size == "auto"  # too few rows to try
+        scorer.raw_scores(TEXTS[:8])
+        assert scorer.batch_size == "auto"  # one batch at any size
         np.testing.assert_allclose(scorer.raw_scores(texts), np.tile(wanted, (15, 1)), atol=1e-4)
         assert scorer.batch_size == best
 
@@ -298,3 +298,11 @@ def test_bad_verbalizers_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(InputError, match=r"words\.json: (not JSON|expected an object of label: \[words\])"):
         read_verbalizers(path, LABELS)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(9, 32), (8, "auto")])
+def test_rows_that_follow_are_scored_as_the_first_ones(loaded, rows, size):
+    """An evaluation scores calibration rows, then validation rows: `auto` is one number for both."""
+    scorer = FastLabelScorer(*loaded, ONE_TOKEN, batch_size="auto")
+    scorer.raw_scores((TEXTS * 2)[:rows])
+    assert scorer.batch_size == size

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import HOLD, other_process
 
 import eval_codegen
 import eval_idp
@@ -16,6 +17,7 @@ from distil import splits
 from distil.files import file_sha256
 from distil.splits import provenance, split_of
 from distil.testing import save_adapter
+from distil.training.data import read_data
 
 
 @pytest.mark.parametrize("seed", [0, 1, 17])
@@ -62,7 +64,7 @@ def test_an_adapter_has_the_provenance_of_its_base(chain):
 
 
 def test_a_base_model_was_trained_on_nothing_of_ours(chain, model_dir):
-    for name in (model_dir, "smollm2-135m", "Qwen/Qwen2.5-3B-Instruct"):
+    for name in (model_dir, "smollm2-135m"):
         assert provenance(name) == splits.Provenance(name, None, (), 0.0)
     adapter, _ = chain({"split_seed": 7, "sources": [RAW], "gold_share": 0.2}, None)
     assert provenance(adapter).record == {"split_seed": 7, "sources": [RAW], "gold_share": 0.2}
@@ -76,6 +78,52 @@ def test_what_is_not_recorded_is_unknown(chain, record):
     assert provenance(adapter).record == {"split_seed": 7, "sources": [RAW, None], "gold_share": None}
     adapter, _ = chain(record, {"split_seed": 7, "sources": [RAW], "gold_share": 0.2})
     assert provenance(adapter).record == {"split_seed": 7, "sources": [None, RAW], "gold_share": None}
+
+
+def test_a_model_on_the_hub_has_the_provenance_in_its_configuration(chain, monkeypatch):
+    from transformers import AutoConfig
+
+    record = {"split_seed": 7, "sources": [RAW], "gold_share": 0.2}
+    adapter, export = chain({"split_seed": 7, "sources": [OTHER], "gold_share": 0.1}, None)
+    config = AutoConfig.from_pretrained(export)
+    config.update({splits.EXPORTED: record})
+    monkeypatch.setattr(splits, "local_or_hub", str)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name: {"me/merged": config}[name])
+    assert provenance("me/merged").record == record
+    path = Path(adapter) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "me/merged"}))
+    assert provenance(adapter).record == {"split_seed": 7, "sources": [OTHER, RAW], "gold_share": 0.2}
+
+
+def test_nothing_is_trained_on_a_validation_part(here, model_dir):
+    """Nor are teachers asked about it, or pairs made of it: an evaluation on it would measure memory."""
+    rows = {part: [{"input": f"{part} {i}", "output": "x"} for i in range(3)] for part in ("sft", "validation")}
+    Path("raw.jsonl").write_text("x")
+    splits.write_parts("d", "code", rows, "raw.jsonl", {"split_seed": 0})
+    shutil.copy("d/code_validation.jsonl", "d/renamed.jsonl")
+    for name in ("code_validation", "renamed"):
+        with pytest.raises(InputError, match="is the validation part of prepared data; take the training part"):
+            read_data(f"d/{name}.jsonl", ("input", "output"))
+        with pytest.raises(InputError, match="is the validation part"):
+            splits.unchanged_preparation(f"d/{name}.jsonl", file_sha256(f"d/{name}.jsonl"))
+    assert len(read_data("d/code_sft.jsonl", ("input", "output")).rows) == 3
+
+
+def test_a_note_of_other_files_is_not_replaced(here):
+    rows = {"sft": [{"input": "a", "output": "b"}]}
+    Path("raw.jsonl").write_text("x")
+    splits.write_parts("d", "credit", rows, "raw.jsonl", {"split_seed": 7})
+    with pytest.raises(InputError, match=r"its note credit_prepared.json would replace that of credit_sft.jsonl"):
+        splits.check_note("d/credit.jsonl")
+    splits.check_note("d/other.jsonl")
+
+
+def test_prepared_files_are_held_while_they_are_written(here):
+    Path("raw.jsonl").write_text("x")
+    Path("d").mkdir()
+    with other_process(HOLD, "d/credit_sft.jsonl"), pytest.raises(InputError, match="another run"):
+        splits.write_parts("d", "credit", {"sft": [{"input": "a"}]}, "raw.jsonl", {"split_seed": 7})
+    assert not Path("d/credit_sft.jsonl").exists()
 
 
 def test_parts_of_different_splits_are_refused(chain):

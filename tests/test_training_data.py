@@ -13,7 +13,7 @@ from datasets import Dataset
 
 import common
 from common import InputError, PromptEncoder
-from distil import splits
+from distil import files, splits
 from distil.files import file_sha256
 from distil.training import data
 
@@ -216,7 +216,7 @@ def test_the_data_file_is_hashed_once_in_a_run(train, noted_data, monkeypatch):
         paths.append(Path(path).name)
         return file_sha256(path)
 
-    for module in (splits, data):
+    for module in (splits, files):
         monkeypatch.setattr(module, "file_sha256", counted)
     train("sft", "run", "--data", noted_data / "sft.jsonl")
     assert paths == ["sft.jsonl"]

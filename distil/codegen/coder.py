@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from common import InputError, PromptEncoder
 from distil.cli import add_loading_flags, loading_options, seed_number
@@ -31,7 +31,7 @@ class CodegenOptions:
 
 
 def add_codegen_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every script that lets a model write code; `codegen_options` reads them and --n."""
+    """Add the flags of every script that lets a model write code; `codegen_options` reads them."""
     add = parser.add_argument_group("generation").add_argument
     add("--max_new_tokens", type=int, default=384, help="budget of a plan, and of the code (%(default)s)")
     add("--temperature", type=float, help="0 is greedy (default: 0 for one sample, 0.8 for several)")
@@ -41,10 +41,12 @@ def add_codegen_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def codegen_options(flags: Mapping[str, Any]) -> CodegenOptions:
-    """Return the checked options of `add_codegen_flags`. Raises InputError."""
+    """Return the checked options of `add_codegen_flags` and --n; --seconds is checked too. Raises InputError."""
     values = {name: flags[name] for name in ("n", "max_new_tokens", "temperature", "seed", "batch_size")}
     if min(values["n"], values["max_new_tokens"], values["batch_size"]) < 1:
         raise InputError("--max_new_tokens, --batch_size and --n are at least 1")
+    if flags["seconds"] <= 0:
+        raise InputError("--seconds is above 0")
     if values["temperature"] is None:
         values["temperature"] = 0.0 if values["n"] == 1 else 0.8
     if not 0 <= values["temperature"] <= 5:
@@ -69,7 +71,7 @@ class Coder:
         self.opening = "" if tokenizer.chat_template else "```python\n"
 
     @classmethod
-    def load(cls, ref: ModelRef, options: CodegenOptions) -> Coder:
+    def load(cls, ref: ModelRef, options: CodegenOptions) -> Self:
         """Load a resolved model. Raises InputError."""
         return cls(*load(ref, options.load), options)
 
@@ -82,8 +84,7 @@ class Coder:
 
     def answers(self, prompts: Sequence[str], plan: bool, progress: str | None = None) -> list[dict[str, Any]]:
         """Return {"code", "parses", "tokens", with plan also "plan"} for each prompt, in order.
-        Repeat a prompt for samples. tokens: how many the model wrote, plan included. Raises InputError for a prompt
-        that does not fit."""
+        Repeat a prompt for samples. tokens: written, plan included. Raises InputError for too long a prompt."""
         encode, turn_of = self.encoder.text, self.encoder.prompt
         if not plan:
             starts = [turn_of(tasks.codegen_prompt(prompt)) + encode(self.opening) for prompt in prompts]

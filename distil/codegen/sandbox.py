@@ -12,8 +12,7 @@ A program passes only if a secret comes back that is sent after the last test, s
 does not count; while the program runs, no object that it can reach holds the secret. Not covered: code that searches
 the interpreter's memory by address, answers that claim to equal whatever they are compared with, that replace the
 builtins a test uses or look up what the test that calls them expects; without Landlock (kernels before 5.13), reading
-files; from Python 3.13 on, signal handlers and callbacks of the collector that write variables of the audit hook's
-running frame.
+files; from Python 3.13 on, signal handlers and collector callbacks that write variables of the hook's running frame.
 """
 
 from __future__ import annotations

@@ -218,8 +218,7 @@ def check_plain(
 
 
 def guard_events(folder: str) -> None:
-    """Add the audit hook, which protects the folder's outside, /proc, the secret and other processes where a kernel
-    layer is missing."""
+    """Add the audit hook: it guards other folders, /proc, the secret and processes where a kernel layer is missing."""
 
     def is_inside(where: str, *, folder: str = folder, devnull: str = os.devnull) -> bool:
         """Check that a resolved path is in the folder."""

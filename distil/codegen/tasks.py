@@ -1,7 +1,6 @@
 """How a Python task is put to a model, in one stage or as plan and then code, and how its code is read.
 
-Everything that turns a task into what the model sees is here once, so inference and evaluation use the
-prompts of training.
+Everything that turns a task into what the model sees is here once: inference and evaluation use training's prompts.
 """
 
 from __future__ import annotations
@@ -118,8 +117,7 @@ def _names(prompt: str, name: str) -> bool:
 
 def task_of(row: dict, where: str) -> Task:
     """Return a task from a line of HumanEval or MBPP as published, or of this project: {"prompt", "tests"}.
-    Where a prompt has no name of a function that the tests call, as in MBPP, the tests are shown with it. Raises
-    InputError."""
+    Where a prompt names no function that the tests call, as in MBPP, it shows the tests too. Raises InputError."""
     name = str(row.get("task_id", where))
     if "entry_point" in row and "test" in row:
         if not all(isinstance(row.get(field), str) for field in ("entry_point", "test", "prompt")):

@@ -8,16 +8,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from common import Calibration, InputError
-from distil.calibration import adjusted, calibration_path, candidates, choose_method, uncalibrated, write_fitted
+from distil import calibration as calibrations
 from distil.creditmix.metrics import MeasureOptions, measure
 from distil.creditmix.model import CreditModel
 from distil.creditmix.rows import LABELS, CreditRow, balanced_sample
 from distil.files import hold
 from distil.models import ModelRef
-from distil.processes import rank_and_world
+from distil.processes import print_note, rank_and_world
 from distil.scoring import ScoringOptions
-from distil.splits import is_gold, provenance, split_of
+from distil.splits import is_gold, note_sources, provenance, split_of
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,14 @@ def check_training(ref: ModelRef, options: EvalOptions) -> None:
     Print a note where it was trained on other rows (whether those include these customers cannot be seen), or with
     labels that --gold_share excludes. Adapters, exports and what they were made from count alike (`provenance`)."""
     origin = provenance(ref.name)
-    trained, seed, sources = origin.split_seed, options.split_seed, origin.sources
+    trained, seed = origin.split_seed, options.split_seed
     if trained not in (None, seed):
         raise InputError(f"{ref.name}: trained with --split_seed {trained}, evaluated with {seed}: rows would leak")
-    others = [source["file"] for source in sources if source and source.get("sha256") != options.data_sha256]
-    if rank_and_world()[0]:
-        return
-    if others or None in sources:
-        places = [f"on rows of {', '.join(others)}, not of --data"] if others else []
-        places += ["on rows whose source is not recorded"] if None in sources else []
-        print(
-            f"note: {ref.name} was trained {', and '.join(places)}; they may be among the validation rows",
-            file=sys.stderr,
-        )
+    note_sources(origin, options.data_sha256)
     share = origin.gold_share
     if options.gold_share < 1 and (share is None or share > options.gold_share):
         used = "a --gold_share that is not recorded" if share is None else f"--gold_share {share:g}"
-        print(f"note: {ref.name} was trained with {used}, not {options.gold_share:g}", file=sys.stderr)
+        print_note(f"{ref.name} was trained with {used}, not {options.gold_share:g}")
 
 
 def usable(rows: Sequence[CreditRow], split: str, options: EvalOptions) -> list[CreditRow]:
@@ -103,14 +96,12 @@ def draw_samples(rows: Sequence[CreditRow], options: EvalOptions) -> tuple[list[
 def fit(model: CreditModel, ref: ModelRef, rows: list[CreditRow], options: EvalOptions) -> tuple[Calibration, dict]:
     """Find the calibration on calibration rows and store it; return it and all that were compared.
     model: with the contextual calibration and no bias. A base's is not stored with `keep_base`."""
-    import numpy as np
-
     raw = model.raw_scores([row.features for row in rows], "calibration rows")
     answers = np.array([LABELS.index(row.label) for row in rows])
     customers = [row.customer for row in rows]
-    methods, losses = candidates(raw, model.calibration.prior, answers, customers, options.fit_bias)
+    methods, losses = calibrations.candidates(raw, model.calibration.prior, answers, customers, options.fit_bias)
     method = options.scoring.calibration
-    chosen = methods[choose_method(losses, customers) if method == "auto" else method]
+    chosen = methods[calibrations.choose_method(losses, customers) if method == "auto" else method]
     if rank_and_world()[0]:
         return chosen, methods
     nll = {name: float(loss.mean()) for name, loss in losses.items()}
@@ -120,7 +111,7 @@ def fit(model: CreditModel, ref: ModelRef, rows: list[CreditRow], options: EvalO
         digest = hashlib.sha256(json.dumps([[row.features, row.label] for row in rows]).encode()).hexdigest()
         fitted_on = {"rows": len(rows), "sha256": digest, "data": options.data, "data_sha256": options.data_sha256}
         fitted_on |= {"split_seed": options.split_seed, "bias": options.fit_bias, "gold_share": options.gold_share}
-        path = write_fitted(ref, model.fingerprint, chosen, nll, options.scoring, fitted_on)
+        path = calibrations.write_fitted(ref, model.fingerprint, chosen, nll, options.scoring, fitted_on)
         print(f"wrote {path}", file=sys.stderr)
     return chosen, methods
 
@@ -130,15 +121,18 @@ def evaluate_model(ref: ModelRef, rows: list[CreditRow], fit_rows: list[CreditRo
     if options.fit:
         plain = replace(options.scoring, calibration="contextual", bias=(0.0,) * len(LABELS), class_shares=None)
         model = CreditModel.load(ref, plain)
-        with hold(calibration_path(ref)):
+        with hold(calibrations.calibration_path(ref)):
             chosen, methods = fit(model, ref, fit_rows, options)
-        model = replace(model, calibration=adjusted(chosen, options.scoring))
+        model = replace(model, calibration=calibrations.adjusted(chosen, options.scoring))
     else:
         model = CreditModel.load(ref, options.scoring)
-        methods = {"none": uncalibrated(len(LABELS))}
+        if model.calibration.method not in ("none", "contextual"):  # another run may have written it since the start
+            calibrations.check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share)
+        methods = {"none": calibrations.uncalibrated(len(LABELS))}
     raw = model.raw_scores([row.features for row in rows], ref.name)
     used = model.calibration
-    methods = {name: adjusted(method, options.scoring) for name, method in methods.items()} | {used.method: used}
+    methods = {name: calibrations.adjusted(method, options.scoring) for name, method in methods.items()}
+    methods[used.method] = used
     compared = {name: measure(rows, m.probabilities(raw), options.measurement) for name, m in methods.items()}
     result = compared[used.method] | {"model": ref.name, "calibration": used.method, "responses": model.responses(raw)}
     numbers = {name: {k: v for k, v in one.items() if isinstance(v, float)} for name, one in compared.items()}

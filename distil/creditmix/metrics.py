@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from sklearn.dummy import DummyClassifier
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+from threadpoolctl import threadpool_limits
 
 from distil.calibration import row_losses
+from distil.creditmix import tabular
 from distil.creditmix.rows import LABELS, CreditRow
-from distil.creditmix.tabular import gradient_boosting, logistic_regression, tabular_features, tabular_teacher
 
-if TYPE_CHECKING:
-    import numpy as np
-
-BASELINES = ["majority", "logistic regression", "tabular teacher", "gradient boosting"]
 ROW_BY_ROW = ("predicted", "responses", "probabilities", "samples", "weights")  # of a result; summaries omit these
 
 
@@ -34,8 +35,6 @@ class MeasureOptions:
 def coverage_curve(right: np.ndarray, confidence: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (coverage, accuracy) [N each] where rows are answered in order of confidence and the others flagged for
     review; rows of equal confidence have no order, each counts as their mean."""
-    import numpy as np
-
     _, tied = np.unique(confidence, return_inverse=True)
     right = (np.bincount(tied, right * weights) / np.bincount(tied, weights))[tied]
     order = np.argsort(-confidence, kind="stable")
@@ -48,9 +47,6 @@ def point_metrics(
 ) -> dict[str, float]:
     """Return accuracy, macro-F1, recall per label, NLL, Brier score (sum over labels), ECE (15 equal-width bins) and
     AURC (mean error rate over all coverages, Geifman and El-Yaniv 2017). Each row counts by its weight, default 1."""
-    import numpy as np
-    from sklearn.metrics import accuracy_score, f1_score, recall_score
-
     weights = np.ones(len(answers)) if weights is None else weights
     right = predicted == answers
     confidence = probabilities[np.arange(len(answers)), predicted]
@@ -84,8 +80,6 @@ def bootstrap(
     Customers are resampled with all their rows. In each resample every label counts as much as it does in the rows,
     which were drawn for that: how many of its customers came up is not an uncertainty of the model. One seed draws
     the same customers for every model of the same rows, so differences of two models are paired."""
-    import numpy as np
-
     index = {customer: i for i, customer in enumerate(dict.fromkeys(customers))}
     customer_index, size = [index[customer] for customer in customers], len(LABELS)
     tables, loss_sums = np.zeros((len(index), size * size)), np.zeros((len(index), size))
@@ -106,8 +100,6 @@ def bootstrap(
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
     """Return the 95 % percentile interval of bootstrap samples [resamples]."""
-    import numpy as np
-
     return tuple(np.percentile(samples, [2.5, 97.5]).tolist())
 
 
@@ -124,8 +116,6 @@ def add_differences(results: list[dict[str, Any]], reference: dict[str, Any]) ->
 def measure(rows: Sequence[CreditRow], probabilities: np.ndarray, options: MeasureOptions) -> dict[str, Any]:
     """Return metrics and intervals of one model's probabilities [N, labels] on balanced rows.
     With class shares the rows are weighted so that each label has its share; the probabilities must be for these."""
-    import numpy as np
-
     answers = np.array([LABELS.index(row.label) for row in rows])
     predicted = probabilities.argmax(axis=1)
     weights = np.ones(len(rows))
@@ -150,18 +140,15 @@ def baselines(
 ) -> list[dict[str, Any]]:
     """Return the results of BASELINES on `rows`. They are trained on the balanced rows `train`, the tabular teacher on
     the `pool` that these were drawn from, as it labels KD rows. Raises InputError for too few customers."""
-    import numpy as np
-    from sklearn.dummy import DummyClassifier
-    from threadpoolctl import threadpool_limits
-
-    frame = tabular_features([row.features for row in train + rows])
+    frame = tabular.tabular_features([row.features for row in train + rows])
     answers = np.array([LABELS.index(row.label) for row in train])
     labelled = [True] * len(pool) + [False] * len(rows)
-    models = [DummyClassifier(strategy="prior"), logistic_regression(), None, gradient_boosting(options.seed)]
+    boosting = tabular.gradient_boosting(options.seed)
+    models = [DummyClassifier(strategy="prior"), tabular.logistic_regression(), None, boosting]
     results = []
-    for name, model in zip(BASELINES, models, strict=True):
+    for name, model in zip(tabular.BASELINES, models, strict=True):
         if model is None:
-            probabilities = tabular_teacher([*pool, *rows], labelled, options.seed)[len(pool) :]
+            probabilities = tabular.tabular_teacher([*pool, *rows], labelled, options.seed)[len(pool) :]
         else:
             with threadpool_limits(1):  # as in `tabular_teacher`
                 model.fit(frame[: len(train)], answers)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from common import Calibration, InputError, PromptEncoder, add_adapters, dtype_name
+from common import Calibration, PromptEncoder, add_adapters, dtype_name
 from distil.calibration import adjusted, fitted_calibration, uncalibrated, unfitted_note
 from distil.cli import add_scoring_flags, scoring_options
 from distil.creditmix.rows import LABELS, NULL_FEATURES, creditmix_prompt, null_prompts
-from distil.models import ModelRef, load, model_fingerprint
-from distil.processes import gather, own_share, rank_and_world
+from distil.models import ModelRef, check_unchanged, check_used, load, model_fingerprint
+from distil.processes import gather, own_share, print_note
 from distil.runs import package_versions
 from distil.scoring import BASE, FastLabelScorer, ScoringOptions, label_prior
 
@@ -52,43 +51,40 @@ class CreditModel:
     @classmethod
     def load(cls, ref: ModelRef, options: ScoringOptions) -> CreditModel:
         """Load a base or adapter with its calibration. Raises InputError."""
-        before, fitted = model_fingerprint(ref), fitted_calibration(ref, options)
-        if (note := unfitted_note(ref, fitted, options)) and rank_and_world()[0] == 0:
-            print(f"note: {note}", file=sys.stderr)
-        return cls._calibrated(ref, before, credit_scorer(*load(ref, options.load), options), fitted, options)
+        fitted = fitted_calibration(ref, options)
+        print_note(unfitted_note(ref, fitted, options))
+        return cls._calibrated(ref, credit_scorer(*load(ref, options.load), options), fitted, options)
 
     @classmethod
     def load_variants(cls, refs: dict[str, ModelRef], options: ScoringOptions) -> dict[str, CreditModel]:
         """Load one base and scorer for all of {variant: model}, the adapters on top of it.
         refs: one without an adapter, all others adapters of it. Raises InputError."""
         base = next(ref for ref in refs.values() if not ref.adapter)
-        before = {variant: model_fingerprint(ref) for variant, ref in refs.items()}
         fitted = {variant: fitted_calibration(ref, options) for variant, ref in refs.items()}
         model, tokenizer = load(base, options.load)
         if folders := {variant: ref.adapter for variant, ref in refs.items() if ref.adapter}:
-            model = add_adapters(model, folders)
+            check_used(model := add_adapters(model, folders), folders)
         names = {variant: variant if ref.adapter else BASE if folders else None for variant, ref in refs.items()}
         scorer = credit_scorer(model, tokenizer, options, list(names.values()) if folders else [])
         return {
-            variant: cls._calibrated(ref, before[variant], scorer, fitted[variant], options, names[variant])
+            variant: cls._calibrated(ref, scorer, fitted[variant], options, names[variant])
             for variant, ref in refs.items()
         }
 
     @classmethod
     def _calibrated(
-        cls, ref: ModelRef, before: str, scorer: Any, fitted: Any, options: ScoringOptions, adapter: str | None = None
+        cls, ref: ModelRef, scorer: Any, fitted: Any, options: ScoringOptions, adapter: str | None = None
     ) -> CreditModel:
-        """Return the model with its calibration. before: its fingerprint from before it was loaded, which it must
-        still have: the prior of a model that was replaced meanwhile would be stored as the new one's."""
-        if model_fingerprint(ref) != before:
-            raise InputError(f"{ref.name}: changed while it was loaded; start again when its training has ended")
+        """Return the model with its calibration, a loaded and unchanged one."""
+        fingerprint = model_fingerprint(ref)
+        check_unchanged(ref)  # else the prior of one model would be stored as another's
         calibration = fitted or uncalibrated(len(LABELS))
         if not fitted and options.calibration != "none":
             how = options.load.quantization, dtype_name(options.load.compute_dtype), bool(options.load.offload_folder)
-            key = f"{before} {how} {package_versions()}"
+            key = f"{fingerprint} {how} {package_versions()}"
             prior = label_prior(scorer, key, null_prompts(options.null_prompts), adapter)
             calibration = replace(calibration, method="contextual", prior=prior)
-        return cls(ref.name, scorer, adjusted(calibration, options), adapter, options.abstain_below, before)
+        return cls(ref.name, scorer, adjusted(calibration, options), adapter, options.abstain_below, fingerprint)
 
     def prompt(self, features: str, notes: Counter | None = None) -> list[int]:
         """Return token ids of a feature string's prompt; `notes` counts what `canonical_features` fixed in it."""

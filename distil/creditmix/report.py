@@ -16,8 +16,7 @@ TABLE = ("accuracy", "macro_f1", "recall_Standard")  # the table's columns with 
 
 
 def print_tables(results: list[dict], rows: list[CreditRow], out: TextIO, verbose: bool, compare: bool) -> None:
-    """Print the side-by-side table and the calibration of each model; with `compare` the differences to the reference
-    as well, with `verbose` the details of each model."""
+    """Print the table and each model's calibration; with `compare` differences to the reference, `verbose` details."""
     count, heads = len(rows), ["model", "accuracy", "macro-F1", "Standard recall", "NLL"]
     print(f"{count} validation rows, {count // len(LABELS)} a class; 95 % intervals by customer bootstrap", file=out)
     table = [[*heads, "ECE"]]
@@ -43,8 +42,7 @@ def print_tables(results: list[dict], rows: list[CreditRow], out: TextIO, verbos
 
 
 def print_details(result: dict[str, Any], answers: list[str], out: TextIO) -> None:
-    """Print scikit-learn's report, the confusion matrix (counts of rows without weights) and a line for each
-    calibration of one model."""
+    """Print one model's scikit-learn report, confusion matrix (counts of rows) and a line for each calibration."""
     from sklearn.metrics import classification_report, confusion_matrix
 
     print(f"\n{result['model']} ({result.get('calibration', 'baseline')})", file=out)

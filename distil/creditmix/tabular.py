@@ -12,6 +12,7 @@ from distil.creditmix.rows import CREDIT_FIELDS, LABELS, PLAUSIBLE, UNKNOWN, Cre
 if TYPE_CHECKING:
     import numpy as np
 
+BASELINES = ["majority", "logistic regression", "tabular teacher", "gradient boosting"]  # `metrics.baselines`
 # The settings of the published ceiling, then two with more regularisation. The first overfits where few labels are
 # known: with 1,508 of the embedded rows its cross-fitted NLL is 1.16, that of the last 0.64.
 BOOSTING_SETTINGS = (
@@ -63,8 +64,7 @@ def chosen_boosting(
     frame: Any, answers: np.ndarray, groups: Sequence[str], weights: np.ndarray, seed: int
 ) -> tuple[Any, np.ndarray]:
     """Return (model, not yet fitted, and its cross-fitted probabilities [rows, labels]) of the BOOSTING_SETTINGS with
-    the lowest NLL of the answers [rows] of other `groups` (customers), in five folds. Raises InputError where there
-    are too few customers for these."""
+    the lowest NLL of the answers [rows] of other `groups` (customers), in 5 folds. Raises InputError for too few."""
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from threadpoolctl import threadpool_limits
@@ -110,8 +110,7 @@ def tabular_teacher(rows: Sequence[CreditRow], labelled: Sequence[bool], seed: i
 
 def simple_baselines(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
     """Return the accuracies that a teacher has to exceed: of the most frequent answer and, for CreditMix prompts, of
-    cross-validated logistic regression. Prompts have no customer ids: rows of one occupation and income, mostly one
-    customer's, stay in one fold."""
+    cross-validated logistic regression, with rows of one occupation and income, mostly one customer's, in one fold."""
     from sklearn.metrics import accuracy_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 

@@ -110,8 +110,7 @@ class Closer:
         return None
 
     def _choices(self, state: Any, width: int = 4) -> tuple[bool, list[int]]:
-        """Return whether the state is inside a string, and the first allowed candidate of each of the first `width`
-        kinds, so that a loop in a pattern is left too."""
+        """Return whether the state is inside a string, and the first allowed candidate of each of `width` kinds."""
         mask = state.compute_bitmask()
         letters = sum(_allows(mask, token) for token in self._letters)
         few = letters < 8  # not free text: first letters of names or of fixed values, which lead to different ends
@@ -190,8 +189,7 @@ class JsonDecoder:
                 lengths += new.sum(dim=1)
                 inputs["attention_mask"] = mask = torch.cat([mask, new], dim=1)
                 output = self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
-                logits = output.logits[:, -1].float().cpu()
-                for draft, scores in zip(drafts, logits, strict=True):
+                for draft, scores in zip(drafts, output.logits[:, -1].float().cpu(), strict=True):
                     if not draft.done and not draft.pending:
                         self._advance(draft, scores, budget, temperature, random)
         for draft in drafts:
@@ -201,8 +199,7 @@ class JsonDecoder:
 
     def _look(self, draft: Draft, budget: int) -> None:
         """Search for an ending from here; where none fits any more, close the document where one last did.
-        A search costs as much as several forwards, so the next one comes when half of the tokens to spare are used:
-        the closer the end, the more often."""
+        A search costs as much as several forwards: the next comes when half of the tokens to spare are used."""
         length = len(draft.tokens)
         ending = self.closer.close(draft.matcher, budget - length)
         if ending is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from common import InputError, PromptEncoder
 from distil.cli import add_loading_flags, loading_options, seed_number
@@ -59,15 +59,7 @@ def extract_options(flags: Mapping[str, Any]) -> ExtractOptions:
     return ExtractOptions(schema, path, sha256, **values, load=loading_options(flags), validator=validator)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """The schema for the models of one base: llguidance's form of their tokenizer, and the grammar."""
-
-    tokens: Any
-    grammar: SchemaGrammar
-
-
-def compile_for(path: str, options: ExtractOptions) -> Compiled:
+def compile_for(path: str, options: ExtractOptions) -> SchemaGrammar:
     """Compile the schema for a base model's folder or hub id; its weights are not loaded. Raises InputError where it
     cannot be enforced, or where the context has no room for a document."""
     from transformers import AutoConfig, AutoTokenizer
@@ -78,7 +70,7 @@ def compile_for(path: str, options: ExtractOptions) -> Compiled:
     tokens = grammar_tokenizer(tokenizer, config.get_text_config().vocab_size)
     grammar = compile_schema(options.schema, tokens, options.schema_name, options.validator)
     _room_for_document(encoder, config, options)
-    return Compiled(tokens, grammar)
+    return grammar
 
 
 class Extractor:
@@ -90,14 +82,13 @@ class Extractor:
         self.room = _room_for_document(self.encoder, decoder.model.config, options)
 
     @classmethod
-    def load(cls, ref: ModelRef, options: ExtractOptions, compiled: Compiled | None = None) -> Extractor:
-        """Compile the schema, unless `compiled` has it, then load the model. Raises InputError."""
-        compiled = compiled or compile_for(ref.path, options)
-        return cls(JsonDecoder(*load(ref, options.load), compiled.tokens), compiled.grammar, options)
+    def load(cls, ref: ModelRef, options: ExtractOptions, grammar: SchemaGrammar | None = None) -> Self:
+        """Compile the schema, unless `grammar` is of `compile_for`, then load the model. Raises InputError."""
+        grammar = grammar or compile_for(ref.path, options)
+        return cls(JsonDecoder(*load(ref, options.load), grammar.tokenizer), grammar, options)
 
     def extract(self, documents: Sequence[str]) -> list[dict[str, Any]]:
-        """Return {"json", "truncated"} or {"error": {"code", "message"}} for each document, in order.
-        With `chunk` a document longer than the context is read page by page."""
+        """Return {"json", "truncated"} or {"error": {"code", "message"}} for each document; with `chunk` by pages."""
         options = self.options
         prompts = [self.encoder.prompt(idp_prompt(document)) for document in documents]
         results: list[dict[str, Any]] = [{} for _ in documents]

@@ -50,10 +50,11 @@ def subschemas(schema: Any, pointer: str = "") -> Iterator[tuple[str, dict]]:
 
 @dataclass(frozen=True)
 class SchemaGrammar:
-    """A checked schema. grammar: for llguidance; validator: of jsonschema, for the final check."""
+    """A checked schema. grammar: for llguidance; validator: for the final check; tokenizer: of `grammar_tokenizer`."""
 
     grammar: str
     validator: Any
+    tokenizer: Any
 
 
 def pointer_of(error: Any) -> str:
@@ -139,14 +140,13 @@ def _check_references(schema: Any, kind: type, name: str) -> None:
 
 def compile_schema(schema: Any, tokenizer: Any, name: str = "schema", validator: Any = None) -> SchemaGrammar:
     """Check a schema and compile it to a grammar. tokenizer: of `grammar_tokenizer`; name: of the schema, in errors;
-    validator: of `checked_validator`, where the schema was checked before. Raises InputError with the JSON pointer of
-    what is invalid or cannot be enforced."""
+    validator: of `checked_validator`, if it was checked. Raises InputError with the JSON pointer of what is wrong."""
     validator = validator or checked_validator(schema, name)
     for left_out, limited in product(((), CHECKED_AFTER), (True, False)):
         enforced = _enforced(schema, left_out, limited)
         grammar, problem = _grammar(enforced, tokenizer)
         if not problem:
-            return SchemaGrammar(grammar, validator)
+            return SchemaGrammar(grammar, validator, tokenizer)
     raise InputError(f"{name}: cannot be enforced: {_blame(enforced, problem, tokenizer)}")
 
 

@@ -1,8 +1,4 @@
-"""Values of answers: the dates and numbers in a text, whether two values are equal, and the measures built on that.
-
-Departures from comparing strings: numbers are compared by value, dates by day, list items after the assignment that
-fits best; an invention is a value that is not in the document. Works for any schema.
-"""
+"""Values of answers: dates and numbers in a text, whether two values are equal, and the measures built on that."""
 
 from __future__ import annotations
 
@@ -83,8 +79,7 @@ def normalised(text: str) -> str:
 
 def leaf_key(name: str, value: Any) -> Any:
     """Return the key that two values of a field are compared by.
-    A field is a date where a word of its name is "date" and its text has one: invoice_date, dateOfIssue, due-date, but
-    not candidate."""
+    A field is a date where a word of its name is "date" and its text has one: invoice_date, dateOfIssue, due-date."""
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, int | float):

@@ -18,7 +18,7 @@ from common import InputError
 from distil.calibration import fitted_calibration, unfitted_note
 from distil.creditmix.model import CreditModel
 from distil.creditmix.rows import creditmix_prompt
-from distil.models import ModelRef, adapter_config, check_model_name, quantization_note, resolve, same_base
+from distil.models import ModelRef, adapter_config, check_model_name, check_shareable, resolve, same_base, use_note
 from distil.scoring import ScoringOptions
 
 VARIANTS = ("base", "sft", "kd", "dpo")
@@ -71,6 +71,7 @@ def resolve_variants(base: str, folders: dict[str, str]) -> dict[str, ModelRef]:
             raise InputError(f"--{variant} {folder}: belongs to {owner}, not to --base {base}")
         if config:
             refs[variant] = resolve(folder)
+            check_shareable(folder)
         elif folder not in ("none", default_folder(variant)):
             if (Path(folder) / "checkpoints").is_dir():
                 check_model_name(folder)  # reports that the run did not finish
@@ -97,7 +98,7 @@ class Engine:
         self.base = options.refs["base"].name
         for variant, ref in options.refs.items():  # what does not fit is refused before anything is loaded
             unfitted = unfitted_note(ref, fitted_calibration(ref, options.scoring), options.scoring)
-            other = quantization_note(ref, options.scoring.load)
+            other = use_note(ref, options.scoring.load)
             for event, note in (("not calibrated", unfitted), ("other quantization", other)):
                 if note:
                     LOG.warning(event, extra={"fields": {"variant": variant, "hint": note}})
@@ -263,8 +264,7 @@ class Engine:
         LOG.info("ready", extra={"fields": {"variants": list(models)}})
 
     def _score(self, rows: list[Row]) -> list[dict | Exception]:
-        """Return a response or an exception for each row. A batch that fails is halved, so that only the faulty row
-        fails, and one that does not fit the memory runs in parts."""
+        """Return a response or an exception for each row. A batch that fails or does not fit the memory is halved."""
         import torch
 
         try:

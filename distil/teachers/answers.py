@@ -1,8 +1,7 @@
 """What a teacher gets and how its answers are read: options, prompts, labels, probabilities and their calibration.
 
 A teacher yields (number, answer) as answers come, in any order. An answer is {"teacher_output"}, with "label_probs"
-where the teacher's probabilities can be read, and with "left_out", a reason, where it must not be trained on: the
-prompt was refused, or the text was cut off.
+where the teacher's probabilities can be read, and with "left_out", the reason why it must not be trained on.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from common import Calibration, InputError
 from distil.batch import AnswerFile
 from distil.calibration import choose_method, row_losses, uncalibrated
 from distil.cli import loading_options
 from distil.codegen.tasks import Task, task_of
-from distil.files import file_sha256, read_jsonl
+from distil.files import read_jsonl
 from distil.models import LoadOptions, ModelRef, model_fingerprint
-from distil.processes import gather, own_share
+from distil.processes import gather, own_share, print_note
+from distil.runs import conditions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,9 +60,11 @@ class TeacherOptions:
     timeout: float = 120.0
 
 
-def teacher_options(flags: Mapping[str, Any], kind: type = TeacherOptions, labels: Sequence[str] = ()) -> Any:
-    """Return options of this `kind` from a script's flags, with the input's hash. labels: of the prompts."""
-    flags = {**flags, "labels": tuple(labels), "input_sha256": file_sha256(flags["input"])}
+def teacher_options(
+    flags: Mapping[str, Any], input_sha256: str, kind: type = TeacherOptions, labels: Sequence[str] = ()
+) -> Any:
+    """Return options of this `kind` from a script's flags. input_sha256: of --input; labels: of the prompts."""
+    flags = {**flags, "labels": tuple(labels), "input_sha256": input_sha256}
     flags["load"] = loading_options(flags)
     return kind(**{field.name: flags[field.name] for field in fields(kind) if field.name in flags})
 
@@ -83,12 +85,11 @@ class Prompts:
 
 
 def shown_url(url: str) -> str:
-    """Return a URL without user, password and the values of its query, as notes, messages and logs may have it."""
+    """Return a URL without user, password, query and parameters, as notes, messages and logs may have it."""
     if not is_http(url):
         return re.split("[?#]", re.sub(r"^(\w+://)?.*@", r"\1", url))[0]
     parts = urlsplit(url)
-    query = "&".join(f"{name}=..." for name in dict.fromkeys(name for name, _ in parse_qsl(parts.query, True)))
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.partition(";")[0], "", ""))
 
 
 def is_http(url: str) -> bool:
@@ -103,8 +104,7 @@ def is_http(url: str) -> bool:
 
 
 def read_prompts(path: str, labels: str | None) -> Prompts:
-    """Return the prompts of a JSONL file. labels: --labels; by default the gold answers, up to 10 different.
-    Raises InputError."""
+    """Return the prompts of a JSONL file. labels: --labels, or else up to 10 gold answers. Raises InputError."""
     rows = read_jsonl(path, ("input|prompt",))
     texts = [row.get("input", row.get("prompt")) for row in rows]
     gold = [next((row[name] for name in GOLD_FIELDS if isinstance(row.get(name), str)), None) for row in rows]
@@ -128,20 +128,19 @@ def answer_file(ref: ModelRef | None, options: TeacherOptions, **more: Any) -> A
     settings = {"teacher": ref.name if ref else None, "prompt": PROMPT_VERSION, "input": options.input_sha256}
     names = ["teacher_model", "rationale", "max_new_tokens", "temperature", "seed"]
     names += ["batch_size", "calibration"] if ref else []
-    if (
-        url := options.teacher_url
-    ):  # of a query's values, which may hold a key, 16 bits: enough to see that they differ
+    if url := options.teacher_url:
+        # Of a query's values, which may hold a key, 16 bits: enough to see that they differ.
         query = hashlib.sha256(urlsplit(url).query.encode()).hexdigest()[:4]
         settings |= {"teacher_url": shown_url(url), "teacher_query": query}
     settings |= {name: getattr(options, name) for name in names} | {"labels": list(options.labels), **more}
     settings |= {"quantization": options.load.quantization, "compute_dtype": options.load.compute_dtype}
-    settings |= {"model": model_fingerprint(ref)} if ref else {}
+    if ref:
+        settings |= {"model": model_fingerprint(ref), **conditions(options.load.compute_dtype)}
     return AnswerFile(options.output, settings, options.overwrite, options.batch_size if ref else 1)
 
 
 def collect_answers(file: AnswerFile, turns: Sequence[str], name: str, start: Callable[[], Any]) -> None:
-    """Send the user turns without an answer to the teacher of this name, which start() loads only if there are any;
-    join the answers of all processes in file.answers."""
+    """Send the user turns without an answer to the teacher that start() loads; join all processes' file.answers."""
     mine = own_share(len(turns))
     if waiting := {number: turns[number] for number in mine if number not in file.answers}:
         file.collect(start().answers(waiting), len(mine), name)
@@ -210,13 +209,12 @@ def teacher_calibration(
 
 def calibrate_answers(answers: list[dict[str, Any]], prompts: Prompts, method: str) -> list[dict[str, Any]]:
     """Return an endpoint's answers with calibrated label_probs (see `teacher_calibration`) and their best label.
-    Answers without label_probs stay, and all do for the method 'none', which 'auto' takes without gold answers: most
-    models behind endpoints were trained to answer."""
+    Answers without label_probs stay, and all do for the method 'none', which 'auto' takes without gold answers."""
     import numpy as np
 
     labels, scored = prompts.labels, [i for i, answer in enumerate(answers) if "label_probs" in answer]
     if not scored and method == "batch":
-        print("note: --calibration batch has no effect: the answers came without probabilities", file=sys.stderr)
+        print_note("--calibration batch has no effect: the answers came without probabilities")
     if not scored or method == "none":
         return answers
     raw = np.log(np.maximum([[answers[i]["label_probs"][label] for label in labels] for i in scored], MIN_SHARE))

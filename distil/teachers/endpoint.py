@@ -56,8 +56,7 @@ def deferred_interrupt(notify: Callable[[], None]) -> Iterator[None]:
 class HttpTeacher:
     """A model behind an OpenAI-compatible endpoint.
     What fails for a while (429, 5xx, timeouts, closed connections, half replies) is retried with growing pauses; a
-    prompt that is refused for good is left out. answered: whether the endpoint answered a prompt of this run before,
-    and so does not refuse all."""
+    prompt that is refused for good is left out. answered: whether the endpoint has answered a prompt of this run."""
 
     def __init__(self, options: TeacherOptions, answered: bool = False):
         from openai import OpenAI
@@ -73,6 +72,7 @@ class HttpTeacher:
         for name in ("openai", "httpx", "httpx2") if parts.query else ():
             logging.getLogger(name).setLevel(logging.WARNING)  # they would log the query
         user = unquote(parts.netloc.rpartition("@")[0])
+        self._secrets = [user, user.partition(":")[2], parts.query, *(value for _, value in parse_qsl(parts.query))]
         headers = {"Authorization": f"Basic {b64encode(user.encode()).decode()}"} if user else None
         how = {"default_headers": headers, "default_query": dict(parse_qsl(parts.query, True))}
         self.client = OpenAI(base_url=url, api_key=key, timeout=options.timeout, max_retries=0, **how)
@@ -152,7 +152,7 @@ class HttpTeacher:
             try:
                 return self._answer(self._request(prompt, top))
             except openai.APIStatusError as error:
-                status, text = error.status_code, f"answers {error.status_code}: {one_line(error)}"
+                status, text = error.status_code, f"answers {error.status_code}: {self._line(error)}"
                 if status in REFUSED and top and "logprob" in str(error):
                     self._top = min(self._top, TOP_LOGPROBS[top])
                     if not self._top:
@@ -173,8 +173,16 @@ class HttpTeacher:
                 return None
             if attempt < self.options.retries:
                 self._pause(pause)
-        self._report(f"{self.url}: a prompt is given up: {one_line(reason)}")
+        self._report(f"{self.url}: a prompt is given up: {self._line(reason)}")
         return None
+
+    def _line(self, error: BaseException | None) -> str:
+        """Return an error's text in one line of at most 200 characters, without what --teacher_url keeps secret: an
+        endpoint may repeat it."""
+        text = " ".join(str(error).split())
+        for secret in sorted(filter(None, self._secrets), key=len, reverse=True):
+            text = text.replace(secret, "...")
+        return text[:200]
 
     def _report(self, text: str) -> None:
         """Print a line once, however many prompts it is about."""
@@ -210,8 +218,7 @@ class HttpTeacher:
 
 def label_probabilities(choice: Any, labels: Sequence[str]) -> dict[str, float]:
     """Return {label: probability} from a choice's log-probabilities of its first token.
-    Empty where there are none (some endpoints accept the request for them and send none) or where labels have less
-    than half of the probability."""
+    Empty where there are none (some endpoints accept the request and send none) or labels have less than half."""
     first = (getattr(choice.logprobs, "content", None) or [None])[0]
     mass = dict.fromkeys(labels, 0.0)
     for token in (first.top_logprobs or []) if labels and first else []:
@@ -221,11 +228,6 @@ def label_probabilities(choice: Any, labels: Sequence[str]) -> dict[str, float]:
             mass[starts[0]] += math.exp(token.logprob)
     total = sum(mass.values())
     return {label: p / total for label, p in mass.items()} if total >= 0.5 else {}
-
-
-def one_line(error: BaseException | None) -> str:
-    """Return an error's text in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
 
 
 def seconds_of(retry_after: str) -> float:

@@ -41,8 +41,7 @@ class ModelTeacher:
         return FastLabelScorer(self.model, self.encoder, forms, batch_size=self.options.batch_size)
 
     def answers(self, prompts: dict[int, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (number, answer) of each numbered user turn, the longest first.
-        Raises InputError for a prompt that does not fit the context."""
+        """Yield (number, answer) of each user turn, the longest first. Raises InputError for one that is too long."""
         import torch
 
         labels, size = self.options.labels, self.options.batch_size

@@ -22,8 +22,7 @@ from distil.teachers.local import ModelTeacher
 
 @dataclass(frozen=True)
 class PairOptions(TeacherOptions):
-    """How pairs are made. n: answers sampled for each prompt; gold: whether the right answer is one to choose from;
-    schema: path; seconds: that code and its tests may run."""
+    """How pairs are made. n: answers to each prompt; gold: add the right one; schema: path; seconds: of tests."""
 
     task: str = "label"
     n: int = 4
@@ -73,8 +72,7 @@ def best_and_worst(texts: Sequence[str], scores: list[float]) -> tuple[str, str]
 def judged_pairs(
     rows: Sequence[dict], ref: ModelRef, options: PairOptions
 ) -> tuple[AnswerFile, list[str], list[tuple[str, str] | None]]:
-    """Return (file of the answers, prompts, pair or None of each row) of --task json and code.
-    An interrupted run is resumed from the file. Raises InputError."""
+    """Return (file to resume from, prompts, pair or None of each row) of --task json and code. Raises InputError."""
     n = options.n
     if options.task == "code":
         tasks = [task_of(row, f"{options.input}: row {number}") for number, row in enumerate(rows, 1)]

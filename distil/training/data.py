@@ -3,14 +3,14 @@ Nothing heavy is imported at the top: trainers read their data before they impor
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from common import InputError, PromptEncoder
-from distil.files import file_sha256, read_jsonl
-from distil.splits import Provenance, joined, preparation, provenance, recorded
+from distil.files import hashed, read_jsonl
+from distil.scoring import common_beginning
+from distil.splits import Provenance, check_no_validation, joined, preparation, provenance, recorded
 
 if TYPE_CHECKING:
     import torch
@@ -28,17 +28,14 @@ class TrainingData:
     note: dict[str, Any]
     start: Provenance | None = None
 
-    def _all(self) -> Provenance:
+    def for_model(self, name: str) -> TrainingData:
+        """Return the data with the model to start from, after `resolve`: it may not change from then on."""
+        return replace(self, start=provenance(name))
+
+    def origin(self) -> Provenance:
+        """Return the provenance of the data and the model to start from together."""
         own = recorded(self.file, self.note)
         return joined(own, self.start) if self.start else own
-
-    def sources(self) -> list[dict | None]:
-        """Return the raw files of the data, then those of the model to start from; None for an unknown one."""
-        return list(self._all().sources)
-
-    def gold_share(self) -> float | None:
-        """Return the larger --gold_share of data and model; None where one is not known."""
-        return self._all().gold_share
 
     def split_seed(self, flag: int | None, adapter: str | None = None) -> int | None:
         """Return the split that the data was prepared with, from --split_seed or the note, or else that of the model
@@ -52,18 +49,17 @@ class TrainingData:
         if noted not in (None, seed):
             raise InputError(f"--split_seed {seed}: {self.file} was prepared with {noted}; leave the flag out")
         if None not in (before, seed) and before != seed:
-            trained = (
-                f"--{'adapter' if adapter else 'student'} {self.start.name} was trained with --split_seed {before}"
-            )
+            model = f"--{'adapter' if adapter else 'student'} {self.start.name}"
+            trained = f"{model} was trained with --split_seed {before}"
             raise InputError(f"{trained}, {self.file} has {seed}; prepare the data with the model's")
         return before if seed is None else seed
 
 
-def read_data(path: str, required: Sequence[str], start: str | None = None) -> TrainingData:
-    """Return a JSONL file's rows with the `required` fields; start: the model or adapter that training starts from.
-    Raises InputError."""
-    rows, sha256 = read_jsonl(path, required), file_sha256(path)
-    return TrainingData(path, rows, sha256, preparation(path, sha256), provenance(start) if start else None)
+def read_data(path: str, required: Sequence[str]) -> TrainingData:
+    """Return a JSONL file's rows with the `required` fields. Raises InputError."""
+    rows, sha256 = hashed(path, lambda: read_jsonl(path, required))
+    check_no_validation(path, note := preparation(path, sha256))
+    return TrainingData(path, rows, sha256, note)
 
 
 @dataclass(frozen=True)
@@ -143,8 +139,7 @@ def row_sizes(dataset: Dataset) -> RowSizes:
     """Return the sizes of a completion dataset."""
     ids, labels = list(dataset["input_ids"]), list(dataset["labels"])
     lengths, answer = tuple(map(len, ids)), max(sum(label != -100 for label in row) for row in labels)
-    first, last = min(ids), max(ids)  # a beginning that these two share is shared by all
-    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    shared = len(common_beginning([min(ids), max(ids)]))  # a beginning that these two share is shared by all
     return RowSizes(lengths, answer, min(shared, max(lengths) - answer - 1))
 
 
@@ -153,9 +148,8 @@ def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, t
     import torch
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in rows], batch_first=True, padding_value=value
-        )
+        tensors = [torch.tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
         ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
@@ -170,6 +164,5 @@ def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, t
 
 def batch_order(lengths: Sequence[int]) -> str:
     """Return how the Trainer's sampler orders rows of these lengths (tokens): at random, or rows of similar length
-    together where random batches would be mostly padding. Rows of nearly one length stay at random: sorting them could
-    sort them by their content."""
+    together where random batches would be mostly padding: sorting rows of one length could sort them by content."""
     return "group_by_length" if max(lengths) > 1.5 * sum(lengths) / len(lengths) else "random"

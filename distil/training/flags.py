@@ -77,8 +77,7 @@ def add_training_flags(
     parser: argparse.ArgumentParser, small: dict, large: dict, task: str, rows: str, adapter: bool = True
 ) -> None:
     """Add the flags of a trainer; `train_options` reads them. small, large: recipes by flag, below SMALL_STUDENT
-    parameters and from there on. task: default name of data file and run folder. rows: fields of the data's rows.
-    adapter: training can continue from an adapter."""
+    parameters and above. task: default name of data and run folder. rows: its fields. adapter: add --adapter."""
 
     def recipe(name: str) -> str:
         same = small[name] == large[name]
@@ -120,7 +119,6 @@ def add_training_flags(
     add("--report_to", default="none", help="none, tensorboard, wandb ... as transformers takes it (%(default)s)")
     add("--max_memory_gb", type=float, help="memory a run may need by estimate (default: what is free)")
     add("--dry_run", action="store_true", help="print rows, tokens, steps, parameters and memory, then stop")
-    add("--debug", action="store_true", help="show tracebacks")
 
 
 def unused(flags: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -157,8 +155,7 @@ def train_options(
     problems += [f"out of range: {', '.join(wrong)}"] if wrong else []
     trackers = ("none", *get_available_reporting_integrations())
     if values["report_to"] not in trackers:
-        possible = ", ".join(trackers)
-        problems.append(f"--report_to {values['report_to']}: not installed here; possible are: {possible}")
+        problems.append(f"--report_to {values['report_to']}: not installed here; possible are: {', '.join(trackers)}")
     if problems:
         raise InputError("; ".join(problems))
     return kind(**values)

@@ -35,8 +35,7 @@ def shared_columns(input_ids: torch.Tensor, most: int, least: int = MIN_SHARED_T
 def supervised_logits(model: Any, inner: Any, ids: torch.Tensor, keep: torch.Tensor, shared: int) -> torch.Tensor:
     """Return logits [selected, vocabulary] of the positions `keep` of `ids`, both [batch, tokens], row after row.
     No other position goes through the output head. The first `shared` columns, none of them in `keep`, are run once
-    for all rows, gradients included; under dropout the rows share the prefix's masks. inner: the model inside what
-    shares it among processes."""
+    for all rows, gradients included; under dropout the rows share the prefix's masks. inner: the unwrapped model."""
     prefix: dict[str, Any] = {"use_cache": False}
     if shared:
         cache = DynamicCache(config=inner.config.get_text_config())
@@ -58,8 +57,7 @@ class CompletionTrainer(SFTTrainer):
     """TRL's SFTTrainer with the loss on supervised positions alone and divided by the tokens of the complete step.
     loss_sum(logits, batch) returns a sum over the batch. It is divided by `num_items_in_batch`, the supervised tokens
     of all micro-batches of the step: a mean per micro-batch would step too far under gradient accumulation.
-    own_loss=False leaves the loss to TRL's fused head; for all batches, as processes that chose differently would wait
-    for each other's sums forever."""
+    own_loss=False leaves the loss of all batches to TRL's fused head: processes that chose differently would hang."""
 
     def __init__(self, *args: Any, loss_sum: Callable = cross_entropy_sum, own_loss: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -98,6 +96,5 @@ def completion_trainer(
     fits = logits_fit(model.config.get_text_config().vocab_size, options.batch_size * sizes.answer)
     config = SFTConfig(**trainer_arguments(options), train_sampling_strategy=batch_order(sizes.lengths))
     loss = {"loss_sum": loss_sum, "own_loss": fits or loss_sum is not cross_entropy_sum}
-    collator = completion_collator(tokenizer.pad_token_id)
-    build = functools.partial(CompletionTrainer, data_collator=collator, **loss)
+    build = functools.partial(CompletionTrainer, data_collator=completion_collator(tokenizer.pad_token_id), **loss)
     return adapter_trainer(build, config, options, model, tokenizer, dataset)

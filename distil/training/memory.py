@@ -1,26 +1,27 @@
-"""Memory of a training step by arithmetic (bench/memory_8gb.py has it next to measured steps), and the batch size and
-checkpointing that fit what is available."""
+"""Memory of a training step by arithmetic (bench/memory_8gb.py measures it); batch size and checkpointing that fit."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
 import sys
 from dataclasses import dataclass, replace
+from typing import Self
 
 import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import LORA_TARGETS, InputError, compute_dtype, lora_config
 from distil.files import read_json
-from distil.models import ModelRef, parameter_count
+from distil.models import ModelRef
 from distil.processes import rank_and_world
 from distil.runs import settings_path
+from distil.support import empty_model
 from distil.training.data import RowSizes
 from distil.training.flags import Options, TrainOptions
 
@@ -60,24 +61,23 @@ class Sizes:
 
     @classmethod
     @functools.lru_cache(maxsize=8)
-    def of(cls, path: str, lora_r: int = 16) -> Sizes:
+    def of(cls, path: str, lora_r: int = 16) -> Self:
         """Return the sizes of a base model and LoRA of this rank, from its configuration alone (nothing is loaded).
         Raises InputError where the model lacks projections that LoRA goes to."""
-        config = AutoConfig.from_pretrained(path)
+        model = copy.deepcopy(empty_model(path))  # LoRA changes it
+        text, total = model.config.get_text_config(), model.num_parameters()
+        modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        if missing := [target for target in LORA_TARGETS if target not in modules]:
+            lacks = f"{path}: a {model.config.model_type} model has no {', '.join(missing)} to train"
+            raise InputError(f"{lacks}; take a student built like Llama, Qwen2 or Qwen3")
+        linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-            modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-            if missing := [target for target in LORA_TARGETS if target not in modules]:
-                lacks = f"{path}: a {config.model_type} model has no {', '.join(missing)} to train"
-                raise InputError(f"{lacks}; take a student built like Llama, Qwen2 or Qwen3")
-            linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
             adapter = get_peft_model(model, lora_config(lora_r)).get_nb_trainable_parameters()[0]
-        text = config.get_text_config()
         layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
         head = getattr(text, "head_dim", None) or hidden // heads
         queries, keys = heads * head, (getattr(text, "num_key_value_heads", None) or heads) * head
         normed = queries + keys if "q_norm" in modules else 0
-        total, mlp, vocabulary = parameter_count(path), text.intermediate_size, text.vocab_size
+        mlp, vocabulary = text.intermediate_size, text.vocab_size
         return cls(total, linear, adapter, layers, hidden, mlp, heads, queries, keys, normed, vocabulary)
 
     def weights(self, quantization: str, width: int) -> float:
@@ -106,7 +106,7 @@ class _Batch:
     weights: int
 
     @classmethod
-    def of(cls, size: Sizes, options: TrainOptions, sizes: RowSizes) -> _Batch:
+    def of(cls, size: Sizes, options: TrainOptions, sizes: RowSizes) -> Self:
         rows, longest, shared = options.batch_size * (1 + sizes.pairs), max(sizes.lengths), sizes.shared
         supervised = rows * sizes.answer
         if sizes.prompt_once:  # as `pair_layout` has them
@@ -180,8 +180,7 @@ def _logits(size: Sizes, supervised: int, sizes: RowSizes, width: int) -> int:
 
 def fit_to_memory(ref: ModelRef, options: Options, sizes: RowSizes) -> tuple[Options, dict[str, float]]:
     """Return the options with numbers for 'auto', and their `estimate_memory`: no gradient checkpointing if that fits
-    four fifths of the available memory, and of the micro-batches that divide a step's rows the largest that fits; with
-    --resume those of the killed run."""
+    four fifths of the memory, and a step's largest micro-batch that fits; with --resume those of the killed run."""
     ways, batches = [options.gradient_checkpointing], [(options.batch_size, options.grad_accum)]
     if options.gradient_checkpointing == "auto":
         ways = ["off", "on"]

@@ -19,8 +19,7 @@ FULL_ATTENTION = ("llama", "qwen2", "qwen3", "mistral")  # model types whose lay
 
 def prompts_pay(path: str, examples: Sequence[dict[str, list[int]]]) -> bool:
     """Return whether `share_prompts` is right for a student and saves anything: it needs plain causal attention in
-    every layer, as a 4-D mask would undo windows and is not seen by recurrent layers, and prompts longer than both
-    answers together."""
+    every layer (a 4-D mask undoes windows, recurrent layers do not see it), and prompts longer than both answers."""
     config = AutoConfig.from_pretrained(path).get_text_config()
     full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     if config.model_type not in FULL_ATTENTION or not full or getattr(config, "sliding_window", None):

@@ -18,18 +18,13 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from common import InputError, compute_dtype, lora_config
-from distil import runs
+from distil import runs, workarounds
 from distil.files import write_json
 from distil.models import ModelRef, load, model_fingerprint
-from distil.processes import rank_and_world
+from distil.processes import print_note, rank_and_world
 from distil.training.data import RowSizes, TrainingData
 from distil.training.flags import TrainOptions
 from distil.training.memory import check_memory, fit_to_memory
-from distil.workarounds import (
-    adapters_to_float32,
-    compute_fused_head_where_supervised,
-    refuse_kernels_without_gradient,
-)
 
 # Flags that do not decide a run's result: a resumed run may have others.
 _FREE_FLAGS = {"resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps"}
@@ -77,14 +72,13 @@ def trainer_arguments(options: TrainOptions) -> dict[str, Any]:
 def adapter_trainer(
     build: Callable[..., Any], config: Any, options: TrainOptions, model: Any, tokenizer: Any, dataset: Dataset
 ) -> Any:
-    """Return the trainer that `build`, a class of TRL's, makes of `config` for a base model, which gets an adapter, or
-    for one that has its own. Adapters train in float32."""
-    compute_fused_head_where_supervised()
+    """Return the trainer that `build`, a class of TRL's, makes for a model. Adapters, or a new one, are float32."""
+    workarounds.compute_fused_head_where_supervised()
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
     lora = None if weights else lora_config(options.lora_r, options.lora_alpha, options.lora_dropout)
     trainer = build(model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
     trainer._get_train_sampler = lambda *_: RowOrder(trainer, options, dataset)
-    adapters_to_float32(trainer.model, weights)
+    workarounds.adapters_to_float32(trainer.model, weights)
     return trainer
 
 
@@ -156,10 +150,10 @@ def train_and_save(
     main, wait = trainer.accelerator.is_main_process, trainer.accelerator.wait_for_everyone
     if options.overwrite and main:
         shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
-    refuse_kernels_without_gradient()
-    if main and options.warmup_steps >= (steps := step_count(options, len(data.rows))):
-        note = f"note: all {steps} steps are warm-up (--warmup_steps {options.warmup_steps})"
-        print(f"{note}: the learning rate never reaches {options.learning_rate:g}", file=sys.stderr)
+    workarounds.refuse_kernels_without_gradient()
+    if options.warmup_steps >= (steps := step_count(options, len(data.rows))):
+        all_steps = f"all {steps} steps are warm-up (--warmup_steps {options.warmup_steps})"
+        print_note(f"{all_steps}: the learning rate never reaches {options.learning_rate:g}")
     wait()  # of several processes the first removes what is old or half written; the others look when it has
     settings = run_settings(options, ref, data)
     if options.resume:
@@ -184,9 +178,8 @@ def train_and_save(
     last = dict(history[-1])
     ends = {"steps": last.pop("step"), "last_loss": last.pop("loss")}
     metrics = result.metrics | last | ends
-    total = sum(
-        entry["loss"] * (entry["step"] - before["step"]) for before, entry in pairwise([{"step": 0}, *history])
-    )
+    spans = pairwise([{"step": 0}, *history])
+    total = sum(entry["loss"] * (entry["step"] - before["step"]) for before, entry in spans)
     metrics["train_loss"] = total / metrics["steps"]  # the Trainer's is of the steps since a resume
     seconds, memory = round(time.monotonic() - records.started, 1), runs.peak_memory()
     run = run_facts(method, options, ref, data) | {"metrics": metrics, "wall_seconds": seconds}
@@ -201,9 +194,10 @@ def train_and_save(
 def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingData) -> dict[str, Any]:
     """Return what run.json records apart from results: where the adapter comes from, with which flags and versions."""
     facts = {"method": method, "base_model": ref.base, "flags": asdict(options)}
+    facts["base_fingerprint"] = model_fingerprint(ModelRef(ref.base, ref.base, ref.path))
     facts["data"] = {"file": data.file, "sha256": data.sha256, "rows": len(data.rows)}
-    facts |= {"sources": data.sources(), "split_seed": options.split_seed, "gold_share": data.gold_share()}
-    facts |= {"seed": options.seed, "packages": runs.package_versions(), "machine": runs.machine()}
+    facts |= data.origin().record | {"split_seed": options.split_seed, "seed": options.seed}
+    facts |= {"packages": runs.package_versions(), "machine": runs.machine()}
     return facts | {"processes": rank_and_world()[1]}
 
 
