@@ -358,12 +358,7 @@ class LabelScorer:
     """
 
     def __init__(
-        self,
-        model: Any,
-        encoder: PromptEncoder,
-        forms: dict[str, list],
-        aggregate: str = "max",
-        batch_size: int | str = 32,
+        self, model: Any, encoder: PromptEncoder, forms: dict, aggregate: str = "max", batch_size: int | str = 32
     ):
         self.model, self.encoder, self.forms, self.aggregate = model, encoder, forms, aggregate
         self.batch_size = batch_size
