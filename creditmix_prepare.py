@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from distil.cli import InputError, gold_share, new_parser, run_script, seed_number
+from distil.cli import InputError, add_decimal_flag, gold_share, new_parser, run_script, seed_number
 from distil.creditmix.rows import LABELS, CreditRow, balanced_sample, creditmix_prompt, note_anonymous, read_creditmix
 from distil.creditmix.tabular import tabular_teacher
 from distil.files import check_folder
@@ -28,8 +28,12 @@ from distil.teachers.tabular import TABULAR
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add = parser.add_argument_group("files").add_argument
-    raw = 'JSON list or JSONL of {"question", "answer", "customer_id"}, or Kaggle\'s "Credit score classification" CSV'
+    raw = (
+        'JSON list or JSONL of {"question", "answer", "customer_id"}, or a table (CSV, Excel, Parquet, JSON) with the '
+    )
+    raw += 'columns of Kaggle\'s "Credit score classification"'
     add("--src", default="data/creditmix_dataset.json", help=f"raw rows: {raw} (%(default)s)")
+    add_decimal_flag(add)
     add("--outdir", default="data", help="where creditmix_{sft,kd,dpo}.jsonl are written (%(default)s)")
     add = parser.add_argument_group("sampling").add_argument
     add("--per_class", type=int, default=0, help="training rows a class; 0: as many as the rarest has (%(default)s)")
@@ -88,9 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= args.hard_standard <= 1 or args.per_class < 0:
         raise InputError("--hard_standard is a share from 0 to 1, --per_class 0 or more")
     check_folder(args.outdir)
-    rows, notes = read_creditmix(args.src)
+    rows, notes = read_creditmix(args.src, args.decimal)
     for text, count in notes.most_common():
-        print(f"cleaned {count:>6} x {text}")
+        print(f"found {count:>8} x {text}")
     note_anonymous(rows)
     show_counts("rows with a label", rows)
     seed = args.split_seed

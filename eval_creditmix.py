@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("models and data").add_argument
     add("--model_dir", nargs="+", required=True, help="base ids, model folders or adapter folders, side by side")
     add("--data", default="data/creditmix_dataset.json", help="raw rows, as for creditmix_prepare.py (%(default)s)")
+    cli.add_decimal_flag(add)
     add("--val_per_class", type=int, help="validation rows a class (default: as many as the rarest class has)")
     add("--val_frac", type=float, help="or: share of all rows to validate on, balanced; at most 0.3 (validation part)")
     add("--seed", type=cli.seed_number, default=0, help="of the sample and the bootstrap (%(default)s)")
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         method = args.calibration or ("fitted" if args.fit else "auto")
         scoring = replace(credit_options(vars(args)), calibration=method)
         refs = [resolve(name) for name in args.model_dir]
-        (rows, _), sha256 = hashed(args.data, lambda: read_creditmix(args.data))
+        (rows, _), sha256 = hashed(args.data, lambda: read_creditmix(args.data, args.decimal))
         if not rank_and_world()[0]:
             note_anonymous(rows)
         same = {field.name: getattr(args, field.name) for field in fields(EvalOptions) if field.name in args}

@@ -12,7 +12,7 @@ import argparse
 import functools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from distil import batch
 from distil.batch import failed_line, parse_line
 from distil.cli import InputError, new_parser, refuse_unused, run_script, unused_scoring
 from distil.creditmix.model import CreditModel, add_credit_flags, credit_options
-from distil.creditmix.rows import NO_FIELD
+from distil.creditmix.rows import doubts
 from distil.models import ModelRef, resolve
 from distil.processes import gather, print_note, rank_and_world
 from distil.scoring import ScoringOptions
@@ -46,27 +46,32 @@ def chunk_of(batch_size: int) -> int:
     return max(128, batch_size)
 
 
-def doubts(notes: Counter[str]) -> list[str]:
-    """Return what of a feature string could not be read. notes: those of `CreditModel.prompt` on it."""
-    unread = [note for note in notes if "not a number" in note or "outside" in note]
-    result = [f"{'; '.join(unread)} (write plain numbers: Age: 23, Annual Income: 19114)"] if unread else []
-    return result + [f"{NO_FIELD}; the answer means little"] * (NO_FIELD in notes)
-
-
-def score_lines(model: CreditModel, doubtful: Counter[str], lines: list[str]) -> list[dict]:
-    """Return the output object of each input line, in order; count those with `doubts`."""
-    rows, prompts = [], {}
+def prompts_of(model: CreditModel, lines: Iterable[str]) -> tuple[list[dict], dict[int, list[int]], int]:
+    """Return the output objects of input lines, so far with the error of those that cannot be scored, {index: token
+    ids} of the others' prompts, and how many of these have `doubts`."""
+    rows, prompts, doubtful = [], {}, 0
     for number, line in enumerate(lines):
         row, features = parse_line(line, FIELDS)
         rows.append(row)
         if features is None:
             continue
-        prompt = model.prompt(features, notes := Counter())
+        try:
+            prompt = model.prompt(features, notes := Counter())
+        except InputError as error:
+            row |= failed_line({}, "repeated_field", str(error))
+            continue
         if model.scorer.fits(prompt):
             prompts[number] = prompt
-            doubtful["rows"] += bool(doubts(notes))
+            doubtful += bool(doubts(notes))
         else:
             row |= failed_line({}, "too_long", "the features do not fit the model's context")
+    return rows, prompts, doubtful
+
+
+def score_lines(model: CreditModel, doubtful: Counter[str], lines: list[str]) -> list[dict]:
+    """Return the output object of each input line, in order; count those with `doubts`."""
+    rows, prompts, count = prompts_of(model, lines)
+    doubtful["rows"] += count
     for number, response in zip(prompts, model.responses(model.scorer.score([*prompts.values()])), strict=True):
         rows[number].update(response)
     return rows
@@ -80,9 +85,8 @@ def rows_a_forward(model: CreditModel, flags: Mapping[str, Any]) -> int:
     size = batch.interrupted(Path(flags["output"])).get("rows_a_forward")
     if not size and rank_and_world()[0] == 0:
         with open(flags["input"], encoding="utf-8-sig", errors="replace") as lines:
-            texts = [parse_line(line, FIELDS)[1] for line in islice(lines, 512)]
-        prompts = [model.prompt(text) for text in texts if text]
-        size = model.scorer.settled_batch_size([prompt for prompt in prompts if model.scorer.fits(prompt)])
+            _, prompts, _ = prompts_of(model, islice(lines, 512))
+        size = model.scorer.settled_batch_size(list(prompts.values()))
     return gather(size)[0]
 
 
@@ -114,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     doubtful: Counter[str] = Counter()
     status = batch.answer_file(flags, functools.partial(start, flags, options, doubtful))
     if count := sum(gather(doubtful["rows"])):
-        what = "name no feature or have a value that could not be read; --features with such a row reports which"
+        what = "name no feature, have one of another name or a value that could not be read; --features reports which"
         print_note(f"{count} of the rows scored now {what}")
     return status
 

@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("prompts").add_argument
     add("--input", help='JSONL with "input" or "prompt", and "output" where a right answer is known')
     add("--src", default="data/creditmix_dataset.json", help=f"raw rows for the {TABULAR} teacher (%(default)s)")
+    cli.add_decimal_flag(add)
     add("--output", required=True, help='JSONL to write: {"input", "teacher_output"}, "label_probs" if there are any')
     add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's answers")
     add("--labels", help="comma-separated, if the answers are labels (default: the gold answers, up to 10 different)")
@@ -101,7 +102,7 @@ def unused_flags(args: argparse.Namespace, is_label_task: bool) -> dict[str, lis
     checks = [
         ("only with --teacher_url", endpoint, ["teacher_model", "api_key_env", "concurrency", "retries", "timeout"]),
         ("only with --teacher_url, which can fail for some prompts", endpoint, ["partial"]),
-        (f"only for the {TABULAR} teacher", tabular, ["src", "per_class", "gold_share", "split_seed"]),
+        (f"only for the {TABULAR} teacher", tabular, ["src", "decimal", "per_class", "gold_share", "split_seed"]),
         ("only for a model that runs here", local, ["batch_size", "quantization", "compute_dtype", "offload_folder"]),
         (f"not for the {TABULAR} teacher, which has --src", not tabular, ["input", "labels", "rationale"]),
         ("only where the teacher writes text, not a label alone", endpoint or (local and writes), answers),
@@ -129,7 +130,7 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
     if prompts is None:
         only_one("the tabular teacher")
         drawn = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "gold_share")}
-        (prompts, answers), sha256 = hashed(args.src, lambda: tabular_rows(args.src, **drawn))
+        (prompts, answers), sha256 = hashed(args.src, lambda: tabular_rows(args.src, **drawn, decimal=args.decimal))
         file, name, origin = None, TABULAR, {}
         note = drawn | {"source": {"file": args.src, "sha256": sha256}}
         learnt = recorded(args.src, note)

@@ -104,6 +104,12 @@ def refuse_unused(
         raise InputError(f"{'; '.join(problems)}; leave out what has no effect")
 
 
+def add_decimal_flag(add: Callable) -> None:
+    """Add --decimal, for scripts that read raw tables."""
+    text = "mark of decimals where a column of a table leaves it open: 809,981 is 809981 (.) or 809.981 (,)"
+    add("--decimal", choices=(".", ","), help=text)
+
+
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every script that loads a model to use it; `loading_options` reads them."""
     add = parser.add_argument_group("model loading").add_argument

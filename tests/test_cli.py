@@ -20,6 +20,7 @@ import kd_prepare
 import sft_train
 from common import InputError
 from distil.cli import new_parser, refuse_unused, run_script
+from distil.teachers import tabular
 from distil.testing import ROOT, credit_rows, run_cli
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_script(main)" in path.read_text())
@@ -183,7 +184,12 @@ WRONG = {
     ),
     "a cell that does not end": (
         ["creditmix_prepare.py", "--src", "open.csv", "--outdir", "out"],
-        "creditmix_prepare.py: error: open.csv: line 2: field larger than field limit",
+        "creditmix_prepare.py: error: open.csv: row 2: field larger than field limit",
+    ),
+    "a number with two readings": (
+        ["creditmix_prepare.py", "--src", "two.csv", "--outdir", "out"],
+        'creditmix_prepare.py: error: two.csv: row 2, column Annual Income: "19.114" has two readings and no other '
+        "value of the column decides: --decimal . reads 19.114, --decimal , reads 19114\n",
     ),
     "a training file without its field": (
         ["sft_train.py", "--data", "good.jsonl", "--save_dir", "out"],
@@ -201,6 +207,7 @@ def test_wrong_input_ends_with_status_2_and_one_line(here, command, line):
     Path("deep.json").write_text("[" * 100_000 + "]" * 100_000)
     columns = "Customer_ID,Age,Occupation,Annual_Income,Outstanding_Debt,Credit_Utilization_Ratio,Payment_Behaviour"
     Path("open.csv").write_text(f'{columns},Credit_Mix\nC1,30,"' + "x\n" * 100_000)
+    Path("two.csv").write_text(f'{columns},Credit_Mix\nC1,30,x,"19.114","809,981",5,y,Good\n')
     killed = here / "runs/killed"
     (killed / "checkpoints/checkpoint-2").mkdir(parents=True)
     (killed / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2-135m", "peft_type": "LORA"}')
@@ -211,6 +218,17 @@ def test_wrong_input_ends_with_status_2_and_one_line(here, command, line):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
     assert all_files(here) == before
+
+
+def test_every_reader_of_raw_tables_has_decimal(here, monkeypatch, model_dir):
+    for script, reader, flags in (
+        (creditmix_prepare, creditmix_prepare, ["--src", "x.csv", "--outdir", "out"]),
+        (eval_creditmix, eval_creditmix, ["--model_dir", model_dir, "--data", "x.csv"]),
+        (kd_prepare, tabular, ["--teacher", "tabular", "--src", "x.csv", "--output", "out.jsonl"]),
+    ):
+        monkeypatch.setattr(reader, "read_creditmix", lambda path, decimal: pytest.fail(f"{path} {decimal}"))
+        with pytest.raises(pytest.fail.Exception, match=r"x\.csv ,"):
+            script.main([*flags, "--decimal", ","])
 
 
 def test_a_finished_command_has_status_0_and_its_files(here):
@@ -352,7 +370,7 @@ def test_prepare_leaves_what_it_must_not_touch(here, data, kind):
     Path("out").mkdir()
     Path("out/creditmix_sft.jsonl").write_text("old\n")
     Path("bad.jsonl").write_text(json.dumps(GOOD_ROW | {"answer": "Fair"}) + "\n")
-    with pytest.raises(InputError, match="unknown label 'Fair'; expected Good, Standard, Bad or _"):
+    with pytest.raises(InputError, match=r"unknown label 'Fair' \(1\); expected Good, Standard, Bad or _"):
         creditmix_prepare.main(["--src", "bad.jsonl", "--outdir", "out"])
     assert all_files(here / "out") == ["creditmix_sft.jsonl"]
     assert Path("out/creditmix_sft.jsonl").read_text() == "old\n"

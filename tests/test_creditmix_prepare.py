@@ -16,7 +16,7 @@ from conftest import read_lines
 
 import creditmix_prepare
 from common import InputError
-from distil.creditmix.rows import LABELS, CreditRow, creditmix_prompt, read_creditmix
+from distil.creditmix.rows import CREDIT_FIELDS, LABELS, CreditRow, creditmix_prompt, parse_features, read_creditmix
 from distil.splits import is_gold, split_of
 from distil.testing import ROOT, credit_rows
 
@@ -192,6 +192,24 @@ def test_rows_that_name_no_customer_are_noted(tmp_path, credit_file, capsys):
         src.write_text(json.dumps([row | ({"customer_id": None} if noted else {}) for row in rows]))
         assert creditmix_prepare.main(["--src", str(src), "--outdir", str(tmp_path / name)]) == 0
         assert ("rows have no customer id, each text counts as a customer" in capsys.readouterr().err) == noted
+
+
+def test_a_table_in_another_notation_gives_the_same_training_files(tmp_path):
+    """The same rows as CSV with points and as one with semicolons, decimal commas and small letters."""
+    fields = [parse_features(row["question"]) | row for row in credit_rows(customers=150, months=2)]
+    names = ["customer_id", *CREDIT_FIELDS, "answer"]
+    header = ["Customer_ID", *(name.replace(" ", "_") for name in CREDIT_FIELDS), "Credit_Mix"]
+    rows = [[str(row.get(name, "")).replace(",", " ").replace(";", " ") for name in names] for row in fields]
+    points = "".join(",".join(row) + "\n" for row in [header, *rows])
+    (tmp_path / "points.csv").write_text(points)
+    commas = "".join(";".join(row).replace(".", ",") + "\n" for row in rows)
+    (tmp_path / "commas.csv").write_text(";".join(header).lower() + "\n" + commas, encoding="utf-16")
+    written = []
+    for name in ("points", "commas"):
+        assert creditmix_prepare.main(["--src", str(tmp_path / f"{name}.csv"), "--outdir", str(tmp_path / name)]) == 0
+        written.append(digests(tmp_path / name))
+        del written[-1]["creditmix_prepared.json"]
+    assert written[0] == written[1]
 
 
 def test_the_generator_makes_the_embedded_file(tmp_path):

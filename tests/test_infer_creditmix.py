@@ -102,6 +102,26 @@ def test_an_adapter_without_a_calibration_gets_a_note(here, capsys, credit_adapt
     assert noted == [True, False, False, False]
 
 
+NAMED = "Age: 23, Payment Behavior: Low_spent, AnnualIncome: 19114, Wage: 3"
+
+
+def test_names_that_are_not_ours_are_taken_as_ours_or_noted(here, capsys, model_dir):
+    assert infer_creditmix.main(["--model_dir", model_dir, *PLAIN, "--features", NAMED]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes[0] == "note: Payment Behavior: taken as Payment Behaviour"
+    assert notes[1].startswith("note: Wage is not a field (Age, ") and len(notes) == 2
+
+
+def test_a_field_that_is_there_twice_is_refused(here, model_dir):
+    text = "Age: 23, Occupation: Lawyer, Age: 50"
+    with pytest.raises(InputError, match="Age occurs twice in one feature string; keep one"):
+        infer_creditmix.main(["--model_dir", model_dir, *PLAIN, "--features", text])
+    write_lines(here / "in.jsonl", [json.dumps({"features": each}) for each in (text, "Age: 23")])
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl", "--batch_size", "auto") == 1
+    refused, scored = read_lines(here / "out.jsonl")
+    assert refused["error"]["code"] == "repeated_field" and "prediction" in scored
+
+
 def test_a_text_without_a_known_feature_gets_a_note(here, capsys, model_dir):
     for text, noted in (("Age: 30", False), ("outstanding_debt: 30", False), ("hello", True), ("Height: 3", True)):
         assert infer_creditmix.main(["--model_dir", model_dir, *PLAIN, "--features", text]) == 0

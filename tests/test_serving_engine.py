@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RESPONSE_FIELDS, assert_error
+from conftest import RESPONSE_FIELDS, assert_error, wait_for
 from fastapi.testclient import TestClient
 
 from common import InputError, add_adapters
@@ -459,6 +459,28 @@ def test_text_longer_than_the_context_is_refused(model_dir, folders):
 
     refusal = with_engine(arguments(model_dir, folders), use)
     assert (refusal.status, refusal.code) == (422, "too_long") and "features[1]" in refusal.message
+
+
+def test_features_that_are_doubtful_get_notes_under_extra(model_dir, folders):
+    """Clean ones get the fields of before; a field that is there twice is refused."""
+    clean, named = (
+        "Age: 23, Outstanding_Debt: 809.98",
+        "Age: 23, Payment Behavior: Low_spent, Wage: 3, Annual Income: x",
+    )
+    with TestClient(
+        create_app(Engine(arguments(model_dir, folders, "--abstain_below", "0.999")), Metrics())
+    ) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        answers = client.post("/infer/sft/batch", json={"features": [clean, named]}).json()["results"]
+        one = client.post("/infer/sft", json={"features": named}).json()
+        reply = client.post("/infer/sft/batch", json={"features": [clean, "Age: 23, Occupation: Lawyer, Age: 50"]})
+    assert answers[0]["extra"] == {"refer": True} and answers[1]["extra"] == one["extra"]
+    assert list(one) == [*RESPONSE_FIELDS, "extra"] and list(one["extra"]) == ["refer", "notes"]
+    unread, near, other = one["extra"]["notes"]
+    assert unread.startswith("Annual Income: not a number") and near == "Payment Behavior: taken as Payment Behaviour"
+    assert other.startswith("Wage is not a field (Age, ")
+    message = assert_error(reply, 422, "repeated_field")["message"]
+    assert message == "features[1]: Age occurs twice in one feature string; keep one"
 
 
 def test_a_stop_answers_the_batch_that_is_running(model_dir, folders, monkeypatch):

@@ -171,6 +171,11 @@ def test_a_csv_is_scored_and_downloaded(page, downloads, tmp_path):
     assert float(scored[3]["probability_Standard"]) == 0.84 and scored[3]["top2_margin"] == "2.12"
 
 
+def test_a_cell_does_not_become_another_field(page):
+    cells = 'return featuresOf(["age", "occupation"], ["40", "Lawyer, Age: 50;\\nAge: 51"])'
+    assert page.execute_script(cells) == "Age: 40, Occupation: Lawyer, Age  50 Age  51"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -5,13 +5,12 @@ Everything that turns a feature string into what a model sees is here once, so a
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import random
 import re
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from common import InputError
-from distil.files import parse_json, read_jsonl, read_text
+from distil.tables import is_missing, json_rows, match_labels, name_key, nearest, read_table
 
 LABELS = ("Good", "Standard", "Bad")
 UNKNOWN = "Unknown"
 AMOUNTS = ("Annual Income", "Outstanding Debt")
 CREDIT_FIELDS = ("Age", "Occupation", *AMOUNTS, "Credit Utilization Ratio", "Payment Behaviour")
-CSV_COLUMNS = {field.replace(" ", "_"): field for field in CREDIT_FIELDS}
 # Outside these ranges a value is an entry error of the published data (ages of -500 and 8000, incomes of 24 million).
 PLAUSIBLE = {"Age": (1, 110), "Credit Utilization Ratio": (0, 100)} | dict.fromkeys(AMOUNTS, (0, 1_000_000))
-NO_FIELD = f"the text has no field of {', '.join(CREDIT_FIELDS)}"  # a note of `canonical_features`
+COLUMNS = {field: "number" if field in PLAUSIBLE else "text" for field in CREDIT_FIELDS}
+COLUMNS |= {"Credit_Mix": "text", "Customer_ID": "id"}  # of a table of raw rows
+# Notes of `canonical_features`: without a field, with one of another name, with one of nearly this name.
+NO_FIELD = f"the text has no field of {', '.join(CREDIT_FIELDS)}"
+OTHER_FIELD, NEAR_FIELD = f"is not a field ({', '.join(CREDIT_FIELDS)} are)", "taken as"
 # Digits that continue after a comma or point without being a number ("12,53,000") stay as they are.
 _NUMBER = re.compile(r"(?<![\d.,])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![.,]?\d)")
 
@@ -72,11 +74,12 @@ def clean_field(field: str, value: str, notes: Counter | None = None) -> str:
     return canonical_number(number)
 
 
-def parse_features(text: str) -> dict[str, str] | None:
+def parse_features(text: str, notes: Counter | None = None) -> dict[str, str] | None:
     """Parse 'Age: 23, Occupation: Lawyer' to {'Age': '23', 'Occupation': 'Lawyer'}; None where it is not such a list.
-    A comma may belong to the value of a field of words: 'Occupation: Doctor, retired'."""
+    A comma may belong to the value of a field of words: 'Occupation: Doctor, retired'. A name that is nearly one of
+    CREDIT_FIELDS is taken as it, which notes count. Raises InputError for a field that is there twice."""
     pairs: dict[str, str] = {}
-    field = ""
+    field, twice = "", ""
     for part in re.split(r",\s+|,(?=[A-Za-z][\w ]*:)|[;\n][;\s]*", text.strip().rstrip(".,;")):
         key, colon, value = part.partition(":")
         if not colon and part and field in CREDIT_FIELDS and field not in PLAUSIBLE:
@@ -84,25 +87,40 @@ def parse_features(text: str) -> dict[str, str] | None:
             continue
         if not colon or not key.strip() or len(key) > 60:
             return None
-        field = key.strip()
-        credit_field = field.replace("_", " ").title()
-        field = credit_field if credit_field in CREDIT_FIELDS else field
+        written = key.strip()
+        field = nearest(written, CREDIT_FIELDS) or written
+        if notes is not None and name_key(field) != name_key(written):
+            notes[f"{written}: {NEAR_FIELD} {field}"] += 1
+        twice = field if field in pairs else twice
         pairs[field] = value.strip()
+    if twice:
+        raise InputError(f"{twice} occurs twice in one feature string; keep one")
     return pairs
 
 
 def canonical_features(text: str, notes: Counter | None = None) -> str:
     """Return the feature string as models see it in training, evaluation and serving.
     The six fields come first, complete and in one order (missing: Unknown), numbers in one short form. Text that is
-    not a list of fields keeps its words. notes: see `clean_field`."""
-    pairs = parse_features(text)
+    not a list of fields keeps its words. notes: see `clean_field`; `doubts` finds what matters most in them. Raises
+    InputError for a field that is there twice."""
+    pairs = parse_features(text, notes)
     if any(field in (pairs or {}) for field in CREDIT_FIELDS):
+        if notes is not None:
+            notes.update(f"{field} {OTHER_FIELD}" for field in pairs if field not in CREDIT_FIELDS)
         pairs = {field: pairs.get(field, UNKNOWN) for field in CREDIT_FIELDS} | pairs
     elif notes is not None:
         notes[NO_FIELD] += 1
     if pairs is None:
         return _NUMBER.sub(_short, text.strip())
     return ", ".join(f"{field}: {clean_field(field, value, notes)}" for field, value in pairs.items())
+
+
+def doubts(notes: Counter[str]) -> list[str]:
+    """Return what of a feature string could not be read, or only by a guess. notes: of `canonical_features` on it."""
+    unread = [note for note in notes if "not a number" in note or "outside" in note]
+    result = [f"{'; '.join(unread)} (write plain numbers: Age: 23, Annual Income: 19114)"] if unread else []
+    result += [note for note in notes if OTHER_FIELD in note or f": {NEAR_FIELD} " in note]
+    return result + [f"{NO_FIELD}; the answer means little"] * (NO_FIELD in notes)
 
 
 def creditmix_prompt(features: str, notes: Counter | None = None) -> str:
@@ -125,7 +143,6 @@ def null_prompts(count: int = len(NULL_FEATURES)) -> list[str]:
     return [head + text for text in NULL_FEATURES[:count]]
 
 
-NO_CUSTOMER = ("", "nan", "none", "null", "n/a", "na", "<na>", "nat", "-", "_", UNKNOWN.casefold())
 _NUMBER_ID = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 
 
@@ -144,13 +161,18 @@ def customer_id(value: Any) -> str:
     reads ids as numbers loses them in all rows. Raises ValueError for values that cannot be an id."""
     if value is not None and type(value) not in (str, int, float):
         raise ValueError(f"a customer id is a text or a number, found {json.dumps(value)[:40]}")
-    text = "" if value is None else repr(value) if type(value) is float else str(value).replace("\ufeff", "").strip()
-    if text.casefold() in NO_CUSTOMER:
+    text = "" if value is None else repr(value) if type(value) is float else str(value)
+    text = unicodedata.normalize("NFKC", text)  # wide digits, composed letters, unbreakable blanks
+    text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf").strip()  # without marks of no width
+    if is_missing(text):
         return ""
     if not _NUMBER_ID.fullmatch(text):
         return text
     if re.fullmatch("[+-]?[0-9]+", text):
         return str(int(text)) if len(text) < 400 else text
+    short = re.fullmatch(r"[+-]?[0-9](?:\.([0-9]*))?[eE]\+([0-9]+)", text)  # 1.23457E+11
+    if short and len(short[1] or "") < int(short[2]):
+        raise ValueError(f"the customer id {text} has lost digits in a spreadsheet; store the ids as text there")
     if abs(number := float(text)) < 2**53:
         return str(int(number)) if number.is_integer() else repr(number)
     if "." in text or "e+" in text.casefold():  # not the likes of '12e45', which may be hexadecimal
@@ -164,69 +186,46 @@ def _cell(field: str, value: str) -> str:
     return re.sub(r",\s+", ",", value) if field in PLAUSIBLE else value
 
 
-def _raw_csv(path: Path, text: str) -> Iterator[tuple[str, Any, str, str]]:
-    """Yield (place, customer id as it is, feature string, label) of each row of the Kaggle CSV."""
-    reader = csv.DictReader(io.StringIO(text))
-    reader.fieldnames = columns = [name.strip("\ufeff \t") for name in reader.fieldnames or []]
-    if len(columns) < 2:
-        raise InputError(
-            f"{path}: empty, or not separated by commas; a header with {', '.join(CSV_COLUMNS)} is needed"
-        )
-    needed, folded = (*CSV_COLUMNS, "Credit_Mix", "Customer_ID"), [name.casefold() for name in columns]
-    if missing := [name for name in needed if name not in columns]:
-        raise InputError(f"{path}: column {', '.join(missing)} missing; found {', '.join(columns)}")
-    if twice := [name for name in needed if folded.count(name.casefold()) > 1]:
-        raise InputError(f"{path}: column {', '.join(twice)} occurs twice; keep one")
-    while True:
-        place = f"{path}: line {reader.line_num + 1}"
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise InputError(f"{place}: {error}; is a quotation mark not closed?") from None
-        if row is None:
-            return
-        if None in row or None in row.values():
-            raise InputError(f"{place} has another number of cells than the header")
-        features = ", ".join(f"{field}: {_cell(field, row[column])}" for column, field in CSV_COLUMNS.items())
-        yield place, row["Customer_ID"], features, row["Credit_Mix"]
+def _raw_table(path: Path, objects: list | None, decimal: str | None, notes: Counter) -> Iterator[tuple]:
+    """Yield (place, customer id as it is, feature string, label) of each row of a table."""
+    for row, *cells, label, customer in read_table(path, COLUMNS, decimal, notes, objects).itertuples(name=None):
+        pairs = zip(CREDIT_FIELDS, cells, strict=True)
+        yield f"row {row}", customer, ", ".join(f"{field}: {_cell(field, cell)}" for field, cell in pairs), label
 
 
-def _raw_json(path: Path, text: str) -> Iterator[tuple[str, Any, str, str]]:
-    """Yield (place, customer id as it is, feature string, label) of each row of a JSON list or JSONL file."""
-    if text.lstrip().startswith("["):
-        try:
-            rows, first, unit = parse_json(text, unique=True), 0, "item"
-        except ValueError as error:
-            raise InputError(f"{path}: not a JSON list ({error})") from None
-    else:
-        rows, first, unit = read_jsonl(path, ("question", "answer")), 1, "row"
-    for number, row in enumerate(rows, first):
-        place = f"{path}: {unit} {number}"
+def _raw_json(path: Path, objects: list) -> Iterator[tuple[str, Any, str, str]]:
+    """Yield (place, customer id as it is, feature string, label) of each question with its answer."""
+    for number, row in enumerate(objects):
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("question", "answer")):
-            raise InputError(f'{place} needs "question" and "answer" as strings, found {json.dumps(row)[:80]}')
-        yield place, row.get("customer_id"), row["question"], row["answer"]
+            found = json.dumps(row)[:80]
+            raise InputError(f'{path}: item {number} needs "question" and "answer" as strings, found {found}')
+        yield f"item {number}", row.get("customer_id"), row["question"], row["answer"]
 
 
-def read_creditmix(path: str | Path) -> tuple[list[CreditRow], Counter]:
-    """Return cleaned, labelled rows of a raw file (Kaggle CSV, JSON list or JSONL) and counts of what was cleaned.
-    An unknown label (`_`) is filled from the customer's other rows where they agree, else the row is dropped. A row
-    without a customer id counts as one customer, keyed by its canonical text. Raises InputError (file, line)."""
+def read_creditmix(path: str | Path, decimal: str | None = None) -> tuple[list[CreditRow], Counter]:
+    """Return cleaned, labelled rows of a raw file, and counts of what was cleaned or assumed.
+    The file is a table with COLUMNS as `read_table` takes it, or JSON of {"question", "answer"}. decimal: "," or ".",
+    the mark of decimals where a column of a table leaves it open. An unknown label (`_`) is filled from the customer's
+    other rows where they agree, else the row is dropped. A row without a customer id counts as one customer, keyed by
+    its canonical text. Raises InputError (file, row)."""
     path, notes, raw, rows = Path(path), Counter(), [], []
     labels_of: dict[str, set[str]] = defaultdict(set)
-    read = _raw_csv if path.suffix.lower() == ".csv" else _raw_json
-    for place, name, question, answer in read(path, read_text(path)):
-        features, label = canonical_features(question, notes), answer.strip()
+    objects = json_rows(path, ("question", "answer"))
+    as_table = objects is None or (
+        objects and all(isinstance(o, dict) and not {"question", "answer"} & set(o) for o in objects)
+    )
+    source = _raw_table(path, objects, decimal, notes) if as_table else _raw_json(path, objects)
+    for place, name, question, answer in source:
         try:
-            customer = customer_id(name)
-        except ValueError as error:
-            raise InputError(f"{place}: {error}") from None
-        if label in LABELS:
-            labels_of[customer or features].add(label)
-        elif label.strip("_"):
-            raise InputError(f"{place}: unknown label {label!r}; expected {', '.join(LABELS)} or _")
-        raw.append((customer or features, features, label))
+            raw.append((customer_id(name), canonical_features(question, notes), answer))
+        except (ValueError, InputError) as error:
+            raise InputError(f"{path}: {place}: {error}") from None
+    labels = match_labels(path, (answer for *_, answer in raw), {label: label for label in LABELS}, notes)
+    raw = [(customer or features, features, label) for (customer, features, _), label in zip(raw, labels, strict=True)]
+    for customer, _, label in raw:
+        labels_of[customer] |= {label} - {None}
     for customer, features, label in raw:
-        if label not in LABELS:
+        if label is None:
             filled = len(labels_of[customer]) == 1
             notes["label _: filled from the customer's other rows" if filled else "label _: row dropped"] += 1
             if not filled:

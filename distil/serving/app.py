@@ -23,6 +23,7 @@ from distil.serving.metrics import Metrics
 EXAMPLE = "Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, "
 EXAMPLE += "Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments"
 FeaturesText = Annotated[str, Field(min_length=1, max_length=MAX_FEATURES, pattern=r"\S")]
+EXTRA = "notes: what of the features could not be read; with --abstain_below refer: whether a human should review it"
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
@@ -48,7 +49,7 @@ class Classification(Strict):
     prior: dict[str, float] = Field(description="raw scores of content-free prompts")
     probabilities: dict[str, float]
     top2_margin: float = Field(description="best calibrated score less the second")
-    extra: dict[str, bool] | None = Field(None, description="with --abstain_below: whether a human should review it")
+    extra: dict[str, bool | list[str]] | None = Field(None, description=EXTRA)
 
 
 class BatchResponse(Strict):

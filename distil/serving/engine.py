@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 from common import InputError
 from distil.calibration import fitted_calibration, unfitted_note
 from distil.creditmix.model import CreditModel
-from distil.creditmix.rows import creditmix_prompt
+from distil.creditmix.rows import creditmix_prompt, doubts
 from distil.models import ModelRef, adapter_config, check_model_name, check_shareable, resolve, same_base, use_note
 from distil.scoring import ScoringOptions
 
@@ -87,6 +88,11 @@ def training_commands(base: str, variants: Sequence[str]) -> dict[str, str]:
     commands = {"sft": f"python sft_train.py {new} {sft}", "kd": f"python kd_train.py {new} {kd}"}
     commands["dpo"] = f"python dpo_train.py --adapter {sft} --save_dir {dpo} --max_steps 60"
     return {variant: commands[variant] for variant in variants}
+
+
+def with_notes(response: dict, notes: list[str]) -> dict:
+    """Return a response with notes on its features under "extra"; as it is where there are none."""
+    return response | {"extra": response.get("extra", {}) | {"notes": notes}} if notes else response
 
 
 class Engine:
@@ -163,13 +169,14 @@ class Engine:
         self._accepted += len(features)
         try:
             async with asyncio.timeout(self.options.timeout):
-                prompts = await loop.run_in_executor(self._encoding, self._encode, variant, features)
+                prompts, notes = await loop.run_in_executor(self._encoding, self._encode, variant, features)
                 if self.failure or self._stopping:  # no task takes rows any more
                     raise Refusal(503, self.failure or "shutting_down", "no model is running")
                 rows = [Row(variant, prompt, loop.create_future()) for prompt in prompts]
                 (self._single if len(rows) == 1 else self._bulk).extend(rows)
                 self._arrived.set()
-                return list(await asyncio.gather(*(row.future for row in rows)))
+                results = await asyncio.gather(*(row.future for row in rows))
+                return [with_notes(result, each) for result, each in zip(results, notes, strict=True)]
         except TimeoutError:
             text = f"no answer within {self.options.timeout:g} s"
             raise Refusal(504, "timeout", text, "try again later, or send fewer rows") from None
@@ -232,15 +239,20 @@ class Engine:
 
     # -------------------------------------------------------------------------------------- in the tokenizer's thread
 
-    def _encode(self, variant: str, features: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each feature string's prompt. Raises Refusal for one that is too long."""
-        model = self.models[variant]
-        prompts = [model.prompt(text) for text in features]
-        for number, prompt in enumerate(prompts):
-            if not model.scorer.fits(prompt):
-                where = f"features[{number}]" if len(features) > 1 else "features"
+    def _encode(self, variant: str, features: Sequence[str]) -> tuple[list[list[int]], list[list[str]]]:
+        """Return the token ids of each feature string's prompt, and what of it is doubtful. Raises Refusal for one
+        that is too long, or has a field twice."""
+        model, prompts, notes = self.models[variant], [], []
+        for number, text in enumerate(features):
+            where = f"features[{number}]" if len(features) > 1 else "features"
+            try:
+                prompts.append(model.prompt(text, found := Counter()))
+            except InputError as error:
+                raise Refusal(422, "repeated_field", f"{where}: {error}", "give each field once") from None
+            if not model.scorer.fits(prompts[-1]):
                 raise Refusal(422, "too_long", f"{where} has more tokens than the model's context", "shorten it")
-        return prompts
+            notes.append(doubts(found))
+        return prompts, notes
 
     # ------------------------------------------------------------------------------------------ in the worker thread
 

@@ -14,12 +14,12 @@ TABULAR = "tabular"  # its name, in --teacher and in each row
 
 
 def tabular_rows(
-    src: str, per_class: int, gold_share: float, seed: int, split_seed: int
+    src: str, per_class: int, gold_share: float, seed: int, split_seed: int, decimal: str | None = None
 ) -> tuple[Prompts, list[dict]]:
     """Return (prompts, answers) of CreditMix training rows, each row's answer by a model that never saw its customer.
     per_class: rows of each label, 0 for as many as the rarest has. gold_share: share of customers whose labels may be
-    used; those of the others are not used at all. Raises InputError."""
-    rows, _ = read_creditmix(src)
+    used; those of the others are not used at all. decimal: see `read_creditmix`. Raises InputError."""
+    rows, _ = read_creditmix(src, decimal)
     note_anonymous(rows)
     pool = [row for row in rows if split_of(row.customer, split_seed) == "train"]
     with_gold = [is_gold(row.customer, gold_share, split_seed) for row in pool]
