@@ -143,24 +143,23 @@ def add_adapters(model: Any, folders: dict[str, str], trainable: bool = False) -
 
 
 def align_special_tokens(model: Any, tokenizer: Any, end_of_turn: str) -> None:
-    """Set EOS to the end-of-turn token and PAD to another one, since pad = eos would mask the stop token in training.
-
-    Generation becomes greedy, without the penalties that chat models ship. Raises InputError as `padding_token`.
-    """
+    """Set EOS to end-of-turn, PAD to another token (pad = eos would mask the stop token), and generation to greedy.
+    Raises InputError as `padding_token`."""
     from transformers import GenerationConfig
 
-    tokenizer.eos_token, tokenizer.pad_token = end_of_turn, padding_token(tokenizer, end_of_turn)
+    size = model.config.get_text_config().vocab_size
+    tokenizer.eos_token, tokenizer.pad_token = end_of_turn, padding_token(tokenizer, end_of_turn, size)
     tokenizer.padding_side = "left"
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.config.update({name: token for name, token in ids.items() if token is not None})
     model.generation_config = GenerationConfig(do_sample=False, repetition_penalty=1.0, **ids)
 
 
-def padding_token(tokenizer: Any, end_of_turn: str) -> str:
-    """Return a token that can serve as padding, which `end_of_turn` cannot. Raises InputError where there is none."""
+def padding_token(tokenizer: Any, end_of_turn: str, size: int) -> str:
+    """Return a token for padding, below `size` and not `end_of_turn`. Raises InputError where there is none."""
     others = ("<|endoftext|>", "<pad>", "<|pad|>", "<|finetune_right_pad_id|>", tokenizer.unk_token)
     for token in (tokenizer.pad_token, *others):
-        if token in tokenizer.get_vocab() and token != end_of_turn:
+        if tokenizer.get_vocab().get(token, size) < size and token != end_of_turn:
             return token
     raise InputError(f"{tokenizer.name_or_path}: no token can serve as padding apart from end-of-turn")
 
@@ -213,9 +212,11 @@ class PromptEncoder:
         self._parts: list[int | str] | None = None
         if tokenizer.chat_template is None:
             return
-        # Templates that write today's date (Llama 3.2) would change scores from day to day.
-        date, frozen = r"strftime_now\((['\"])(.+?)\1\)", lambda call: repr(TEMPLATE_DATE.strftime(call[2]))
-        self._template = re.sub(date, frozen, tokenizer.get_chat_template())
+        date = r"strftime_now\s*\(\s*(?:format\s*=\s*)?(['\"])(.+?)\1\s*\)"  # would change scores every day
+        written = tokenizer.get_chat_template()
+        self._template = re.sub(date, lambda call: repr(TEMPLATE_DATE.strftime(call[2])), written)
+        if re.search(r"strftime_now(?!\s+is\b)", self._template):
+            raise InputError(f"{tokenizer.name_or_path}: its chat template writes the date of the day; take another")
         rendered = self._render([{"role": "user", "content": self._SLOT}], add_generation_prompt=True)
         if rendered.count(self._SLOT) != 1:
             raise InputError(f"{tokenizer.name_or_path}: its chat template has not the user's text once; take another")
@@ -225,7 +226,7 @@ class PromptEncoder:
         answered = self._render([{"role": "user", "content": "-"}, {"role": "assistant", "content": self._SLOT}])
         after = pattern.search(answered.rpartition(self._SLOT)[2])
         self.end_of_turn = after[0] if after else tokenizer.eos_token
-        self._check('Age: 23, a_b: "1.5"\n<x> & {y}:  7\t-\n\n' + "word " * 200 + "end.")
+        self._check('Age: 23, a_b: "1.5"\n<x> & {y}:  7\t-\n\n# \\ **b**\u00a0c' + "word " * 700 + "end.")
 
     def _check(self, turn: str) -> None:
         """Raise InputError where plain text has other tokens than by the template itself; it names the first one."""
@@ -239,8 +240,7 @@ class PromptEncoder:
 
     def _render(self, messages: list[dict], **kwargs: Any) -> Any:
         system = {"role": "system", "content": SYSTEM_PROMPT}
-        # For templates (Gemma's) that refuse a system turn.
-        first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{messages[0]['content']}"}
+        first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{messages[0]['content']}"}  # Gemma has no system turn
         how = {"tokenize": False, "chat_template": self._template} | kwargs
         for turns in ([system, *messages], [first, *messages[1:]]):
             try:

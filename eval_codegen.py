@@ -21,7 +21,7 @@ from distil.codegen.coder import Coder, add_codegen_flags, codegen_options
 from distil.codegen.judge import pass_at_k
 from distil.codegen.sandbox import SECONDS, isolation, run_programs
 from distil.codegen.tasks import Task, read_tasks
-from distil.files import file_sha256, write_jsonl
+from distil.files import hashed, write_jsonl
 from distil.models import resolve
 from distil.processes import only_one
 from distil.splits import check_split
@@ -110,11 +110,11 @@ def main(argv: list[str] | None = None) -> int:
     unused = {"only for answers of models, not with --references": answers, "only with --temperature above 0": greedy}
     cli.refuse_unused(parser, argv, unused)
     with cli.report_folder(args.report_dir):
-        tasks = read_tasks(args.data)[: args.limit]
-        check_split(args.model_dir, args.data, sha256 := file_sha256(args.data))
+        tasks, sha256 = hashed(args.data, lambda: read_tasks(args.data)[: args.limit])
         if args.references:
             return check_references(tasks, args.data, args.seconds)
         refs = [resolve(name) for name in args.model_dir]
+        check_split(args.model_dir, args.data, sha256)
         closed = "own namespaces, no network" if isolation() else "no unshare here: an audit hook and limits alone"
         print(f"sandbox: {closed}", file=sys.stderr)
         measured = []

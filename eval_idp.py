@@ -17,7 +17,7 @@ from typing import Any
 
 from distil import cli
 from distil.cli import InputError, with_interval
-from distil.files import file_sha256, read_jsonl, write_jsonl
+from distil.files import hashed, read_jsonl, write_jsonl
 from distil.idp import extractor
 from distil.idp.documents import document_of, expected_of
 from distil.idp.extractor import ExtractOptions, Extractor
@@ -97,12 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     cli.refuse_unused(parser, argv, {"only for retries, and --retries is 0": [] if args.retries else ["seed"]})
     cli.check_at_least_one(vars(args), "limit", "bootstrap")
     with cli.report_folder(args.report_dir):
-        rows = read_documents(args.data, args.limit)
-        check_split(args.model_dir, args.data, sha256 := file_sha256(args.data))
+        rows, sha256 = hashed(args.data, lambda: read_documents(args.data, args.limit))
+        refs = [resolve(name) for name in args.model_dir]
+        check_split(args.model_dir, args.data, sha256)
         if args.by and not any(args.by in row for row in rows):
             raise InputError(f"--by {args.by}: no line of {args.data} has it")
         options = extractor.extract_options(vars(args))
-        refs = [resolve(name) for name in args.model_dir]
         compiled = {path: extractor.compile_for(path, options) for path in dict.fromkeys(ref.path for ref in refs)}
         measured = [evaluate_model(ref, rows, options, compiled[ref.path], args.by, args.bootstrap) for ref in refs]
         results = [result for result, _ in measured]

@@ -63,7 +63,7 @@ def sample_scores(ref: ModelRef, quantization: str, rows: list[tuple[str, str]],
     import numpy as np
 
     gc.collect()  # of the model before, which may be in a circle
-    model, tokenizer = load(ref, LoadOptions(quantization, "bfloat16"))
+    model, tokenizer = load(ref, LoadOptions(quantization, "bfloat16"), notes=False)
     encoder, answers = PromptEncoder(tokenizer), sorted({answer for _, answer in rows})
     if len(answers) <= MOST_LABELS and len(answers) < len(rows):  # if all differ they are texts, not labels
         scorer = FastLabelScorer(model, encoder, {a: [a] for a in answers}, batch_size=batch_size)
@@ -77,7 +77,7 @@ def sample_scores(ref: ModelRef, quantization: str, rows: list[tuple[str, str]],
 
 def merge(ref: ModelRef, folder: Path) -> None:
     """Write the merged model, computed in bf16, and its tokenizer into a folder."""
-    model, tokenizer = load(ref, LoadOptions("none", "bfloat16"), trainable=True)
+    model, tokenizer = load(ref, LoadOptions("none", "bfloat16"), trainable=True, notes=False)
     merged: Any = model.merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
     merged.config.update({EXPORTED: provenance(ref.name).record})

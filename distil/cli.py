@@ -148,7 +148,7 @@ def scoring_options(flags: Mapping[str, Any], labels: Sequence[str], null_prompt
     if same["batch_size"] != "auto" and same["batch_size"] < 1:
         raise InputError(f"--batch_size {same['batch_size']}: at least 1")
     if same["abstain_below"] is not None and not 0 < same["abstain_below"] <= 1:
-        raise InputError(f"--abstain_below {same['abstain_below']}: a probability above 0")
+        raise InputError(f"--abstain_below {same['abstain_below']}: a probability above 0, at most 1")
     if not 1 <= same["null_prompts"] <= null_prompts:
         raise InputError(f"--null_prompts {same['null_prompts']}: 1 to {null_prompts} are available")
     forms = read_verbalizers(flags["verbalizers"], labels)

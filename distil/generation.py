@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import InputError
+from distil.support import context_length
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def generate(
     from tqdm import tqdm
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-    context, longest = model.config.get_text_config().max_position_embeddings, max(map(len, starts), default=0)
+    context, longest = context_length(model.config.get_text_config()), max(map(len, starts), default=0)
     if longest + max_new_tokens > context:
         size = f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens}"
         raise InputError(f"{size} exceed the model's context of {context}; lower the flag or shorten the prompts")

@@ -22,7 +22,7 @@ from common import InputError
 from distil.files import cache_dir, file_sha256, file_state, read_json, write_json
 from distil.processes import print_note
 from distil.runs import run_record
-from distil.support import check_supported, check_tokens, empty_model
+from distil.support import check_supported, check_tokens, check_used, empty_model
 from distil.workarounds import quiet_libraries, use_cache_where_no_hub_answers
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -99,33 +99,19 @@ def resolve_student(student: str | None, adapter: str | None) -> ModelRef:
     return ref
 
 
-def load(ref: ModelRef, options: LoadOptions, trainable: bool = False) -> tuple[Any, Any]:
+def load(ref: ModelRef, options: LoadOptions, trainable: bool = False, notes: bool = True) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a resolved model; see `common.load_model`. Raises InputError."""
     warn_if_slow(ref)
-    print_note(use_note(ref, options))
+    print_note(use_note(ref, options) if notes else None)
     how = options.quantization, options.compute_dtype, options.offload_folder
     model, tokenizer = common.load_model(ref.path, ref.adapter, *how, trainable)
-    check_unchanged(ref)
     if ref.adapter:
         check_used(model, {"default": ref.adapter})
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":  # else a file that is written in place changes a running model
+    for parameter in model.parameters():  # else a file that is written in place changes a running model
+        if parameter.device.type == "cpu" and not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.clone()
+    check_unchanged(ref)
     return model, tokenizer
-
-
-def check_used(model: Any, adapters: dict[str, str]) -> None:
-    """Raise InputError where a loaded model does not use all LoRA weights of its adapters {name: folder}: other layers
-    or targets in their configuration, or a base with fewer layers."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    for name, folder in adapters.items():
-        used = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        with safe_open(Path(folder) / "adapter_model.safetensors", framework="numpy") as weights:
-            if surplus := sorted(key for key in {*weights.keys()} - {*used} if "lora_" in key):
-                lost = f"{len(surplus)} of its weights have no place in it, such as {surplus[0]}"
-                raise InputError(f"{folder}: not an adapter for this base ({lost}); train or copy it again")
 
 
 def use_note(ref: ModelRef, options: LoadOptions) -> str | None:
@@ -199,6 +185,10 @@ def check_model_name(name: str) -> None:
             raise InputError(f"{name}: no model here (config.json and *.safetensors, or an adapter, are expected)")
         if not any((path / file).is_file() for file in TOKENIZER_FILES):
             raise InputError(f"{name}: no tokenizer here (tokenizer.json is expected); copy it from the base model")
+        parts = path / "model.safetensors.index.json"
+        named = set(dict(read_json(parts))["weight_map"].values()) if parts.is_file() else set()
+        if lost := sorted(name for name in named if not (path / name).is_file()):
+            raise InputError(f"{name}: {len(lost)} of its weight files are missing, such as {lost[0]}; copy it again")
         for file in path.glob("*.safetensors"):
             _check_weights(file)
     elif path.exists() or str(name).startswith(("runs/", ".", "/", "~")) or str(name).count("/") > 1:

@@ -134,12 +134,13 @@ def check_split(models: Iterable[str], data: str, sha256: str) -> None:
     """Raise InputError where a model was trained on another split of the raw file that validation rows come from: they
     may be among its training rows. data: their file, with the note of its preparation; sha256: its hash."""
     note = preparation(data, sha256)
-    for origin in map(provenance, models) if note.get("source") else ():
-        same = note["source"].get("sha256") in [source.get("sha256") for source in origin.sources if source]
+    source = next(iter(recorded(data, note).sources), None)
+    for origin in map(provenance, models) if source else ():
+        same = source.get("sha256") in [source.get("sha256") for source in origin.sources if source]
         if same and origin.split_seed not in (None, note.get("split_seed")):
             seeds = f"trained with --split_seed {origin.split_seed}, {data} was prepared with {note.get('split_seed')}"
             raise InputError(f"{origin.name}: {seeds}: its rows may have been trained on; use one split for both")
-        note_sources(origin, note["source"].get("sha256"))
+        note_sources(origin, source.get("sha256"))
 
 
 def note_sources(origin: Provenance, sha256: str | None) -> None:
@@ -153,7 +154,7 @@ def note_sources(origin: Provenance, sha256: str | None) -> None:
 
 def check_no_validation(data: str, note: dict[str, Any]) -> None:
     """Raise InputError for the validation part of prepared data: what is trained on it cannot be evaluated on it."""
-    if note.get("part") == "validation":
+    if note.get("part") == "validation" or (not note and Path(data).stem.endswith("_validation")):
         raise InputError(f"{data}: is the validation part of prepared data; take the training part")
 
 
@@ -187,6 +188,9 @@ def write_parts(outdir: str, task: str, parts: dict[str, list[dict]], src: str, 
     for path in (note_path, *paths.values()):
         if path.is_dir():
             raise InputError(f"{path}: a folder is in the way; move it, or choose another --outdir")
+    before = read_json(note_path) if note_path.is_file() else {}
+    if others := sorted(set(dict(before).get("files", {})) - {path.name for path in paths.values()}):
+        raise InputError(f"{note_path}: is the note of {', '.join(others)} too; choose another --outdir")
     with contextlib.ExitStack() as held:
         for path in (note_path, *paths.values()):
             held.enter_context(hold(path))

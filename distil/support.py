@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from common import InputError, PromptEncoder, padding_token
@@ -43,12 +44,18 @@ def check_tokens(path: str) -> None:
     or where such a token is not in the model's vocabulary."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    end = PromptEncoder(tokenizer).end_of_turn
-    size = empty_model(path).config.get_text_config().vocab_size
-    for token in (end, padding_token(tokenizer, end)):
-        if not (number := tokenizer.convert_tokens_to_ids(token)) < size:
-            raise InputError(f"{path}: its token {token} has number {number}, the model has {size}: they differ")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        encoder = PromptEncoder(tokenizer)
+    except InputError:
+        raise
+    except Exception as error:  # whatever damaged files can break
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: its tokenizer cannot be read ({reason}); copy it again") from None
+    size, end = empty_model(path).config.get_text_config().vocab_size, encoder.end_of_turn
+    padding_token(tokenizer, end, size)
+    if end and not (number := tokenizer.convert_tokens_to_ids(end)) < size:
+        raise InputError(f"{path}: its token {end} has number {number}, the model has {size}: they differ")
 
 
 def missing_part(model: Any) -> str | None:
@@ -73,11 +80,25 @@ def missing_part(model: Any) -> str | None:
 
 
 def context_length(config: Any) -> int:
-    """Return the tokens that a scored row may have. config: of the text model.
+    """Return the tokens that a row may have. config: of the text model.
     LongRoPE (Phi-3.5) has other angles for a forward whose longest row, or padding, is beyond the original context:
-    rows of a batch and a cached beginning would change each other's scores, so scoring stays below it."""
+    rows of a batch and a cached beginning would change each other, so rows stay below it."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [one for one in (rope, *rope.values()) if isinstance(one, dict)]  # one, or one for each type of layer
     long = [one for one in kinds if one.get("rope_type") == "longrope"]
     own = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
     return min([config.max_position_embeddings, *(one.get("original_max_position_embeddings", own) for one in long)])
+
+
+def check_used(model: Any, adapters: dict[str, str]) -> None:
+    """Raise InputError where a loaded model does not use all LoRA weights of its adapters {name: folder}: other layers
+    or targets in their configuration, or a base with fewer layers."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    for name, folder in adapters.items():
+        used = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        with safe_open(Path(folder) / "adapter_model.safetensors", framework="numpy") as weights:
+            if surplus := sorted(key for key in {*weights.keys()} - {*used} if "lora_" in key):
+                lost = f"{len(surplus)} of its weights have no place in it, such as {surplus[0]}"
+                raise InputError(f"{folder}: not an adapter for this base ({lost}); train or copy it again")

@@ -279,11 +279,18 @@ def test_a_template_that_fails_is_refused_in_one_line(tokenizer):
         PromptEncoder(other)
 
 
-def test_a_template_with_a_date_gives_the_same_prompt_every_day(tokenizer):
+@pytest.mark.parametrize("call", ["('%d %b %Y %S')", '( format = "%d %b %Y %S" )'])
+def test_a_template_with_a_date_gives_the_same_prompt_every_day(tokenizer, call):
     other = copy.deepcopy(tokenizer)
-    other.chat_template = "{{ strftime_now('%d %b %Y %S') }}" + other.chat_template
-    ids = PromptEncoder(other).prompt("x")
-    assert "26 Jul 2024 00" in other.decode(ids)
+    other.chat_template = "{% if strftime_now is defined %}{{ strftime_now" + call + " }}{% endif %}" + CHATML
+    assert "26 Jul 2024 00" in other.decode(PromptEncoder(other).prompt("x"))
+
+
+def test_a_date_that_cannot_be_kept_is_refused(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + CHATML
+    with pytest.raises(InputError, match="its chat template writes the date of the day"):
+        PromptEncoder(other)
 
 
 def test_the_answer_follows_a_prompt_without_an_end_of_text(tokenizer):

@@ -454,14 +454,51 @@ def test_a_file_written_in_place_does_not_change_a_loaded_model(tmp_path, model_
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_token_beyond_the_vocabulary_is_refused_before_weights_are_read(tmp_path, model_dir, tokenizer):
+def test_padding_is_a_token_that_the_model_has(tmp_path, model_dir, tokenizer):
+    """Else a row in a batch with a longer one ends in an IndexError, after the training."""
     import copy
 
     folder, other = shutil.copytree(model_dir, tmp_path / "model"), copy.deepcopy(tokenizer)
     other.add_tokens(["<|pad|>"], special_tokens=True)
     other.pad_token = "<|pad|>"
     other.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": len(tokenizer)}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"its token <\|pad\|> has number \d+, the model has \d+"):
+    assert len(other) > len(tokenizer)
+    _, loaded = models.load(models.resolve(str(folder)), models.LoadOptions("none", "float32"))
+    assert loaded.pad_token == "<|endoftext|>"
+
+
+def test_an_end_of_turn_beyond_the_vocabulary_is_refused_before_weights_are_read(tmp_path, model_dir, tokenizer):
+    import copy
+
+    folder, other = shutil.copytree(model_dir, tmp_path / "model"), copy.deepcopy(tokenizer)
+    other.add_tokens(["<|end|>"], special_tokens=True)
+    other.chat_template = other.chat_template.replace("<|im_end|>", "<|end|>")
+    other.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"its token <\|end\|> has number \d+, the model has \d+: they differ"):
+        models.resolve(str(folder))
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]"])
+def test_a_damaged_tokenizer_is_named(tmp_path, model_dir, damage):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(damage)
+    with pytest.raises(InputError, match="its tokenizer cannot be read"):
+        models.resolve(str(folder))
+
+
+def test_a_model_without_template_and_end_of_text_is_used(tmp_path, model_dir, tokenizer):
+    import copy
+
+    folder, other = shutil.copytree(model_dir, tmp_path / "model"), copy.deepcopy(tokenizer)
+    other.chat_template, other.eos_token = None, None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    other.save_pretrained(folder)
+    models.resolve(str(folder))
+
+
+def test_a_part_of_the_weights_that_was_not_downloaded_is_named(tmp_path, model_dir):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"1 of its weight files are missing, such as model-00002.safetensors"):
         models.resolve(str(folder))

@@ -107,6 +107,9 @@ def test_nothing_is_trained_on_a_validation_part(here, model_dir):
         with pytest.raises(InputError, match="is the validation part"):
             splits.unchanged_preparation(f"d/{name}.jsonl", file_sha256(f"d/{name}.jsonl"))
     assert len(read_data("d/code_sft.jsonl", ("input", "output")).rows) == 3
+    Path("d/code_prepared.json").unlink()  # as in a clone, where the name alone tells
+    with pytest.raises(InputError, match="is the validation part"):
+        read_data("d/code_validation.jsonl", ("input", "output"))
 
 
 def test_a_note_of_other_files_is_not_replaced(here):
@@ -116,6 +119,9 @@ def test_a_note_of_other_files_is_not_replaced(here):
     with pytest.raises(InputError, match=r"its note credit_prepared.json would replace that of credit_sft.jsonl"):
         splits.check_note("d/credit.jsonl")
     splits.check_note("d/other.jsonl")
+    splits.write_parts("d", "credit", rows, "raw.jsonl", {"split_seed": 0})  # the same files: replaced with their note
+    with pytest.raises(InputError, match=r"is the note of credit_sft.jsonl too; choose another --outdir"):
+        splits.write_parts("d", "credit", {"kd": rows["sft"]}, "raw.jsonl", {"split_seed": 0})
 
 
 def test_prepared_files_are_held_while_they_are_written(here):

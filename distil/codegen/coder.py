@@ -13,6 +13,7 @@ from distil.cli import add_loading_flags, loading_options, seed_number
 from distil.codegen import tasks
 from distil.generation import Written, generate
 from distil.models import LoadOptions, ModelRef, load
+from distil.support import context_length
 from distil.workarounds import pack_for_decoding
 
 TAG_TOKENS = 32  # room in the context for tags or an opening fence
@@ -77,7 +78,7 @@ class Coder:
 
     def fits(self, prompt: str, plan: bool) -> bool:
         """Return whether a prompt and the code, with `plan` a plan before it too, fit the context."""
-        context = self.model.config.get_text_config().max_position_embeddings
+        context = context_length(self.model.config.get_text_config())
         turn = tasks.codegen_plan_prompt(prompt) if plan else tasks.codegen_prompt(prompt)
         room = (2 if plan else 1) * self.options.max_new_tokens + TAG_TOKENS
         return len(self.encoder.prompt(turn)) + room <= context

@@ -86,10 +86,11 @@ def draw_samples(rows: Sequence[CreditRow], options: EvalOptions) -> tuple[list[
         per_class = max(1, round(options.val_frac * len(rows) / len(LABELS)))
     validation = draw(rows, "validation", per_class, options)
     calibration = draw(rows, "calibration", None, options) if options.fit else []
-    if options.fit and len({row.customer for row in calibration}) < 5:
-        raise InputError(f"{options.data}: --fit needs calibration rows of at least 5 customers; leave it out")
     if len(calibration) > options.fit_per_class * len(LABELS):
         calibration = draw(rows, "calibration", options.fit_per_class, options)
+    if options.fit and len({row.customer for row in calibration}) < 5:
+        fix = "raise --fit_per_class, or leave it out"
+        raise InputError(f"{options.data}: --fit needs calibration rows of at least 5 customers; {fix}")
     return validation, calibration, draw(rows, "train", None, options) if options.baselines else []
 
 

@@ -12,10 +12,11 @@ from common import Calibration, PromptEncoder, add_adapters, dtype_name
 from distil.calibration import adjusted, fitted_calibration, uncalibrated, unfitted_note
 from distil.cli import add_scoring_flags, scoring_options
 from distil.creditmix.rows import LABELS, NULL_FEATURES, creditmix_prompt, null_prompts
-from distil.models import ModelRef, check_unchanged, check_used, load, model_fingerprint
+from distil.models import ModelRef, check_shareable, check_unchanged, load, model_fingerprint
 from distil.processes import gather, own_share, print_note
 from distil.runs import package_versions
 from distil.scoring import BASE, FastLabelScorer, ScoringOptions, label_prior
+from distil.support import check_used
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +64,8 @@ class CreditModel:
         fitted = {variant: fitted_calibration(ref, options) for variant, ref in refs.items()}
         model, tokenizer = load(base, options.load)
         if folders := {variant: ref.adapter for variant, ref in refs.items() if ref.adapter}:
+            for folder in folders.values():
+                check_shareable(folder)
             check_used(model := add_adapters(model, folders), folders)
         names = {variant: variant if ref.adapter else BASE if folders else None for variant, ref in refs.items()}
         scorer = credit_scorer(model, tokenizer, options, list(names.values()) if folders else [])

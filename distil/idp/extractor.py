@@ -14,6 +14,7 @@ from distil.idp.decoder import JsonDecoder
 from distil.idp.documents import idp_prompt, joined, pages_of
 from distil.idp.schema import SchemaGrammar, broken_rule, checked_validator, compile_schema, grammar_tokenizer
 from distil.models import LoadOptions, ModelRef, load
+from distil.support import context_length
 
 RETRY_TEMPERATURE = 0.7
 LEAST_PAGE = 64  # tokens; with less room --chunk would read a document word by word
@@ -144,7 +145,7 @@ def _failed(code: str, message: str) -> dict[str, Any]:
 
 def _room_for_document(encoder: PromptEncoder, config: Any, options: ExtractOptions) -> int:
     """Return how many tokens a prompt may have. Raises InputError where that leaves no room for a document."""
-    context = config.get_text_config().max_position_embeddings
+    context = context_length(config.get_text_config())
     budget = options.max_new_tokens
     left = context - budget - len(encoder.prompt(idp_prompt("")))
     if left < (LEAST_PAGE if options.chunk else 1):

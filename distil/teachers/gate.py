@@ -32,7 +32,7 @@ def gate(
         print(f"{name:<20} accuracy {accuracy:.4f} on {len(checked)} rows with a gold answer")
     if better := [name for name, accuracy in scores.items() if accuracy > scores["teacher"]]:
         warning = f"WARNING: the teacher is weaker than {' and '.join(better)}; its student will learn its mistakes. "
-        print(warning + "Use --filter agree, another teacher, or --teacher tabular for CreditMix", file=sys.stderr)
+        print(warning + "Use more rows, kd_prepare.py's --filter agree, another teacher, or SFT", file=sys.stderr)
     return {"rows": len(checked), **scores}
 
 

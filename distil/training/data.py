@@ -44,7 +44,7 @@ class TrainingData:
         if flag is None and "changed" in self.note:
             changed = f"{self.file}: changed since {self.note['changed']} was written"
             raise InputError(f"{changed}; prepare it again, or specify with --split_seed how its rows were split")
-        noted, before = self.note.get("split_seed"), self.start.split_seed if self.start else None
+        noted, before = recorded(self.file, self.note).split_seed, self.start.split_seed if self.start else None
         seed = noted if flag is None else flag
         if noted not in (None, seed):
             raise InputError(f"--split_seed {seed}: {self.file} was prepared with {noted}; leave the flag out")
