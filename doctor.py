@@ -20,6 +20,7 @@ from distil.cli import new_parser, run_script
 from distil.creditmix.rows import LABELS
 from distil.files import cache_dir
 from distil.models import DEFAULT_STUDENT, resolve
+from distil.support import check_tokens
 from distil.workarounds import quiet_libraries
 
 NEEDED_DISK_GB, NEEDED_MEMORY_GB, NEEDED_GPU_GB = 10, 8, 7.5
@@ -112,6 +113,7 @@ def check_labels(student: str) -> str:
     """Check that labels are single tokens that the text before them does not change."""
     from transformers import AutoTokenizer
 
+    check_tokens(resolve(student).path)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(resolve(student).path))
     if long := [label for label in LABELS if len(encoder.label(label)) > 1]:
         fix = "scores stay right but cost a forward for each; KD needs words that differ in their first token"

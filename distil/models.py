@@ -64,7 +64,6 @@ def resolve(name: str) -> ModelRef:
     config = adapter_config(name)
     base = config["base_model_name_or_path"] if config else name
     check_supported(path := local_or_hub(base))
-    check_tokens(path)
     ref = ModelRef(name, base, path, name if config else None)
     return replace(ref, state=files_state(ref))
 
@@ -104,7 +103,11 @@ def load(ref: ModelRef, options: LoadOptions, trainable: bool = False, notes: bo
     warn_if_slow(ref)
     print_note(use_note(ref, options) if notes else None)
     how = options.quantization, options.compute_dtype, options.offload_folder
-    model, tokenizer = common.load_model(ref.path, ref.adapter, *how, trainable)
+    try:
+        model, tokenizer = common.load_model(ref.path, ref.adapter, *how, trainable)
+    except Exception:
+        check_tokens(ref.path)  # tells what is damaged, if that is it
+        raise
     if ref.adapter:
         check_used(model, {"default": ref.adapter})
     for parameter in model.parameters():  # else a file that is written in place changes a running model

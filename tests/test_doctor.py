@@ -135,4 +135,4 @@ def test_a_chat_template_that_cannot_be_used(lines, tmp_path, model_dir, tokeniz
     other.chat_template += "{{ messages[-1]['content'] }}"
     other.save_pretrained(folder)
     status, checks = lines(str(folder))
-    assert status == 1 and "its chat template has not the user's text once" in checks["model"]
+    assert status == 1 and "its chat template has not the user's text once" in checks["labels"]

@@ -22,6 +22,7 @@ from common import InputError, load_model
 from distil import models
 from distil.files import cache_dir, file_sha256, write_jsonl
 from distil.models import ModelRef, content_sha256, model_fingerprint, resolve, warn_if_slow
+from distil.support import check_tokens
 from distil.testing import ROOT, load_named, save_adapter
 
 
@@ -475,7 +476,7 @@ def test_an_end_of_turn_beyond_the_vocabulary_is_refused_before_weights_are_read
     other.chat_template = other.chat_template.replace("<|im_end|>", "<|end|>")
     other.save_pretrained(folder)
     with pytest.raises(InputError, match=r"its token <\|end\|> has number \d+, the model has \d+: they differ"):
-        models.resolve(str(folder))
+        check_tokens(str(folder))
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[]"])
@@ -483,7 +484,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path, model_dir, damage):
     folder = shutil.copytree(model_dir, tmp_path / "model")
     (folder / "tokenizer.json").write_text(damage)
     with pytest.raises(InputError, match="its tokenizer cannot be read"):
-        models.resolve(str(folder))
+        models.load(models.resolve(str(folder)), models.LoadOptions("none", "float32"))
 
 
 def test_a_model_without_template_and_end_of_text_is_used(tmp_path, model_dir, tokenizer):
@@ -493,7 +494,7 @@ def test_a_model_without_template_and_end_of_text_is_used(tmp_path, model_dir, t
     other.chat_template, other.eos_token = None, None
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     other.save_pretrained(folder)
-    models.resolve(str(folder))
+    check_tokens(str(folder))
 
 
 def test_a_part_of_the_weights_that_was_not_downloaded_is_named(tmp_path, model_dir):

@@ -11,6 +11,7 @@ from common import InputError, PromptEncoder
 from distil.files import hashed, read_jsonl
 from distil.scoring import common_beginning
 from distil.splits import Provenance, check_no_validation, joined, preparation, provenance, recorded
+from distil.support import check_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +78,10 @@ class RowSizes:
 
 
 def load_tokenizer(path: str) -> Any:
-    """Return a base model's tokenizer."""
+    """Return a base model's tokenizer. Raises InputError as `check_tokens`, before weights are read."""
     from transformers import AutoTokenizer
 
+    check_tokens(path)
     return AutoTokenizer.from_pretrained(path)
 
 
