@@ -9,6 +9,8 @@ from conftest import answer_in_turn, ask_endpoint, change_replies, gold_rows, re
 
 from common import InputError
 from distil.creditmix.rows import LABELS
+from distil.teachers.answers import Prompts
+from distil.teachers.gate import checked_rows
 
 
 def test_only_a_weak_teacher_gets_a_warning(here, endpoint, capsys):
@@ -79,3 +81,12 @@ def test_a_few_answers_without_log_probs_are_left_out(without, here, endpoint, c
     assert f"{without} of 12 answers came without probabilities" in capsys.readouterr().err
     assert len(rows) == (11 if without == 1 else 12)
     assert all(("label_probs" in row) == ("probability" in row["teacher"]) == (without == 1) for row in rows)
+
+
+def test_empty_answers_are_left_out(capsys):
+    """The trainer would refuse the file for them."""
+    prompts = Prompts(["a", "b", "c"], [None] * 3, [None] * 3, [])
+    answers = [{"teacher_output": text} for text in ("yes", "", " \n")]
+    rows, _ = checked_rows(prompts, answers, "T", rationale=False, keep="none", min_confidence=0.6)
+    assert [row["teacher_output"] for row in rows] == ["yes"]
+    assert "2 prompts are left out, their answer: is empty" in capsys.readouterr().err

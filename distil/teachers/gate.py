@@ -60,7 +60,8 @@ def checked_rows(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return (training rows, report of the gate) of a teacher's answers, and print what is left out and why.
     name: of the teacher; keep: --filter."""
-    labels = prompts.labels
+    labels, empty = prompts.labels, {"left_out": "is empty"}  # the trainer would refuse an empty answer
+    answers = [a if a["teacher_output"].strip() else empty | a for a in answers]
     texts = [answer["teacher_output"] for answer in answers]
     predictions = [label_of(text, labels) if labels else text.strip() for text in texts]
     for reason, count in Counter(a["left_out"] for a in answers if "left_out" in a).most_common(5):
