@@ -20,7 +20,6 @@ from distil.cli import new_parser, run_script
 from distil.creditmix.rows import LABELS
 from distil.files import cache_dir
 from distil.models import DEFAULT_STUDENT, resolve
-from distil.support import check_tokens
 from distil.workarounds import quiet_libraries
 
 NEEDED_DISK_GB, NEEDED_MEMORY_GB, NEEDED_GPU_GB = 10, 8, 7.5
@@ -111,10 +110,9 @@ def check_model(student: str) -> str:
 
 def check_labels(student: str) -> str:
     """Check that labels are single tokens that the text before them does not change."""
-    from transformers import AutoTokenizer
+    from distil.training.data import load_tokenizer
 
-    check_tokens(resolve(student).path)
-    encoder = PromptEncoder(AutoTokenizer.from_pretrained(resolve(student).path))
+    encoder = PromptEncoder(load_tokenizer(resolve(student).path))
     if long := [label for label in LABELS if len(encoder.label(label)) > 1]:
         fix = "scores stay right but cost a forward for each; KD needs words that differ in their first token"
         raise Finding(f"several tokens each: {', '.join(long)}", fix)

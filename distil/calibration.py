@@ -169,9 +169,10 @@ def read_fitted(ref: ModelRef, options: ScoringOptions) -> dict | None:
     return stored
 
 
-def check_fitted(ref: ModelRef, split_seed: int, data_sha256: str, gold_share: float) -> None:
+def check_fitted(ref: ModelRef, split_seed: int, data_sha256: str, gold_share: float, notes: bool = True) -> None:
     """Raise InputError for a stored calibration fitted under another split; print a note where it was fitted on other
-    rows or with labels that --gold_share excludes. data_sha256: of the rows that the model is measured on."""
+    rows or with labels that --gold_share excludes. data_sha256: of the rows that the model is measured on; notes:
+    whether to print these."""
     path = calibration_path(ref)
     stored = read_json(path) if path.is_file() else None
     if stored is None:
@@ -182,9 +183,9 @@ def check_fitted(ref: ModelRef, split_seed: int, data_sha256: str, gold_share: f
     if (fitted := fitted_on.get("split_seed")) != split_seed:
         other = f"fitted with --split_seed {fitted}, evaluated with {split_seed}: its rows may be validation rows"
         raise InputError(f"{path}: {other}; fit again with --fit, or use --calibration contextual")
-    if fitted_on.get("data_sha256") != data_sha256:
+    if notes and fitted_on.get("data_sha256") != data_sha256:
         print_note(f"{path} was fitted on rows of {fitted_on.get('data')}, not of --data")
-    if (share := fitted_on.get("gold_share", 1.0)) > gold_share:
+    if notes and (share := fitted_on.get("gold_share", 1.0)) > gold_share:
         print_note(f"{path} was fitted with --gold_share {share:g}, not {gold_share:g}")
 
 

@@ -158,11 +158,16 @@ def check_no_validation(data: str, note: dict[str, Any]) -> None:
         raise InputError(f"{data}: is the validation part of prepared data; take the training part")
 
 
+def _other_files(note: Path, names: Iterable[str]) -> list[str]:
+    """Return the files that a note is of besides these names, which a new note in its place would forget."""
+    before = read_json(note) if note.is_file() else {}
+    return sorted(set(before.get("files", {})) - set(names)) if isinstance(before, dict) else []
+
+
 def check_note(output: str) -> None:
     """Raise InputError where the note next to an output would replace a note of other files."""
     path = Path(output).with_name(f"{Path(output).stem}_prepared.json")
-    note = read_json(path) if path.is_file() else {}
-    if others := sorted(set(note.get("files", {})) - {Path(output).name}) if isinstance(note, dict) else []:
+    if others := _other_files(path, [Path(output).name]):
         taken = f"its note {path.name} would replace that of {', '.join(others)}"
         raise InputError(f"{output}: {taken}; take another name")
 
@@ -188,8 +193,7 @@ def write_parts(outdir: str, task: str, parts: dict[str, list[dict]], src: str, 
     for path in (note_path, *paths.values()):
         if path.is_dir():
             raise InputError(f"{path}: a folder is in the way; move it, or choose another --outdir")
-    before = read_json(note_path) if note_path.is_file() else {}
-    if others := sorted(set(dict(before).get("files", {})) - {path.name for path in paths.values()}):
+    if others := _other_files(note_path, [path.name for path in paths.values()]):
         raise InputError(f"{note_path}: is the note of {', '.join(others)} too; choose another --outdir")
     with contextlib.ExitStack() as held:
         for path in (note_path, *paths.values()):

@@ -32,7 +32,7 @@ from common import InputError
 from distil import runs
 from distil.cli import run_script
 from distil.files import file_sha256
-from distil.models import check_model_name, resolve
+from distil.models import check_model_name, model_fingerprint, resolve
 from distil.testing import ROOT, load_named
 from distil.training import loss, pairs, run
 
@@ -453,3 +453,18 @@ def test_a_dry_run_reports_that_the_run_would_be_refused(train, capsys, model_di
 def test_resume_without_a_checkpoint_reports_that_it_starts_again(train, capsys):
     train("sft", "run", "--resume")
     assert "no checkpoint yet, training starts at the beginning" in capsys.readouterr().err
+
+
+def test_a_run_records_the_base_that_it_was_trained_on(train, model_dir, tmp_path, monkeypatch):
+    """Not what lies in its folder when the training ends."""
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    before, peak_memory = model_fingerprint(resolve(str(base))), runs.peak_memory
+
+    def changed() -> dict:
+        (base / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+        return peak_memory()
+
+    monkeypatch.setattr(runs, "peak_memory", changed)  # after the last step
+    folder = train("sft", "run", "--student", base, "--max_steps", 1)
+    assert json.loads((folder / "run.json").read_text())["base_fingerprint"] == before
+    assert model_fingerprint(resolve(str(base))) != before

@@ -128,7 +128,7 @@ def evaluate_model(ref: ModelRef, rows: list[CreditRow], fit_rows: list[CreditRo
     else:
         model = CreditModel.load(ref, options.scoring)
         if model.calibration.method not in ("none", "contextual"):  # another run may have written it since the start
-            calibrations.check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share)
+            calibrations.check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share, notes=False)
         methods = {"none": calibrations.uncalibrated(len(LABELS))}
     raw = model.raw_scores([row.features for row in rows], ref.name)
     used = model.calibration

@@ -156,6 +156,7 @@ def train_and_save(
         print_note(f"{all_steps}: the learning rate never reaches {options.learning_rate:g}")
     wait()  # of several processes the first removes what is old or half written; the others look when it has
     settings = run_settings(options, ref, data)
+    facts = run_facts(method, options, ref, data)  # of the model that was loaded: its files may change meanwhile
     if options.resume:
         runs.check_settings(save_dir, settings)
     if main:
@@ -182,7 +183,7 @@ def train_and_save(
     total = sum(entry["loss"] * (entry["step"] - before["step"]) for before, entry in spans)
     metrics["train_loss"] = total / metrics["steps"]  # the Trainer's is of the steps since a resume
     seconds, memory = round(time.monotonic() - records.started, 1), runs.peak_memory()
-    run = run_facts(method, options, ref, data) | {"metrics": metrics, "wall_seconds": seconds}
+    run = facts | {"metrics": metrics, "wall_seconds": seconds}
     run["resumed_from"] = checkpoint and Path(checkpoint).name
     run["memory"] = memory | {"estimated_gb": round(estimate["total"], 2)}
     write_run(trainer, save_dir, run, history)
