@@ -18,7 +18,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -280,12 +281,11 @@ class PromptEncoder:
 # ---------------------------------------------------------------------------------------------------- label scoring
 
 
-def token_log_probs(hidden: torch.Tensor, head: Any, targets: Sequence) -> np.ndarray:
+def token_log_probs(hidden: torch.Tensor, head: Any, targets: Sequence, at: Sequence[int] | None = None) -> np.ndarray:
     """Return log-probabilities [rows, positions, k] (float64, natural log) of `targets` [rows, positions, k].
 
-    hidden: final hidden states [rows, positions, hidden]; head: the model's output embedding. The head runs in
-    float32 and in slices of the vocabulary, so its full width never exists in float32.
-    """
+    hidden: final hidden states [rows, positions, hidden]; head: the model's output embedding, which runs in float32
+    and in slices of the vocabulary. at: the number of the position of each target (none: they are of all in order)."""
     import torch
 
     weight, bias = head.weight, getattr(head, "bias", None)
@@ -296,6 +296,7 @@ def token_log_probs(hidden: torch.Tensor, head: Any, targets: Sequence) -> np.nd
         if bias is not None:
             part = part + bias[start : start + SCORING_TILE].float()
         total = torch.logaddexp(total, part.logsumexp(dim=-1))
+    hidden, total = (hidden, total) if at is None else (hidden[:, at], total[:, at])
     wanted = torch.tensor(targets, device=hidden.device)
     logits = torch.einsum("bph,bpkh->bpk", hidden, weight[wanted].float())
     if bias is not None:
@@ -303,33 +304,18 @@ def token_log_probs(hidden: torch.Tensor, head: Any, targets: Sequence) -> np.nd
     return (logits - total[..., None]).double().cpu().numpy()
 
 
-def form_scores(
-    log_probs_of: Callable[[list[list[int]], list], np.ndarray], rows: list[list[int]], forms: list[list[int]]
-) -> np.ndarray:
-    """Return the mean log-probability [rows, forms] of each surface form's tokens after each row (whitepaper, 4.3).
-
-    rows, forms: token ids. log_probs_of(rows, targets): log-probabilities [rows, positions, k] of `targets`, of the
-    same shape, at each row's last positions. All forms of one token share one forward; a longer form takes another.
-    """
-    import numpy as np
-
-    scores = np.empty((len(rows), len(forms)))
-    single = [i for i, ids in enumerate(forms) if len(ids) == 1]
-    if single:
-        scores[:, single] = log_probs_of(rows, [[[forms[i][0] for i in single]]] * len(rows))[:, 0]
-    for i, ids in enumerate(forms):
-        if len(ids) > 1:
-            log_probs = log_probs_of([row + ids[:-1] for row in rows], [[[token] for token in ids]] * len(rows))
-            scores[:, i] = log_probs[:, :, 0].mean(axis=1)
-    return scores
+def distinct_beginnings(forms: list[list[int]], end: int) -> list[list[int]]:
+    """Return each form's tokens up to the first that tells it from all others; for a form that begins another, `end`.
+    Their probabilities are those of the forms in decoding that is constrained to them, but for a common factor."""
+    closed = [(*ids, end) for ids in forms]
+    uses = Counter(ids[:size] for ids in closed for size in range(1, len(ids) + 1))
+    return [list(next((ids[:n] for n in range(1, len(ids)) if uses[ids[:n]] == 1), ids)) for ids in closed]
 
 
 def right_padded(rows: Sequence[list[int]], positions: int, filler: int, device: Any) -> tuple[torch.Tensor, tuple]:
     """Return token ids [rows, tokens] of a forward that scores, and the index of each row's last `positions` in it.
-
     Under causal attention no token sees what comes after it, so padding on the right needs no mask, and it uses up
-    no attention window and no position, as it would between a cached beginning and the row.
-    """
+    no attention window and no position, as it would between a cached beginning and the row."""
     import torch
 
     width, ends = max(map(len, rows)), torch.tensor([[len(row)] for row in rows])
@@ -338,10 +324,8 @@ def right_padded(rows: Sequence[list[int]], positions: int, filler: int, device:
 
 
 def join_forms(scores: np.ndarray, sizes: Sequence[int], aggregate: str = "max") -> np.ndarray:
-    """Join scores of surface forms [N, forms] to scores of labels [N, labels].
-
-    sizes: forms of each label, in order. aggregate: 'max', 'mean' or 'logsumexp', which adds the forms' probabilities.
-    """
+    """Join scores of surface forms [N, forms] to scores of labels [N, labels] of `sizes` forms each, in order.
+    aggregate: 'max', 'mean' or 'logsumexp', which adds the forms' probabilities."""
     import numpy as np
 
     join = {"max": np.max, "mean": np.mean, "logsumexp": np.logaddexp.reduce}[aggregate]
@@ -350,20 +334,27 @@ def join_forms(scores: np.ndarray, sizes: Sequence[int], aggregate: str = "max")
 
 
 class LabelScorer:
-    """Length-normalised log-probability of each label at the assistant start (whitepaper, section 4.3).
-
-    forms: {label: surface forms}; several forms of a label are joined by `aggregate`. This is the plain driver: sort
-    by length, pad, one forward, mean log-probability by the model's own logits, whatever it does to them.
-    distil.scoring.FastLabelScorer gives the same scores faster, and unrounded in bf16.
-    """
+    """Log-probability of each label at the assistant start (whitepaper, section 4.3).
+    forms: {label: surface forms}; several forms of a label are joined by `aggregate`. label_tokens: 'all' for the mean
+    over a form's tokens, 'distinct' for the sum over `distinct_beginnings`. This is the plain driver: sort by length,
+    pad, one forward, log-probabilities by the model's own logits, whatever it does to them.
+    distil.scoring.FastLabelScorer gives the same scores faster, and unrounded in bf16."""
 
     def __init__(
-        self, model: Any, encoder: PromptEncoder, forms: dict, aggregate: str = "max", batch_size: int | str = 32
+        self,
+        model: Any,
+        encoder: PromptEncoder,
+        forms: dict[str, list[str]],
+        aggregate: str = "max",
+        batch_size: int | str = 32,
+        label_tokens: str = "all",
     ):
         self.model, self.encoder, self.forms, self.aggregate = model, encoder, forms, aggregate
-        self.batch_size = batch_size
-        self.labels = list(forms)
+        self.batch_size, self.labels = batch_size, list(forms)
         self.form_ids = [encoder.label(word) for words in forms.values() for word in words]
+        self.join = {"all": "mean", "distinct": "sum"}[label_tokens]
+        if self.join == "sum":
+            self.form_ids = distinct_beginnings(self.form_ids, encoder.completion("")[-1])
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.body, self.head = getattr(causal, causal.base_model_prefix), causal.get_output_embeddings()
         self.device = next(self.body.parameters()).device
@@ -378,11 +369,9 @@ class LabelScorer:
         return self.score([self.encoder.prompt(turn) for turn in user_turns], progress, **more)
 
     def score(self, rows: Sequence[list[int]], progress: str | None = None) -> np.ndarray:
-        """Return the mean log-probability [N, labels] (float64, natural log) of each label's tokens after each prompt.
-
+        """Return the log-probability [N, labels] (float64, natural log; mean or sum) of each label after each prompt.
         rows: [N] token ids of prompts. progress: title of a progress bar on stderr. Raises InputError for a prompt
-        longer than the model's context, FloatingPointError where the model returns NaN.
-        """
+        longer than the model's context, FloatingPointError where the model returns NaN."""
         import numpy as np
         import torch
         from tqdm import tqdm
@@ -394,22 +383,32 @@ class LabelScorer:
         with torch.inference_mode():
             for start in tqdm(starts, desc=progress, disable=progress is None, file=sys.stderr):
                 chosen = order[start : start + int(self.batch_size)]
-                scores[chosen] = form_scores(self.log_probs, [rows[i] for i in chosen], self.form_ids)
+                scores[chosen] = self.form_scores([rows[i] for i in chosen])
         return self.joined(scores)
 
-    def log_probs(self, rows: list[list[int]], targets: list, cache: Any = None) -> np.ndarray:
-        """Return log-probabilities [rows, positions, k] of `targets`, of this shape, at each row's last positions.
+    def form_scores(self, rows: list[list[int]], **how: Any) -> np.ndarray:
+        """Return scores [rows, forms]; all forms of one token share a forward, each longer form takes another."""
+        import numpy as np
 
-        Only these positions go through the output head. cache: an empty one to fill with keys and values.
-        """
+        scores, forms = np.empty((len(rows), len(self.form_ids))), self.form_ids
+        groups = [[i for i, ids in enumerate(forms) if not ids[1:]], *([i] for i, ids in enumerate(forms) if ids[1:])]
+        for group in filter(None, groups):
+            tokens = list(zip(*(forms[i] for i in group), strict=True))  # [positions][forms]
+            run = [row + forms[group[0]][:-1] for row in rows]
+            scores[:, group] = getattr(self.log_probs(run, [tokens] * len(rows), **how), self.join)(axis=1)
+        return scores
+
+    def log_probs(self, rows: list[list[int]], targets: list) -> np.ndarray:
+        """Return log-probabilities [rows, positions, k] of `targets`, of this shape, at each row's last positions."""
         import torch
 
-        logits = self.logits(rows, len(targets[0]), cache)
+        logits = self.logits(rows, len(targets[0]))
         wanted = torch.tensor(targets, device=logits.device).expand(*logits.shape[:2], -1)
         return torch.log_softmax(logits, dim=-1).gather(2, wanted).double().cpu().numpy()
 
     def logits(self, rows: list[list[int]], positions: int, cache: Any = None) -> torch.Tensor:
-        """Return the model's own logits [rows, positions, vocabulary], float32, at each row's last positions."""
+        """Return the model's own logits [rows, positions, vocabulary], float32, at each row's last positions, the only
+        ones to go through the output head. cache: an empty one to fill with keys and values."""
         ids, last = right_padded(rows, positions, self.encoder.tokenizer.pad_token_id, self.device)
         hook = self.head.register_forward_pre_hook(lambda module, inputs: (inputs[0][last],))
         try:
@@ -420,8 +419,9 @@ class LabelScorer:
     def check_length(self, rows: Sequence[list[int]]) -> None:
         """Raise InputError where a prompt and a label exceed the context."""
         if not all(map(self.fits, rows)):
-            longest = max(map(len, rows))
-            raise InputError(f"a text has {longest} tokens; the model's context is {self.context}: shorten it")
+            raise InputError(
+                f"a text has {max(map(len, rows))} tokens; the model's context is {self.context}: shorten it"
+            )
 
     def joined(self, scores: np.ndarray) -> np.ndarray:
         """Return scores of labels [N, labels] from those of forms [N, forms]. NaN raises FloatingPointError."""

@@ -22,15 +22,19 @@ from distil.files import InputError, hashed, hold, read_jsonl, write_jsonl
 from distil.models import check_model_name, model_fingerprint, resolve
 from distil.processes import only_one
 from distil.splits import check_note, joined, note_preparation, provenance, recorded, unchanged_preparation
+from distil.tasks import data_task, shared_task
 from distil.teachers.answers import teacher_options
 from distil.teachers.preferences import PairOptions, judged_pairs, label_pairs
+
+KINDS = ("label", "json", "code")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add = parser.add_argument_group("student and prompts").add_argument
     add("--model_dir", required=True, help="the student: adapter folder, model folder or base model")
-    add("--task", choices=("label", "json", "code"), required=True, help="how answers are judged")
+    how = "how answers are judged: label, json, code, or a label task's JSON file (label: as noted next to --input)"
+    add("--task", metavar="label|json|code|FILE", required=True, help=how)
     add("--input", required=True, help='JSONL of {"input", "output"} with the right answer; code: tasks with tests')
     add("--output", required=True, help='JSONL to write: {"prompt", "chosen", "rejected"}')
     add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's answers")
@@ -51,7 +55,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise InputError for flags that are out of range, an unknown student, or an output that is in the way."""
     if min(args.max_new_tokens, args.batch_size) < 1 or not all(0 < x < inf for x in (args.temperature, args.seconds)):
         raise InputError("--max_new_tokens, --batch_size: at least 1; --temperature, --seconds: finite and above 0")
-    if args.n + args.gold < 2 and args.task != "label":
+    if args.n + args.gold < 2 and args.task in KINDS[1:]:
         raise InputError("--n is at least 2, or 1 with --gold: a pair needs two answers")
     check_output(Path(args.output), args.overwrite)
     check_note(args.output)
@@ -62,18 +66,27 @@ def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     only_one("making pairs")
     with hold(args.output):
+        kind, task_file = (args.task, None) if args.task in KINDS else ("label", args.task)
         check_flags(args)
+        task = data_task(args.input, task_file) if kind == "label" else None
         sampled = ["n", "gold", "temperature", "max_new_tokens", "seed"]
         belong = {"json": ["schema"], "code": ["seconds"], "json or code": sampled}
-        unused = {f"only for --task {task}": names for task, names in belong.items() if args.task not in task.split()}
+        unused = {f"only for --task {kinds}": names for kinds, names in belong.items() if kind not in kinds.split()}
         refuse_unused(parser, argv, unused)
-        needed = () if args.task == "code" else ("input", "output")
+        needed = () if kind == "code" else ("input", "output")
         rows, sha256 = hashed(args.input, lambda: read_jsonl(args.input, needed))
-        options, ref = teacher_options(vars(args), sha256, PairOptions), resolve(args.model_dir)
-        note = unchanged_preparation(args.input, options.input_sha256)
+        ref = resolve(args.model_dir)
+        task = shared_task([ref], task, args.input) if kind == "label" else None
+        scored = {"label_tokens": task.label_tokens} if task else {}
+        options = teacher_options(vars(args) | scored | {"task": kind}, sha256, PairOptions)
+        note = unchanged_preparation(args.input, options.input_sha256) | ({"task": task.record} if task else {})
         origin = joined(recorded(args.input, note), provenance(args.model_dir))
-        if args.task == "label":
-            file, prompts, pairs = None, [row["input"] for row in rows], label_pairs(rows, ref, options)
+        if kind == "label":
+            file, prompts, pairs = (
+                None,
+                [row["input"] for row in rows],
+                label_pairs(rows, ref, options, task.labels if task else ()),
+            )
         else:
             file, prompts, pairs = judged_pairs(rows, ref, options)
         lines = [

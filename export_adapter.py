@@ -25,6 +25,7 @@ from distil.processes import only_one
 from distil.runs import run_record
 from distil.scoring import FastLabelScorer
 from distil.splits import EXPORTED, provenance
+from distil.tasks import TASK_FILE, model_task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,8 +66,11 @@ def sample_scores(ref: ModelRef, quantization: str, rows: list[tuple[str, str]],
     gc.collect()  # of the model before, which may be in a circle
     model, tokenizer = load(ref, LoadOptions(quantization, "bfloat16"), notes=False)
     encoder, answers = PromptEncoder(tokenizer), sorted({answer for _, answer in rows})
-    if len(answers) <= MOST_LABELS and len(answers) < len(rows):  # if all differ they are texts, not labels
-        scorer = FastLabelScorer(model, encoder, {a: [a] for a in answers}, batch_size=batch_size)
+    task = model_task(ref)
+    few = len(answers) <= MOST_LABELS and len(answers) < len(rows)  # if all differ they are texts, not labels
+    if (task and set(answers) <= set(task.labels)) or few:
+        forms, how = {a: [a] for a in answers}, {"label_tokens": task.label_tokens} if task else {}
+        scorer = FastLabelScorer(model, encoder, forms, batch_size=batch_size, **how)
         return scorer.raw_scores([prompt for prompt, _ in rows], Path(ref.name).name)
     scorer, scores = FastLabelScorer(model, encoder, {"answer": [answers[0]]}), []
     for prompt, answer in rows:
@@ -135,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
             merge(ref, new)
             report = compare(ref, str(new), rows, args.batch_size)
             check_unchanged(ref)
+            if task := model_task(ref):
+                write_json(new / TASK_FILE, task.record)
             write_json(new / "export.json", report)
             if save_dir.exists():
                 save_dir.rename(Path(folder) / "old")

@@ -1,9 +1,10 @@
-"""Classify credit risk by calibrated label probabilities: one feature string, or a JSONL file.
+"""Classify rows by calibrated label probabilities: one feature string or text, a table, or a JSONL file.
 
 Departures from generating an answer: each label's log-probability at the assistant start is compared, after the prior
 that content-free prompts give it is subtracted (or with the bias and temperature that eval_creditmix.py --fit stored).
 
     python infer_creditmix.py --model_dir runs/creditmix_sft --features "Age: 23.0, Occupation: Scientist, ..."
+    python infer_creditmix.py --model_dir runs/creditmix_sft --input rows.csv --output scored.csv
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from distil import batch
-from distil.batch import failed_line, parse_line
-from distil.cli import InputError, new_parser, refuse_unused, run_script, unused_scoring
-from distil.creditmix.model import CreditModel, add_credit_flags, credit_options
-from distil.creditmix.rows import doubts
+from distil.batch import failed_line
+from distil.cli import InputError, add_decimal_flag, new_parser, refuse_unused, run_script, unused_scoring
+from distil.creditmix.model import CreditModel, CreditOptions, add_credit_flags, credit_options
+from distil.creditmix.scored import RowsToScore
 from distil.models import ModelRef, resolve
 from distil.processes import gather, print_note, rank_and_world
-from distil.scoring import ScoringOptions
-
-FIELDS = ("features", "question")  # the first of them that a row has is scored
+from distil.tasks import chosen_task
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,9 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model_dir", required=True, help="base model id, model folder or adapter folder")
     add = parser.add_argument_group("rows").add_argument
-    add("--features", help='one feature string, "Age: 23.0, Occupation: Scientist, ..."')
-    output = "JSONL to write: each input object with the result's fields added, in the same order"
-    batch.add_file_flags(add, 'JSONL of {"features"} (or {"question"})', output)
+    add("--features", help='one feature string, "Age: 23.0, Occupation: Scientist, ..."; of a text task: the text')
+    source = 'table (CSV, .csv.gz, .xlsx, .parquet, JSON list), or JSONL of {"features"} (or {"question"}, {"fields"})'
+    output = "to write, all of the input with the results added: .jsonl, .csv, .csv.gz, .xlsx or .parquet"
+    batch.add_file_flags(add, source, output)
+    add_decimal_flag(add)
     add_credit_flags(parser)
     return parser
 
@@ -46,12 +47,12 @@ def chunk_of(batch_size: int) -> int:
     return max(128, batch_size)
 
 
-def prompts_of(model: CreditModel, lines: Iterable[str]) -> tuple[list[dict], dict[int, list[int]], int]:
-    """Return the output objects of input lines, so far with the error of those that cannot be scored, {index: token
-    ids} of the others' prompts, and how many of these have `doubts`."""
+def prompts_of(model: CreditModel, source: RowsToScore, items: Iterable[Any]) -> tuple[list[dict], dict, int]:
+    """Return the objects of input rows, so far with the error of those that cannot be scored, {index: token ids} of
+    the others' prompts, and how many of these have doubts."""
     rows, prompts, doubtful = [], {}, 0
-    for number, line in enumerate(lines):
-        row, features = parse_line(line, FIELDS)
+    for number, item in enumerate(items):
+        row, features = source.parsed(item)
         rows.append(row)
         if features is None:
             continue
@@ -60,66 +61,76 @@ def prompts_of(model: CreditModel, lines: Iterable[str]) -> tuple[list[dict], di
         except InputError as error:
             row |= failed_line({}, "repeated_field", str(error))
             continue
-        if model.scorer.fits(prompt):
-            prompts[number] = prompt
-            doubtful += bool(doubts(notes))
-        else:
+        if not model.scorer.fits(prompt):
             row |= failed_line({}, "too_long", "the features do not fit the model's context")
+            continue
+        prompts[number] = prompt
+        if doubts := model.task.doubts(notes):
+            doubtful += 1
+            row |= {"notes": "; ".join(doubts)} if source.noted else {}
     return rows, prompts, doubtful
 
 
-def score_lines(model: CreditModel, doubtful: Counter[str], lines: list[str]) -> list[dict]:
-    """Return the output object of each input line, in order; count those with `doubts`."""
-    rows, prompts, count = prompts_of(model, lines)
+def score_lines(model: CreditModel, source: RowsToScore, doubtful: Counter[str], items: list) -> list[dict]:
+    """Return the object with the scores of each input row, in order; count those with `doubts`."""
+    rows, prompts, count = prompts_of(model, source, items)
     doubtful["rows"] += count
     for number, response in zip(prompts, model.responses(model.scorer.score([*prompts.values()])), strict=True):
-        rows[number].update(response)
+        rows[number].update(source.columns(response))
     return rows
 
 
-def rows_a_forward(model: CreditModel, flags: Mapping[str, Any]) -> int:
+def rows_a_forward(model: CreditModel, source: RowsToScore, flags: Mapping[str, Any]) -> int:
     """Return the number that --batch_size auto is: the interrupted run's, or else the first process's for the first
     rows of --input. It decides which rows are in one batch, and so the last digits of scores in bfloat16."""
     if flags["batch_size"] != "auto":
         return flags["batch_size"]
     size = batch.interrupted(Path(flags["output"])).get("rows_a_forward")
     if not size and rank_and_world()[0] == 0:
-        with open(flags["input"], encoding="utf-8-sig", errors="replace") as lines:
-            _, prompts, _ = prompts_of(model, islice(lines, 512))
+        _, prompts, _ = prompts_of(model, source, islice(source, 512))
         size = model.scorer.settled_batch_size(list(prompts.values()))
     return gather(size)[0]
 
 
-def start(flags: Mapping[str, Any], options: ScoringOptions, doubtful: Counter[str], ref: ModelRef) -> tuple:
+def start(
+    flags: Mapping[str, Any], options: CreditOptions, source: RowsToScore, doubtful: Counter[str], ref: ModelRef
+) -> tuple:
     """Return what `batch.answer_file` needs of a model: rows between two writes, work, contents behind the flags."""
     model = CreditModel.load(ref, options)
-    model.scorer.batch_size = size = rows_a_forward(model, flags)
+    model.scorer.batch_size = size = rows_a_forward(model, source, flags)
     used, forms = model.calibration, model.scorer.forms
     numbers = {"prior": used.prior.tolist(), "bias": used.bias.tolist(), "temperature": used.temperature}
     contents = {"calibration_used": numbers | {"method": used.method}, "forms": forms, "rows_a_forward": size}
-    return chunk_of(size), functools.partial(score_lines, model, doubtful), contents
+    contents |= {"task": options.task.record}
+    return chunk_of(size), functools.partial(score_lines, model, source, doubtful), contents
 
 
 def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     batch.check_one_or_file(flags := vars(args), "features")
-    options = credit_options(flags)
-    one = {"only with --input": [] if args.features is None else ["batch_size"]}
+    one = {"only with --input": [] if args.features is None else ["batch_size", "decimal"]}
     refuse_unused(parser, argv, one | unused_scoring(flags))
+    if args.features is None:
+        batch.check_files(Path(args.input), Path(args.output), args.overwrite)
+    elif not args.features.strip() or any("\ud800" <= sign <= "\udfff" for sign in args.features):
+        raise InputError("--features is empty or not UTF-8 text")
+    ref = resolve(args.model_dir)
+    task = chosen_task([ref], args.task)
+    options = credit_options(flags, task)
     if args.features is not None:
-        if not args.features.strip() or any("\ud800" <= sign <= "\udfff" for sign in args.features):
-            raise InputError("--features is empty or not UTF-8 text")
-        model = CreditModel.load(resolve(args.model_dir), options)
+        model = CreditModel.load(ref, options)
         prompt = model.prompt(args.features, notes := Counter())
-        for doubt in doubts(notes):
+        for doubt in task.doubts(notes):
             print_note(doubt)
         print(json.dumps(model.responses(model.scorer.score([prompt]))[0], indent=2))
         return 0
     doubtful: Counter[str] = Counter()
-    status = batch.answer_file(flags, functools.partial(start, flags, options, doubtful))
+    source = RowsToScore(Path(args.input), Path(args.output), task, args.decimal, args.abstain_below is not None)
+    status = batch.answer_file(flags, functools.partial(start, flags, options, source, doubtful), source)
     if count := sum(gather(doubtful["rows"])):
-        what = "name no feature, have one of another name or a value that could not be read; --features reports which"
-        print_note(f"{count} of the rows scored now {what}")
+        what = "name no feature, have one of another name or a value that could not be read"
+        where = "the column notes" if source.noted else "--features"
+        print_note(f"{count} of the rows scored now {what}; {where} reports which")
     return status
 
 

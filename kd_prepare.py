@@ -23,17 +23,21 @@ from distil.files import InputError, hashed, hold, write_jsonl
 from distil.models import resolve
 from distil.processes import gather, only_one, rank_and_world
 from distil.splits import Provenance, check_note, joined, note_preparation, provenance, recorded, unchanged_preparation
+from distil.tasks import Task, chosen_task, data_task
 from distil.teachers import answers as asking
 from distil.teachers.endpoint import HttpTeacher
 from distil.teachers.gate import checked_rows
 from distil.teachers.local import ModelTeacher
-from distil.teachers.tabular import TABULAR, tabular_rows
+from distil.teachers.tabular import TABULAR, tabular_rows, teacher_name
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
     add = parser.add_argument_group("teacher").add_argument
-    add("--teacher", help=f"base model, model folder, adapter folder, or '{TABULAR}': gradient boosting for CreditMix")
+    add(
+        "--teacher",
+        help=f"base model, model folder, adapter folder, or '{TABULAR}': gradient boosting (texts: TF-IDF)",
+    )
     add("--teacher_url", help="or: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
     add("--teacher_model", help="name of the model there")
     add("--api_key_env", default="OPENAI_API_KEY", help="environment variable with the endpoint's key (%(default)s)")
@@ -44,9 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", help='JSONL with "input" or "prompt", and "output" where a right answer is known')
     add("--src", default="data/creditmix_dataset.json", help=f"raw rows for the {TABULAR} teacher (%(default)s)")
     cli.add_decimal_flag(add)
+    cli.add_task_flag(add)
     add("--output", required=True, help='JSONL to write: {"input", "teacher_output"}, "label_probs" if there are any')
     add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's answers")
-    add("--labels", help="comma-separated, if the answers are labels (default: the gold answers, up to 10 different)")
+    add(
+        "--labels",
+        help="comma-separated, if the answers are labels (default: the task's, or up to 10 gold answers)",
+    )
     add = parser.add_argument_group("answers").add_argument
     add("--rationale", action="store_true", help="label first, then a short reason")
     add("--max_new_tokens", type=int, default=256, help="of an answer (%(default)s)")
@@ -117,27 +125,32 @@ def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     with hold(args.output):
         check_flags(args)
-        prompts, sha256 = None, ""
+        prompts, sha256, task = None, "", chosen_task([], args.task)
         if args.teacher != TABULAR:
-            prompts, sha256 = hashed(args.input, lambda: asking.read_prompts(args.input, args.labels))
+            task = data_task(args.input, args.task)
+            labels = task.labels if task else ()
+            prompts, sha256 = hashed(args.input, lambda: asking.read_prompts(args.input, args.labels, labels))
         cli.refuse_unused(parser, argv, unused_flags(args, prompts is None or bool(prompts.labels)))
-        return write_answers(args, prompts, sha256)
+        return write_answers(args, prompts, sha256, task)
 
 
-def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha256: str) -> int:
+def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha256: str, task: Task | None) -> int:
     """Write the rows and the note of their preparation; return the exit status. prompts: None for TABULAR; sha256: of
-    their file."""
+    their file; task: None for prompts of no label task that is described."""
     if prompts is None:
         only_one("the tabular teacher")
         drawn = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "gold_share")}
-        (prompts, answers), sha256 = hashed(args.src, lambda: tabular_rows(args.src, **drawn, decimal=args.decimal))
-        file, name, origin = None, TABULAR, {}
-        note = drawn | {"source": {"file": args.src, "sha256": sha256}}
+        (prompts, answers), sha256 = hashed(
+            args.src, lambda: tabular_rows(args.src, task, **drawn, decimal=args.decimal)
+        )
+        file, name, origin = None, teacher_name(task), {}
+        note = drawn | {"source": {"file": args.src, "sha256": sha256}, "task": task.record}
         learnt = recorded(args.src, note)
     else:
-        options = asking.teacher_options(vars(args), sha256, labels=prompts.labels)
+        scored = {"label_tokens": task.label_tokens} if task else {}
+        options = asking.teacher_options(vars(args) | scored, sha256, labels=prompts.labels)
         ref = resolve(args.teacher) if args.teacher else None  # it may not change from here on
-        note = unchanged_preparation(args.input, options.input_sha256)
+        note = unchanged_preparation(args.input, options.input_sha256) | ({"task": task.record} if task else {})
         # What an endpoint's model was trained on cannot be seen: evaluation says so.
         unseen = {"file": f"the teacher {args.teacher_model} at {(url := asking.shown_url(args.teacher_url or ''))}"}
         learnt = provenance(args.teacher) if args.teacher else Provenance(url, None, (unseen,), None)
@@ -162,7 +175,7 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
         answers = [file.answers.get(i, {"teacher_output": "", "left_out": "none"}) for i in range(len(turns))]
         if prompts.labels and args.teacher_url and not args.rationale:
             answers = asking.calibrate_answers(answers, prompts, args.calibration)
-    rows, report = checked_rows(prompts, answers, name, args.rationale, args.filter, args.min_confidence)
+    rows, report = checked_rows(prompts, answers, name, args.rationale, args.filter, args.min_confidence, task)
     if not rows:
         raise InputError(f"no row is left (--filter {args.filter})")
     write_jsonl(args.output, rows)

@@ -1,8 +1,9 @@
 """Knowledge distillation (KD): imitate a teacher's answers and, where rows carry them, its label probabilities.
 
-Rows are {"input", "teacher_output"}, optionally with "label_probs": {label: p}. Departures from the textbook: the KL
-term compares teacher and student over the labels' first tokens alone, at the assistant start: no teacher is in memory.
-It is summed over rows and divided by the step's supervised tokens, so it obeys gradient accumulation.
+Rows are {"input", "teacher_output"}, optionally with "label_probs": {label: p}. Departures from the textbook: no
+teacher is in memory. The KL term compares teacher and student where labels part: at the assistant start the labels'
+first tokens, and along a row's answer the tokens that other labels with the same beginning continue with. It is summed
+over rows and divided by the step's supervised tokens, so it obeys gradient accumulation.
 
     python kd_train.py --student smollm2-135m --data data/creditmix_kd.jsonl --save_dir runs/creditmix_kd
 """
@@ -19,7 +20,7 @@ from common import PromptEncoder
 from distil.cli import new_parser, refuse_unused, run_script
 from distil.models import resolve_student
 from distil.runs import claimed
-from distil.training.data import completion_dataset, first_tokens, label_probabilities, load_tokenizer, read_data
+from distil.training.data import completion_dataset, label_probabilities, load_tokenizer, read_data, with_label_nodes
 from distil.training.flags import ABOVE_0, LORA, SHARE, TrainOptions, add_training_flags, train_options, unused
 
 if TYPE_CHECKING:
@@ -50,19 +51,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def distillation_loss_sum(
-    logits: torch.Tensor, batch: dict[str, torch.Tensor], label_ids: list[int], alpha: float, temperature: float
+    logits: torch.Tensor, batch: dict[str, torch.Tensor], alpha: float, temperature: float
 ) -> torch.Tensor:
     """Return (1 - a) CE + a T^2 KL(teacher || student), summed over the batch (Hinton et al. 2015).
     logits: [tokens, vocabulary], float32, and batch["labels"]: [tokens], of the supervised tokens row after row;
-    batch["starts"]: [batch], where among them each row's answer starts: there the KL is taken, once a row;
-    batch["label_probs"]: teacher probabilities [batch, labels]."""
+    batch["nodes"]: [nodes], the ones where labels part (of single-token labels a row's first): each has its KL;
+    batch["child_ids"]: [nodes, children], the token ids that labels continue with there, padded with -1;
+    batch["child_probs"]: [nodes, children], the teacher's probabilities of these tokens."""
     import torch
 
     from distil.training.loss import cross_entropy_sum
 
-    at_start = logits[batch["starts"]][:, label_ids]
-    student = torch.log_softmax(at_start / temperature, dim=-1)
-    teacher = torch.log_softmax(batch["label_probs"].clamp(min=1e-6).log() / temperature, dim=-1)
+    ids = batch["child_ids"]
+
+    def softened(scores: torch.Tensor) -> torch.Tensor:
+        # The lowest number and not -inf: 0 * inf in the KL of the padding would be NaN.
+        scores = (scores / temperature).masked_fill(ids < 0, torch.finfo(scores.dtype).min)
+        return torch.log_softmax(scores, dim=-1)
+
+    student = softened(logits[batch["nodes"][:, None], ids.clamp(min=0)])
+    teacher = softened(batch["child_probs"].clamp(min=1e-6).log())
     divergence = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
     return (1 - alpha) * cross_entropy_sum(logits, batch) + alpha * temperature**2 * divergence
 
@@ -85,9 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         dataset, sizes = completion_dataset(data, "teacher_output", encoder, options.max_length)
         sizes = replace(sizes, label_probs=bool(labels))
         if labels:
-            dataset = dataset.add_column("label_probs", probabilities)
+            dataset = with_label_nodes(dataset, encoder, labels, probabilities)
             values = {"alpha": options.kd_alpha, "temperature": options.kd_temperature}
-            loss_sum = functools.partial(distillation_loss_sum, label_ids=first_tokens(encoder, labels), **values)
+            loss_sum = functools.partial(distillation_loss_sum, **values)
         else:
             text = "no label_probs, so --kd_alpha has no effect: teacher_output is imitated"
             print(f"{data.file}: {text}", file=sys.stderr)

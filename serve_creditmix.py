@@ -1,4 +1,4 @@
-"""Serve CreditMix over HTTP: one base model in memory, the SFT, KD and DPO adapters on top, four endpoints.
+"""Serve a label task over HTTP: one base model in memory, the SFT, KD and DPO adapters on top, four endpoints.
 
 Departures from a plain FastAPI wrapper: requests of all variants are gathered into mixed batches for one worker
 thread, so the event loop never waits for the model; priors come from disk; every error has one JSON shape. Every flag
@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from distil.cli import InputError, new_parser, refuse_unused, run_script, unused_scoring
@@ -22,6 +23,7 @@ from distil.models import DEFAULT_STUDENT
 from distil.processes import only_one
 from distil.serving.engine import VARIANTS, Engine, EngineOptions, default_folder, resolve_variants
 from distil.serving.guard import API_KEY, BODY_SECONDS, MAX_BATCH, is_loopback
+from distil.tasks import TASK_FILE, chosen_task, default_task, read_task
 from distil.workarounds import impatient_protocol
 
 
@@ -31,8 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("models").add_argument
     add("--base", default=DEFAULT_STUDENT, help="base model: hub id, local folder or smollm2-135m (%(default)s)")
     for variant in VARIANTS[1:]:
-        folder = default_folder(variant)
-        add(f"--{variant}", metavar="DIR", default=folder, help=f"adapter of /infer/{variant}, or none (%(default)s)")
+        folder = f"{default_folder(variant, default_task().name)}, or of the task's name"
+        add(f"--{variant}", metavar="DIR", help=f"adapter of /infer/{variant}, or none ({folder})")
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help=f"address to bind; one that others reach needs ${API_KEY} (%(default)s)")
     add("--port", type=int, default=8000, help="(%(default)s)")
@@ -64,7 +66,10 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
         raise InputError(f"--host {args.host} can be reached from other machines: {key}")
     folders = {variant: vars(args)[variant] for variant in VARIANTS[1:]}
     disabled = tuple(variant for variant, folder in folders.items() if folder == "none")
-    scoring, refs = credit_options(vars(args)), resolve_variants(args.base, folders)
+    places = [Path(folder, TASK_FILE) for folder in (*folders.values(), args.base) if folder]
+    tasks = [read_task(path) for path in ([args.task] if args.task else filter(Path.is_file, places))]
+    refs = resolve_variants(args.base, folders, (tasks or [default_task()])[0].name)
+    scoring = credit_options(vars(args), chosen_task(list(refs.values()), args.task))
     return EngineOptions(refs, scoring, disabled, args.gather_ms, args.queue_rows, args.timeout)
 
 
@@ -78,7 +83,8 @@ def build_app(options: EngineOptions, log_features: bool) -> Any:
 
     log_json_lines()
     metrics = Metrics()
-    return create_app(Engine(options, metrics), metrics, log_features, os.environ.get(API_KEY))
+    how = {"task": options.scoring.task, "timeout": options.timeout}
+    return create_app(Engine(options, metrics), metrics, log_features, os.environ.get(API_KEY), **how)
 
 
 def __getattr__(name: str) -> Any:

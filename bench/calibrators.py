@@ -21,13 +21,12 @@ from common import InputError
 from distil.calibration import candidates, choose_method, row_losses
 from distil.cli import new_parser, run_script
 from distil.creditmix.evaluation import EvalOptions, draw_samples
-from distil.creditmix.model import CreditModel
-from distil.creditmix.rows import LABELS, read_creditmix
+from distil.creditmix.model import CreditModel, CreditOptions
+from distil.creditmix.rows import read_rows
 from distil.models import resolve
-from distil.scoring import ScoringOptions
+from distil.tasks import chosen_task
 
 WAYS = ("contextual", "fitted", "lowest", "auto")
-SCORING = ScoringOptions({label: [label] for label in LABELS}, (0.0,) * len(LABELS), "contextual")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,16 +56,19 @@ def changes(
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     refs = [resolve(name) for name in args.model_dir]
-    options = EvalOptions(args.data, "", SCORING, val_per_class=args.val_per_class)
-    rows, _, _ = draw_samples(read_creditmix(args.data)[0], options)
-    answers = np.array([LABELS.index(row.label) for row in rows])
+    task = chosen_task(refs, None)
+    forms, no_bias = {label: [label] for label in task.labels}, (0.0,) * len(task.labels)
+    scoring = CreditOptions(forms, no_bias, "contextual", label_tokens=task.label_tokens, task=task)
+    options = EvalOptions(args.data, "", scoring, val_per_class=args.val_per_class)
+    rows, _, _ = draw_samples(read_rows(args.data, task)[0], options)
+    answers = np.array([task.labels.index(row.label) for row in rows])
     customers = np.array([row.customer for row in rows])
     names = np.unique(customers)
     if not 5 <= min(args.customers) <= max(args.customers) < len(names) or args.repeats < 1:
         raise InputError(f"--customers are at least 5 and less than the {len(names)} drawn; --repeats at least 1")
     output: dict[str, Any] = {}
     for ref in refs:
-        model = CreditModel.load(ref, SCORING)
+        model = CreditModel.load(ref, scoring)
         raw = model.raw_scores([row.features for row in rows], ref.name)
         rng = np.random.default_rng(0)
         output[ref.name] = {}

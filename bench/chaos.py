@@ -42,7 +42,6 @@ LIBRARIES += ("distil.training.loss", "distil.teachers.local", "distil.teachers.
 LIBRARIES += ("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "bitsandbytes", "peft", "openai", "scipy.special")
 LIBRARIES += ("matplotlib.figure", "sklearn.metrics", "sklearn.compose", "sklearn.pipeline", "sklearn.model_selection")
 LIBRARIES += ("pandas", "sklearn.linear_model")
-LABELS = ("Good", "Standard", "Bad")
 JOBS = ("sft", "kd", "dpo", "teacher_url", "teacher", "infer")
 IN_FLIGHT = 4  # --concurrency
 
@@ -164,14 +163,16 @@ def tree(folder: Path) -> dict[str, str]:
 
 def make_jobs(base: str, folder: Path, url: str) -> dict[str, Job]:
     """Write the input files and return the jobs by name. url: of the teacher's endpoint."""
-    from distil.creditmix.rows import creditmix_prompt
+    from distil.tasks import default_task
     from distil.testing import credit_rows
 
+    task = default_task()
+
     raw = [row["question"] for row in credit_rows(customers=600, months=1)]
-    prompts = [creditmix_prompt(question) for question in raw]
-    gold = [LABELS[number % 3] for number in range(len(raw))]
+    prompts = [task.prompt(question) for question in raw]
+    gold = [task.labels[number % 3] for number in range(len(raw))]
     rows = list(zip(prompts, gold, strict=True))
-    shares = [{label: 0.8 if label == right else 0.1 for label in LABELS} for right in gold]
+    shares = [{label: 0.8 if label == right else 0.1 for label in task.labels} for right in gold]
     write_jsonl(folder / "features.jsonl", ({"features": question} for question in raw))
     write_jsonl(folder / "sft.jsonl", ({"input": prompt, "output": right} for prompt, right in rows[:60]))
     kd = ({"input": p, "teacher_output": r, "label_probs": s} for (p, r), s in zip(rows[:60], shares, strict=False))

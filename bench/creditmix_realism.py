@@ -27,10 +27,13 @@ from typing import Any
 
 from common import InputError
 from distil.cli import run_script
-from distil.creditmix.rows import LABELS, UNKNOWN, CreditRow, balanced_sample, parse_features, read_creditmix
+from distil.creditmix.rows import CreditRow, balanced_sample, read_rows
 from distil.creditmix.tabular import tabular_features
-from distil.splits import split_of
+from distil.features import UNKNOWN
+from distil.tasks import default_task
 
+TASK = default_task()
+LABELS = TASK.labels
 METRICS = ("accuracy", "macro_f1", "standard_recall", "nll")
 TRIALS = (("embedded", "real"), ("real", "real"), ("embedded", "embedded"))  # trained on, tested on
 
@@ -42,12 +45,12 @@ def log(text: str) -> None:
 
 def balanced(rows: Sequence[CreditRow], part: str, split_seed: int, most: int | None = None) -> list[CreditRow]:
     """Return equally many rows of each label from one part of the split, at most `most` a label."""
-    mine = [row for row in rows if split_of(row.customer, split_seed) == part]
+    mine = [row for row in rows if TASK.part_of(row.customer, split_seed) == part]
     counts = Counter(row.label for row in mine)
     fewest = min(counts[label] for label in LABELS)
     if not fewest:
         raise InputError(f"split seed {split_seed}: a class has no {part} rows: {dict(counts)}")
-    return balanced_sample(mine, min(fewest, most or fewest), split_seed)
+    return balanced_sample(mine, LABELS, min(fewest, most or fewest), split_seed)
 
 
 def fit(rows: Sequence[CreditRow]) -> Any:
@@ -64,7 +67,7 @@ def fit(rows: Sequence[CreditRow]) -> Any:
         early_stopping=False,  # its inner split is by row and would leak customers
         random_state=0,
     )
-    return model.fit(tabular_features([row.features for row in rows]), [row.label for row in rows])
+    return model.fit(tabular_features([row.features for row in rows], TASK), [row.label for row in rows])
 
 
 def measure(model: Any, rows: Sequence[CreditRow]) -> dict[str, float]:
@@ -72,7 +75,8 @@ def measure(model: Any, rows: Sequence[CreditRow]) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
     truth = [row.label for row in rows]
-    probabilities = model.predict_proba(tabular_features([row.features for row in rows]))  # [N, 3], in classes_ order
+    frame = tabular_features([row.features for row in rows], TASK)
+    probabilities = model.predict_proba(frame)  # [N, 3], in classes_ order
     predicted = model.classes_[probabilities.argmax(axis=1)]
     return {
         "accuracy": float(accuracy_score(truth, predicted)),
@@ -111,9 +115,9 @@ def marginals(rows: Sequence[CreditRow]) -> dict[str, dict[str, float]]:
     """Return for each label its share of the rows and the medians of the numbers, from the cleaned rows."""
     result = {}
     for label in LABELS:
-        fields = [parse_features(row.features) or {} for row in rows if row.label == label]
+        fields = [TASK.parse(row.features) or {} for row in rows if row.label == label]
         result[label] = {"share": len(fields) / len(rows)}
-        for name in ("Age", "Annual Income", "Outstanding Debt", "Credit Utilization Ratio"):
+        for name in (name for name, field in TASK.by_name.items() if field.kind == "number"):
             values = [float(field[name]) for field in fields if field.get(name, UNKNOWN) != UNKNOWN]
             result[label][f"median {name}"] = median(values) if values else float("nan")
     return result
@@ -167,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--val_per_class must be at least 1, got {args.val_per_class}")
     sources, described = {}, {}
     for name, path in (("real", args.real), ("embedded", args.embedded)):
-        rows, notes = read_creditmix(path)
+        rows, notes = read_rows(path, TASK)
         read = len(rows) + sum(count for note, count in notes.items() if "dropped" in note)
         rates = {note: 1000 * count / read for note, count in notes.items()}
         sources[name] = rows

@@ -22,12 +22,14 @@ import dpo_train
 import kd_train
 import sft_train
 from common import LabelScorer, PromptEncoder
-from distil.creditmix.rows import LABELS, creditmix_prompt
 from distil.files import read_json, write_json, write_jsonl
 from distil.idp.decoder import JsonDecoder
 from distil.idp.schema import compile_schema
 from distil.scoring import FastLabelScorer
+from distil.tasks import default_task
 from distil.testing import ROOT, build_tokenizer, load_named, save_adapter, save_random_model
+
+TASK = default_task()
 
 # Largest difference between GPU and CPU: of raw scores (natural log), losses, and LoRA weights relative to the largest
 # change of one. The CPU computes in float32; _bfloat16 is the GPU's default against that.
@@ -58,8 +60,8 @@ def prepare(folder: Path) -> None:
     tokenizer = build_tokenizer()
     save_random_model(folder / "model", tokenizer, "qwen2")
     save_adapter(folder / "adapter", str(folder / "model"))
-    turns = [creditmix_prompt(f"Age: {20 + i}.0, Outstanding Debt: {100 * i * i}.5") for i in range(8)]
-    answers, worse = [LABELS[i % 3] for i in range(8)], [LABELS[(i + 1) % 3] for i in range(8)]
+    turns = [TASK.prompt(f"Age: {20 + i}.0, Outstanding Debt: {100 * i * i}.5") for i in range(8)]
+    answers, worse = [TASK.labels[i % 3] for i in range(8)], [TASK.labels[(i + 1) % 3] for i in range(8)]
     shares = {"Good": 0.5, "Standard": 0.3, "Bad": 0.2}
     rows = list(zip(turns, answers, worse, strict=True))
     write_jsonl(folder / "sft.jsonl", [{"input": turn, "output": good} for turn, good, _ in rows])
@@ -73,7 +75,7 @@ def prepare(folder: Path) -> None:
 def scores(folder: Path, name: str, quantization: str, dtype: str, fast: bool = False) -> list:
     """Return raw scores [rows, labels] of a model in `folder`."""
     model, tokenizer = load_named(str(folder / name), quantization, dtype)
-    turns, forms = read_json(folder / "turns.json"), {label: [label] for label in LABELS}
+    turns, forms = read_json(folder / "turns.json"), {label: [label] for label in TASK.labels}
     encoder = PromptEncoder(tokenizer)
     if fast:
         return FastLabelScorer(model, encoder, forms, batch_size=4, shared_by=turns).raw_scores(turns).tolist()

@@ -23,7 +23,7 @@ from bench.gpu_training import gpu_memory, reset_memory
 from bench.scoring import bare_forward, six_forwards
 from bench.serve import Server, load, one_by_one, random_adapters
 from common import PromptEncoder
-from distil.creditmix.rows import LABELS, creditmix_prompt, read_creditmix
+from distil.creditmix.rows import read_rows
 from distil.files import read_json, read_jsonl
 from distil.idp.decoder import JsonDecoder
 from distil.idp.documents import idp_prompt
@@ -31,7 +31,10 @@ from distil.idp.schema import compile_schema
 from distil.models import LoadOptions
 from distil.scoring import FastLabelScorer
 from distil.serving.engine import VARIANTS
+from distil.tasks import default_task
 from distil.testing import ROOT, load_named
+
+TASK = default_task()
 
 Save = Callable[[dict], None]
 
@@ -49,10 +52,10 @@ def clock(work: Callable[[], Any]) -> float:
 
 def scoring(model_dir: str, rows: int, sizes: list[int], repeats: int, save: Save) -> dict[str, Any]:
     """Return rows a second of rows of different customers, by the base's precision and by batch size."""
-    data, _ = read_creditmix(ROOT / "data/creditmix_dataset.json")
+    data, _ = read_rows(ROOT / "data/creditmix_dataset.json", TASK)
     random.Random(0).shuffle(data)
     one_each = list({row.customer: row for row in data}.values())[:rows]
-    prompts = [creditmix_prompt(row.features) for row in one_each]
+    prompts = [TASK.prompt(row.features) for row in one_each]
     result: dict[str, Any] = {"rows": len(prompts)}
     for quantization in ("nf4", "none"):
         result[quantization] = figures = {}
@@ -65,7 +68,7 @@ def scoring(model_dir: str, rows: int, sizes: list[int], repeats: int, save: Sav
 def score_in(figures: dict[str, Any], loaded: tuple, prompts: list[str], sizes: list[int], repeats: int) -> None:
     """Fill in the figures of one loaded model."""
     model, encoder = loaded[0], PromptEncoder(loaded[1])
-    shared, forms = [creditmix_prompt("Age: 1"), creditmix_prompt("-")], {label: [label] for label in LABELS}
+    shared, forms = [TASK.prompt("Age: 1"), TASK.prompt("-")], {label: [label] for label in TASK.labels}
     ids, few = [encoder.prompt(prompt) for prompt in prompts], prompts[:8]
     figures["mean_tokens"] = round(statistics.mean(map(len, ids)), 1)
     six_forwards(model, encoder, few[:1])  # warm-up
@@ -120,7 +123,7 @@ def serving(model_dir: str, folder: Path, requests: int, clients: int, save: Sav
     reset_memory()
     before = gpu_memory()["in_use_gb"]
     result: dict[str, Any] = {"adapters_seconds": round(time.monotonic() - started, 1), "clients": clients}
-    rows, _ = read_creditmix(ROOT / "data/creditmix_dataset.json")
+    rows, _ = read_rows(ROOT / "data/creditmix_dataset.json", TASK)
     jobs = [(VARIANTS[i % 4], rows[i].features) for i in range(requests)]
     started = time.monotonic()
     server = Server(model_dir, LoadOptions("nf4", "auto"), "auto", folder, VARIANTS)

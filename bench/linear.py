@@ -22,9 +22,10 @@ from pathlib import Path
 from bench.report import report
 from common import InputError
 from distil.cli import new_parser, run_script
-from distil.creditmix.rows import read_creditmix
+from distil.creditmix.rows import read_rows
 from distil.files import write_jsonl
-from distil.models import adapter_config
+from distil.models import adapter_config, resolve
+from distil.tasks import chosen_task
 from distil.testing import load_named
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if not 1 < args.few < args.many:
         raise InputError("--few is above 1 and below --many")
-    features = [row.features for row in read_creditmix(args.data)[0]]
+    task = chosen_task([resolve(args.model_dir)], None)
+    features = [row.features for row in read_rows(args.data, task)[0]]
     if args.layers is not None and args.layers < 1:
         raise InputError(f"--layers {args.layers}: at least 1")
     if args.layers and adapter_config(args.model_dir):

@@ -19,10 +19,15 @@ from distil.calibration import fit_calibration, fit_shares, uncalibrated
 from distil.cli import new_parser, run_script
 from distil.creditmix.evaluation import EvalOptions, draw_samples
 from distil.creditmix.metrics import ROW_BY_ROW, MeasureOptions, add_differences, measure
-from distil.creditmix.rows import LABELS, creditmix_prompt, null_prompts, read_creditmix
+from distil.creditmix.model import CreditOptions
+from distil.creditmix.rows import read_rows
 from distil.files import write_json
-from distil.scoring import FastLabelScorer, ScoringOptions
+from distil.scoring import FastLabelScorer
+from distil.tasks import default_task
 from distil.testing import load_named
+
+TASK = default_task()
+LABELS = TASK.labels
 
 # Words that a model may mean Standard by, each of which starts with another token.
 FORMS = {"Good": ["Good"], "Standard": ["Standard", "Average", "Typical"], "Bad": ["Bad"]}
@@ -43,8 +48,7 @@ def form_scores(model_dir: str, texts: dict[str, list[str]]) -> dict[str, np.nda
     """Return {name: mean log-probabilities [rows, forms] of every surface form after each prompt}."""
     model, tokenizer = load_named(model_dir)
     words = {word: [word] for forms in FORMS.values() for word in forms}
-    shared = [creditmix_prompt("Age: 1"), creditmix_prompt("-")]
-    scorer = FastLabelScorer(model, PromptEncoder(tokenizer), words, shared_by=shared)
+    scorer = FastLabelScorer(model, PromptEncoder(tokenizer), words, shared_by=TASK.shared_turns)
     return {name: scorer.raw_scores(turns, f"{model_dir} {name}") for name, turns in texts.items()}
 
 
@@ -108,26 +112,26 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.val_per_class < 1 or args.fit_per_class < 1:
         raise InputError("--val_per_class and --fit_per_class are at least 1")
-    scoring = ScoringOptions({label: [label] for label in LABELS}, (0.0,) * len(LABELS))
+    scoring = CreditOptions({label: [label] for label in LABELS}, (0.0,) * len(LABELS))
     counts = {"val_per_class": args.val_per_class, "fit_per_class": args.fit_per_class}
     options = EvalOptions(args.data, "", scoring, fit=True, **counts)
-    rows, calibration_rows, _ = draw_samples(read_creditmix(args.data)[0], options)
+    rows, calibration_rows, _ = draw_samples(read_rows(args.data, TASK)[0], options)
     answers = np.array([LABELS.index(row.label) for row in calibration_rows])
     texts = {
-        "calibration": [creditmix_prompt(row.features) for row in calibration_rows],
-        "validation": [creditmix_prompt(row.features) for row in rows],
-        "null prompts": null_prompts(),
+        "calibration": [TASK.prompt(row.features) for row in calibration_rows],
+        "validation": [TASK.prompt(row.features) for row in rows],
+        "null prompts": TASK.null_prompts(),
     }
     output: dict[str, Any] = {}
     for model_dir in args.model_dir:
         probabilities = remedies(form_scores(model_dir, texts), answers)
-        results = [measure(rows, p, MeasureOptions()) | {"model": name} for name, p in probabilities.items()]
+        results = [measure(rows, p, LABELS, MeasureOptions()) | {"model": name} for name, p in probabilities.items()]
         fitted = probabilities["bias and temperature"]
         shares = fitted * np.array(FIELD)
         shares /= shares.sum(axis=1, keepdims=True)  # as distil.calibration.with_shares, on probabilities
         field = MeasureOptions(class_shares=FIELD)
-        in_field = [measure(rows, fitted, field) | {"model": "fitted, shares unknown"}]
-        in_field.append(measure(rows, shares, field) | {"model": "fitted, --class_shares"})
+        in_field = [measure(rows, fitted, LABELS, field) | {"model": "fitted, shares unknown"}]
+        in_field.append(measure(rows, shares, LABELS, field) | {"model": "fitted, --class_shares"})
         print(f"\n{model_dir}, {len(rows)} validation rows, fitted on {len(answers)}; above: paired, 95 % intervals")
         print_table(results)
         print(f"with class proportions {dict(zip(LABELS, FIELD, strict=True))}")

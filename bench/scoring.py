@@ -40,11 +40,14 @@ import numpy as np
 from bench.report import report
 from common import InputError, PromptEncoder, dtype_name
 from distil.cli import run_script
-from distil.creditmix.rows import LABELS, creditmix_prompt, read_creditmix
+from distil.creditmix.rows import read_rows
 from distil.files import cache_dir, write_jsonl
 from distil.models import adapter_config, local_or_hub
 from distil.scoring import FastLabelScorer
+from distil.tasks import default_task
 from distil.testing import load_named
+
+TASK = default_task()
 
 ROOT = Path(__file__).resolve().parents[1]
 LM_EVAL = "0.4.13"
@@ -96,10 +99,10 @@ def six_forwards(model, encoder: PromptEncoder, prompts: list[str]) -> np.ndarra
     """Return scores [rows, labels]: the better of a label with and without a leading space, one forward each."""
     import torch
 
-    scores = np.empty((len(prompts), len(LABELS)))
+    scores = np.empty((len(prompts), len(TASK.labels)))
     for i, prompt in enumerate(prompts):
         ids = encoder.prompt(prompt)
-        for j, label in enumerate(LABELS):
+        for j, label in enumerate(TASK.labels):
             variants = []
             for word in (label, f" {label}"):
                 tokens = encoder.tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -150,7 +153,7 @@ def harness(setup: Setup, texts: list[str], quantization: str, threads: int) -> 
         rows = Path(folder) / "rows.jsonl"
         write_jsonl(rows, [{"prompt": text} for text in texts])
         command = [lm_eval_python(), str(ROOT / "bench/lm_harness.py"), str(rows), local_or_hub(setup.model_dir)]
-        command += ["--labels", *LABELS, "--dtype", setup.compute_dtype, "--quantization", quantization]
+        command += ["--labels", *TASK.labels, "--dtype", setup.compute_dtype, "--quantization", quantization]
         command += ["--batch_size", str(setup.batch_size), "--threads", str(threads)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
@@ -190,8 +193,10 @@ def measure(setup: Setup, prompts: list[str], in_file: list[str], quantization: 
 
     model, tokenizer = load_named(setup.model_dir, quantization, setup.compute_dtype)
     encoder = PromptEncoder(tokenizer)
-    shared = [creditmix_prompt("Age: 1"), creditmix_prompt("-")]
-    scorer = FastLabelScorer(model, encoder, {label: [label] for label in LABELS}, "max", setup.batch_size, shared)
+    shared = [TASK.prompt("Age: 1"), TASK.prompt("-")]
+    scorer = FastLabelScorer(
+        model, encoder, {label: [label] for label in TASK.labels}, "max", setup.batch_size, shared
+    )
     ids = [encoder.prompt(prompt) for prompt in prompts]
     unshared = [row[len(scorer.prefix) :] for row in ids]
     few = prompts[:: 4 if len(prompts) >= 16 else 1]
@@ -248,11 +253,11 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     setup = Setup(args.model_dir, dtype_name(args.compute_dtype), args.batch_size, repeats, not args.no_lm_eval)
-    data, _ = read_creditmix(args.data)
-    in_file = [creditmix_prompt(row.features) for row in data[:rows]]
+    data, _ = read_rows(args.data, TASK)
+    in_file = [TASK.prompt(row.features) for row in data[:rows]]
     random.Random(0).shuffle(data)
     one_each = list({row.customer: row for row in data}.values())
-    prompts = [creditmix_prompt(row.features) for row in one_each[:rows]]
+    prompts = [TASK.prompt(row.features) for row in one_each[:rows]]
     result = {"model_dir": setup.model_dir, "quantization": quantizations, "compute_dtype": setup.compute_dtype}
     result |= {"repeats": repeats, "rows": len(prompts), "threads": torch.get_num_threads()}
     for quantization in dict.fromkeys(quantizations):

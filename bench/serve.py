@@ -26,11 +26,11 @@ import numpy as np
 from bench.report import report
 from common import lora_config
 from distil.cli import run_script
-from distil.creditmix.model import CreditModel
-from distil.creditmix.rows import LABELS, creditmix_prompt, read_creditmix
+from distil.creditmix.model import CreditModel, CreditOptions
+from distil.creditmix.rows import read_rows
 from distil.models import LoadOptions, resolve
-from distil.scoring import ScoringOptions
 from distil.serving.engine import VARIANTS
+from distil.tasks import default_task
 from distil.testing import load_named
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,7 +192,7 @@ def bare_forwards(model: CreditModel, texts: list[str]) -> list[float]:
 
     network, encoder, seconds = model.scorer.model, model.scorer.encoder, []
     for text in texts:
-        ids = torch.tensor([encoder.prompt(creditmix_prompt(text))], device=network.device)
+        ids = torch.tensor([encoder.prompt(model.task.prompt(text))], device=network.device)
         start = time.perf_counter()
         with torch.inference_mode():
             network(input_ids=ids, logits_to_keep=1, use_cache=False).logits.cpu()  # waits for a GPU
@@ -214,7 +214,7 @@ def compare_answers(answers: list[dict], expected: list[dict]) -> dict[str, floa
     pairs = list(zip(answers, expected, strict=True))
     same = np.array([answer["prediction"] == offline["prediction"] for answer, offline in pairs])
     clear = np.array([offline["top2_margin"] > 0.1 for offline in expected])
-    gaps = [abs(a["raw_scores"][label] - e["raw_scores"][label]) for a, e in pairs for label in LABELS]
+    gaps = [abs(a["raw_scores"][label] - raw) for a, e in pairs for label, raw in e["raw_scores"].items()]
     return {
         "label_agreement": round(float(same.mean()), 4),
         "label_agreement_margin_above_0.1": round(float(same[clear].mean()), 4),
@@ -227,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     requests = min(args.requests, 320) if args.quick else args.requests
     import torch
 
-    rows, _ = read_creditmix(args.data)
+    task = default_task()
+    rows, _ = read_rows(args.data, task)
     texts = [row.features for row in rows[: (requests + 3) // 4]]
     jobs = [(VARIANTS[i % 4], texts[i // 4]) for i in range(requests)]
     load_options = LoadOptions(args.quantization, args.compute_dtype)
@@ -249,9 +250,9 @@ def main(argv: list[str] | None = None) -> int:
         server = start_server(VARIANTS)  # now with priors on disk
         times = asyncio.run(one_by_one(server.port, [("sft", text) for text in texts[:10]]))
         result["first_vs_tenth_request"] = round(times[0] / times[9], 3)
-        options = ScoringOptions(
-            forms={label: [label] for label in LABELS},
-            bias=(0.0,) * len(LABELS),
+        options = CreditOptions(
+            forms={label: [label] for label in task.labels},
+            bias=(0.0,) * len(task.labels),
             calibration=args.calibration,
             load=load_options,
         )

@@ -27,10 +27,12 @@ from pathlib import Path
 from bench.report import report
 from common import InputError, PromptEncoder, dtype_name, lora_config
 from distil.cli import new_parser, run_script
-from distil.creditmix.rows import LABELS, creditmix_prompt, read_creditmix
+from distil.creditmix.rows import read_rows
 from distil.files import write_jsonl
 from distil.models import local_or_hub
+from distil.tasks import default_task
 
+TASK = default_task()
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE = {"sft": 1e-3, "dpo": 1e-4}  # the recipe for small students
 LOG_EVERY = 10  # steps; our trainers log the first step and then as often as this
@@ -75,9 +77,9 @@ def write_data(rows: list, encoder: PromptEncoder, folder: Path) -> None:
     ours: dict[str, list[dict]] = {"sft": [], "dpo": []}
     theirs: dict[str, list[dict]] = {"sft": [], "dpo": []}
     for row in rows:
-        prompt = creditmix_prompt(row.features)
+        prompt = TASK.prompt(row.features)
         text = encoder._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        wrong = LABELS[(LABELS.index(row.label) + 1) % len(LABELS)]
+        wrong = TASK.labels[(TASK.labels.index(row.label) + 1) % len(TASK.labels)]
         joint = encoder.tokenizer(text + row.label + encoder.end_of_turn, add_special_tokens=False)["input_ids"]
         if joint != encoder.prompt(prompt) + encoder.completion(row.label):
             raise InputError(f"TRL's tokens are not ours for {prompt[:60]!r}; compare with another model")
@@ -179,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     batch, dtype = (args.batch_size, args.grad_accum), dtype_name(args.compute_dtype)
     setup = Setup(args.student, args.quantization, dtype, steps, *batch, args.seed)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(local_or_hub(args.student)))
-    rows = read_creditmix(args.data)[0][: steps * args.batch_size * args.grad_accum]
+    rows = read_rows(args.data, TASK)[0][: steps * args.batch_size * args.grad_accum]
     result = asdict(setup) | {"repeats": repeats, "threads": torch.get_num_threads()}
     curves = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,5 +1,5 @@
-"""JSONL in, JSONL out, resumable: one output line per input line for the infer scripts, answers as they come for the
-scripts that ask a model for training data.
+"""Files answered row by row, resumable: one output line per input line for the infer scripts (JSONL, or what
+`answer_file` is given rows of), answers as they come for the scripts that ask a model for training data.
 
 Results go to <output>.part, which is renamed at the end; an interrupted run resumes from it if input, model and flags
 are the same. Of several processes each writes one stretch of the lines into its own .part file; the first joins them.
@@ -25,7 +25,7 @@ from distil.models import ModelRef, check_unchanged, model_fingerprint, resolve
 from distil.processes import gather, only_one, own_share, rank_and_world
 from distil.runs import conditions
 
-Work = Callable[[list[str]], list[dict]]  # the output object of each input line, in order
+Work = Callable[[list[Any]], list[dict]]  # the output object of each row, in order; JSONL: of each line
 
 
 def add_file_flags(add: Callable, source: str, output: str) -> None:
@@ -45,19 +45,48 @@ def check_one_or_file(flags: Mapping[str, Any], one: str) -> None:
         only_one(f"--{one}")
 
 
-def answer_file(flags: Mapping[str, Any], start: Callable[[ModelRef], tuple[int, Work, dict[str, Any]]]) -> int:
-    """Answer the lines of --input into --output, which no other run can write meanwhile; return the exit status.
-    start(model): loads it and returns lines between two writes, the work on them, and contents that decide answers and
-    that flags only refer to, such as a schema's. Raises InputError."""
+class Lines:
+    """The lines of a JSONL file as `answer_file` takes rows, answered by JSONL."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def open(self) -> None:
+        """Raise InputError where the file has no lines to answer."""
+        if self.path.suffix.lower() == ".csv":
+            raise InputError(f"{self.path}: JSONL is needed, one object a line")
+        if next(_lines(self.path), None) is None:
+            raise InputError(f"{self.path}: empty")
+
+    def __iter__(self) -> Iterator[Any]:
+        return _lines(self.path)
+
+    def finish(self, part: Path, output: Path) -> None:
+        """Make the output of the .part file, which has the answers of all rows."""
+        part.replace(output)
+
+
+def answer_file(
+    flags: Mapping[str, Any], start: Callable[[ModelRef], tuple[int, Work, dict[str, Any]]], rows: Lines | None = None
+) -> int:
+    """Answer the rows of --input (default: its lines) into --output, which no other run can write meanwhile; return
+    the exit status. start(model): loads it and returns rows between two writes, the work on them, and contents that
+    decide answers and that flags only refer to, such as a schema's. Raises InputError."""
     source, output = Path(flags["input"]), Path(flags["output"])
+    rows = rows or Lines(source)
     with hold(output):
         check_files(source, output, flags["overwrite"])
+        if flags["overwrite"]:
+            _part(output).unlink(missing_ok=True)
+        state = file_state(source)
+        rows.open()
         ref = resolve(flags["model_dir"])
         chunk, work, contents = start(ref)
         settings = {name: value for name, value in flags.items() if name not in ("overwrite", "debug")}
         settings |= {"model": model_fingerprint(ref)} | contents | conditions(flags["compute_dtype"])
         check_unchanged(ref)
-        return 1 if run_file(source, output, settings, chunk, work) else 0
+        _check_same(source, state)
+        return 1 if run_file(source, output, settings, chunk, work, rows) else 0
 
 
 def interrupted(output: Path) -> dict[str, Any]:
@@ -71,20 +100,31 @@ def failed_line(row: dict, code: str, message: str) -> dict:
     return {**row, "error": {"code": code, "message": message}}
 
 
-def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
-    """Return (object, text of the first of `fields` that it has), or (object with its error, None)."""
+def parse_object(line: str) -> tuple[dict, bool]:
+    """Return (object, whether the line is one), without an "error" of before; else the error of this line is in it."""
     if not line.strip():
-        return failed_line({}, "not_json", "the line is empty"), None
+        return failed_line({}, "not_json", "the line is empty"), False
     if any("\ud800" <= sign <= "\udfff" for sign in line):  # what `_lines` makes of bytes that are not UTF-8
-        return failed_line({}, "not_utf8", "the line is not UTF-8 text"), None
+        return failed_line({}, "not_utf8", "the line is not UTF-8 text"), False
     try:
         row = parse_json(line)
     except ValueError as error:
         reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
-        return failed_line({}, "not_json", f"the line is not JSON: {reason}"[:300]), None
+        return failed_line({}, "not_json", f"the line is not JSON: {reason}"[:300]), False
     if not isinstance(row, dict):
-        return failed_line({}, "not_an_object", f"an object is needed, found {type(row).__name__}"), None
+        return failed_line({}, "not_an_object", f"an object is needed, found {type(row).__name__}"), False
     row.pop("error", None)  # of an earlier run, whose error lines were corrected
+    return row, True
+
+
+def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
+    """Return (object, text of the first of `fields` that it has), or (object with its error, None)."""
+    row, good = parse_object(line)
+    return named_text(row, fields) if good else (row, None)
+
+
+def named_text(row: dict, fields: Sequence[str]) -> tuple[dict, str | None]:
+    """Return (row, text of the first of `fields` that it has), or (row with its error, None)."""
     text = next((row[field] for field in fields if field in row), None)
     if not isinstance(text, str) or not text.strip():
         wanted = f'"{fields[0]}"' + "".join(f' (or "{other}")' for other in fields[1:])
@@ -93,18 +133,12 @@ def parse_line(line: str, fields: Sequence[str]) -> tuple[dict, str | None]:
 
 
 def check_files(source: Path, output: Path, overwrite: bool) -> None:
-    """Raise InputError for a missing or empty input, or an existing output; with `overwrite` forget an old run."""
+    """Raise InputError for a missing input, or an existing output without `overwrite`."""
     if not source.is_file():
         raise InputError(f"{source}: no such file")
-    if source.suffix.lower() == ".csv":
-        raise InputError(f"{source}: JSONL is needed, one object a line (the server's page takes CSV files)")
     if output.exists() and output.samefile(source):
         raise InputError(f"{output}: is the --input; choose another --output")
     check_output(output, overwrite)
-    if overwrite:
-        _part(output).unlink(missing_ok=True)
-    if next(_lines(source), None) is None:
-        raise InputError(f"{source}: empty")
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -118,28 +152,30 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output}: exists; --overwrite replaces it")
 
 
-def run_file(source: Path, output: Path, settings: dict[str, Any], chunk: int, work: Work) -> int:
-    """Write work(lines) of each `chunk` lines; return how many carry an "error" (in the first process: of all lines).
-    settings: all that decides the results but the input. Raises InputError where they or the input have changed."""
+def run_file(
+    source: Path, output: Path, settings: dict[str, Any], chunk: int, work: Work, rows: Lines | None = None
+) -> int:
+    """Write work(rows) of each `chunk` rows; return how many carry an "error" (in the first process: of all rows).
+    settings: all that decides the results but the input. rows: of the source, by default its lines. Raises InputError
+    where settings or input have changed."""
     from tqdm import tqdm
 
-    part, state = _part(output), file_state(source)
-    total = sum(1 for _ in _lines(source))
+    part, state, rows = _part(output), file_state(source), rows or Lines(source)
+    total = sum(1 for _ in rows)
     mine = own_share(total)
     settings = settings | {"chunk": chunk, "input_sha256": file_sha256(source)}
     with _alone(part) as out:
         if done := _resume_point(part, settings, together=chunk):
             print(f"{part}: resuming after {done} rows", file=sys.stderr)
         failed = sum('"error"' in line and "error" in json.loads(line) for line in _lines(part)) if done else 0
-        rest = islice(_lines(source), mine.start + done, mine.stop)
+        rest = islice(rows, mine.start + done, mine.stop)
         with tqdm(total=len(mine), initial=done, unit="row", file=sys.stderr) as bar:
-            while lines := list(islice(rest, chunk)):
-                rows = work(lines)
-                if file_state(source) != state:
-                    raise InputError(f"{source}: changed while it was read; --overwrite starts again")
-                failed += sum("error" in row for row in rows)
-                _append(out, rows)
-                bar.update(len(lines))
+            while asked := list(islice(rest, chunk)):
+                answers = work(asked)
+                _check_same(source, state)
+                failed += sum("error" in answer for answer in answers)
+                _append(out, answers)
+                bar.update(len(asked))
     failed = sum(gather(failed))
     rank, world = rank_and_world()
     if rank == 0:
@@ -149,11 +185,18 @@ def run_file(source: Path, output: Path, settings: dict[str, Any], chunk: int, w
                 for i in range(world):
                     with open(_part(output, i, world), "rb") as lines:
                         shutil.copyfileobj(lines, out)
-        part.replace(output)
+        rows.finish(part, output)
+        part.unlink(missing_ok=True)
         _remove_parts(output)
         if failed:
             print(f"{output}: {failed} of {total} lines carry an error", file=sys.stderr)
     return failed
+
+
+def _check_same(source: Path, state: tuple[int, ...]) -> None:
+    """Raise InputError where the source has another `file_state` than before."""
+    if file_state(source) != state:
+        raise InputError(f"{source}: changed while it was read; --overwrite starts again")
 
 
 @contextlib.contextmanager

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+FEW_LABELS = 3  # up to which biases are fitted freely
+BIAS_PENALTY = 1.0  # of squared biases, in nats: as if they were drawn from a normal distribution of variance 1/2
+
+
 def uncalibrated(labels: int) -> Calibration:
     """Return the calibration 'none' for this number of labels."""
     import numpy as np
@@ -34,12 +38,16 @@ def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> 
     """Return bias per label and temperature with the lowest NLL of the right answers.
     raw: [N, labels]; prior: [labels]; answers: [N] label indices. Convex in (bias / T, 1 / T), so the start does not
     matter; the biases are centred, since a common shift changes nothing. Temperatures stay within 1/20 to 20 and
-    biases within 50, for rows that a model answers all right or all alike. Source: Guo et al. 2017, with biases."""
+    biases within 50, for rows that a model answers all right or all alike. Of more than FEW_LABELS the biases are
+    shrunk. Source: Guo et al. 2017, with biases."""
     import numpy as np
     from scipy.optimize import minimize
     from scipy.special import log_softmax
 
     centred = raw - prior
+    if raw.shape[1] > FEW_LABELS:
+        bias, temperature = _shrunk_fit(centred, answers)
+        return Calibration("fitted", prior, bias, temperature)
 
     def loss(parameters: np.ndarray) -> float:
         logits = centred * np.exp(parameters[0]) + np.append(parameters[1:], 0.0)
@@ -50,6 +58,31 @@ def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> 
     temperature = float(np.exp(-best[0]))
     bias = np.append(best[1:], 0.0) * temperature
     return Calibration("fitted", prior, bias - bias.mean(), temperature)
+
+
+def _shrunk_fit(centred: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return (biases [labels], temperature) of the lowest NLL with BIAS_PENALTY, for scores [N, labels] less a prior.
+    Free biases learn the noise: 77 of them on 971 rows raised the NLL of other rows from 0.415 to 0.464 where none
+    were needed, shrunk ones lowered it to 0.413, and still took most of what systematic biases cost."""
+    import numpy as np
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax
+
+    rows, truth = len(answers), np.eye(centred.shape[1])[answers]
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        slope, bias = np.exp(parameters[0]), parameters[1:]
+        log_probs = log_softmax(centred * slope + bias, axis=1)
+        excess = np.exp(log_probs) - truth
+        total = -log_probs[np.arange(rows), answers].sum() + BIAS_PENALTY * (bias**2).sum()
+        gradient = np.append((excess * centred).sum() * slope, excess.sum(axis=0) + 2 * BIAS_PENALTY * bias)
+        return total / rows, gradient / rows
+
+    bounds = [(-np.log(20), np.log(20)), *[(-50, 50)] * centred.shape[1]]
+    how = {"jac": True, "method": "L-BFGS-B", "bounds": bounds, "options": {"ftol": 1e-12, "maxiter": 1000}}
+    best = minimize(loss, np.zeros(centred.shape[1] + 1), **how).x
+    temperature = float(np.exp(-best[0]))
+    return (best[1:] - best[1:].mean()) * temperature, temperature
 
 
 def fit_shares(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> Calibration:
@@ -120,12 +153,14 @@ def candidates(
     priors = {"contextual": contextual, "batch": raw.mean(axis=0)}
     methods = {"none": none} | {name: replace(none, method=name, prior=prior) for name, prior in priors.items()}
     losses = {name: row_losses(c.probabilities(raw), answers) for name, c in methods.items()}
-    methods["fitted"] = fit(raw, contextual, answers)
+    # Shrunk biases stay near what they start from: for a trained model the contextual prior may be far off.
+    start = contextual if len(contextual) <= FEW_LABELS else methods[min(losses, key=lambda x: losses[x].mean())].prior
+    methods["fitted"] = fit(raw, start, answers)
     if (methods["fitted"].scores(raw).argmax(axis=1) == answers).all():
         fix = "--calibration auto takes another method"
         print_note(f"a fit gets all {len(raw)} rows right: its temperature is arbitrary; {fix}")
         return methods, losses
-    losses["fitted"] = row_losses(cross_fitted_probabilities(raw, contextual, answers, customers, fit), answers)
+    losses["fitted"] = row_losses(cross_fitted_probabilities(raw, start, answers, customers, fit), answers)
     return methods, losses
 
 

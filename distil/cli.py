@@ -110,6 +110,12 @@ def add_decimal_flag(add: Callable) -> None:
     add("--decimal", choices=(".", ","), help=text)
 
 
+def add_task_flag(add: Callable) -> None:
+    """Add --task, for scripts that read raw rows or score them."""
+    text = "JSON file that describes the label task (default: the model's own, else data/creditmix_task.json)"
+    add("--task", metavar="FILE", help=text)
+
+
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every script that loads a model to use it; `loading_options` reads them."""
     add = parser.add_argument_group("model loading").add_argument

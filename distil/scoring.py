@@ -1,9 +1,9 @@
 """Score labels fast: the same numbers as common.LabelScorer, with work that rows share done once.
 
 Departures from the plain driver: the beginning that all prompts share is run once and its key/value cache reused; rows
-of a batch that begin alike (those of one customer do) run that beginning once; rows of several adapters go through one
-forward (PEFT's mixed batches); the batch size can be searched for; priors are cached on disk. Each scorer compares
-itself with the model's own logits first, and where they differ it scores by these, as the plain driver does.
+of a batch that begin alike (those of one customer do) run that beginning once; labels of several tokens run in one
+forward (distil/trie.py), as do rows of several adapters (PEFT's mixed batches); the batch size can be searched for;
+priors are cached on disk. Each scorer first compares itself with the model's own logits, and uses them if they differ.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import InputError, LabelScorer, PromptEncoder, dtype_name, form_scores, right_padded, token_log_probs
+from common import InputError, PromptEncoder, dtype_name, right_padded, token_log_probs
 from distil.files import cache_dir, read_json, write_json
 from distil.models import LoadOptions
 from distil.processes import print_note
 from distil.support import TAKE, context_length
+from distil.trie import TreeScorer, Trie
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +54,7 @@ class ScoringOptions:
     aggregate: str = "max"
     batch_size: int | str = 32
     load: LoadOptions = field(default_factory=LoadOptions)
+    label_tokens: str = "all"
 
     @property
     def labels(self) -> list[str]:
@@ -62,8 +64,8 @@ class ScoringOptions:
     def raw_settings(self) -> dict[str, Any]:
         """Return what decides raw scores and priors besides the model: a calibration fits no other settings."""
         settings = {"forms": self.forms, "aggregate": self.aggregate, "null_prompts": self.null_prompts}
-        dtype = dtype_name(self.load.compute_dtype)
-        return settings | {"quantization": self.load.quantization, "compute_dtype": dtype}
+        settings |= {"quantization": self.load.quantization, "compute_dtype": dtype_name(self.load.compute_dtype)}
+        return settings | {"label_tokens": None if self.label_tokens == "all" else self.label_tokens}  # of old ones
 
 
 def read_verbalizers(path: str | Path | None, labels: Sequence[str]) -> dict[str, list[str]]:
@@ -88,7 +90,7 @@ def common_beginning(rows: Sequence[list[int]]) -> list[int]:
     return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))]
 
 
-class FastLabelScorer(LabelScorer):
+class FastLabelScorer(TreeScorer):
     """`common.LabelScorer` with shared beginnings, mixed adapters and a search for the batch size.
 
     batch_size: rows a forward; 'auto' finds the fastest in the first call with 256 rows, and is 32 before.
@@ -104,10 +106,11 @@ class FastLabelScorer(LabelScorer):
         batch_size: int | str = 32,
         shared_by: Sequence[str] = (),
         adapters: Sequence[str] = (),
+        label_tokens: str = "all",
     ):
         import torch
 
-        super().__init__(model, encoder, forms, aggregate, batch_size)
+        super().__init__(model, encoder, forms, aggregate, batch_size, label_tokens)
         self.context = context_length(self.body.config.get_text_config())
         self.prefix = common_beginning([encoder.prompt(turn) for turn in shared_by]) if shared_by else []
         self._prefix_caches: dict[str | None, list[tuple[Any, Any]]] = {}
@@ -150,8 +153,10 @@ class FastLabelScorer(LabelScorer):
         self.prefix = self.prefix if self._shares else []
         with contextlib.suppress(RuntimeError):  # where what stands before the head also changes the width
             gap = np.abs(self.log_probs(rows, [first] * len(rows), names)[:, 0] - own).max()
-            if not plain and not gap > limit:
-                return  # also with NaN, which `joined` reports
+            if not plain and not gap > limit:  # also with NaN, which `joined` reports
+                if not self.check_tree(rows, limit, adapters=names):
+                    _print_once(f"this {kind} model takes a forward for each label of several tokens, which is slower")
+                return
         self.plain, self._shares, self.prefix = True, False, []
         alone = [self.log_probs([row], [first], [name])[0, 0] for row, name in zip(rows, names, strict=True)]
         together = self.log_probs(rows, [first] * len(rows), names)[:, 0]
@@ -184,8 +189,8 @@ class FastLabelScorer(LabelScorer):
         return self.joined(scores)
 
     def _score_batch(self, rows: list[list[int]], adapters: list[str | None]) -> np.ndarray:
-        """Return mean log-probabilities [rows, forms]."""
-        return form_scores(functools.partial(self.log_probs, adapters=adapters), rows, self.form_ids)
+        """Return scores [rows, forms]."""
+        return self.form_scores(rows, adapters=adapters)
 
     def log_probs(self, rows: list[list[int]], targets: list, adapters: Adapters = ()) -> np.ndarray:
         """Return log-probabilities [rows, positions, k] as `LabelScorer.log_probs`, by the way that `_check` chose."""
@@ -257,8 +262,8 @@ class FastLabelScorer(LabelScorer):
                 best, fewest = length, tokens
         return best, int(fewest) if best > start else alone
 
-    def hidden(self, rows: list[list[int]], positions: int, adapters: list[str | None]) -> torch.Tensor:
-        """Return final hidden states [rows, positions, hidden] of the last `positions` tokens of each row."""
+    def hidden(self, rows: list, positions: int, adapters: list, trie: Trie | None = None) -> torch.Tensor:
+        """Return final hidden states [rows, positions, hidden] of the last tokens of each row, then of the nodes."""
         import torch
 
         start = len(self.prefix)
@@ -274,7 +279,7 @@ class FastLabelScorer(LabelScorer):
             _, cache = self._forward([list(ids) for _, ids in stems], start, before, names, 1)
             index = torch.tensor([stems.index(key) for key in keys], device=self.device)
             layers = [[layer.keys[index], layer.values[index]] for layer in cache.layers]
-        return self._forward(rows, length, layers, adapters, positions)[0]
+        return self._forward(rows, length, layers, adapters, positions, trie)[0]
 
     def _prefix_layers(self, adapters: list[str | None]) -> list[list[torch.Tensor]]:
         """Return keys and values of the shared beginning for rows of these adapters, layer by layer."""
@@ -286,17 +291,20 @@ class FastLabelScorer(LabelScorer):
         return [[torch.cat(parts) for parts in zip(*layer, strict=True)] for layer in zip(*caches, strict=True)]
 
     def _forward(
-        self, rows: list[list[int]], start: int, layers: list | None, adapters: Adapters, positions: int
+        self, rows: list, start: int, layers: list | None, adapters: Adapters, positions: int, trie: Trie | None = None
     ) -> tuple[torch.Tensor, Any]:
-        """Return hidden states [rows, positions, hidden] of each row's last positions, and the cache.
+        """Return hidden states [rows, positions, hidden] of each row's last positions, then of nodes, and the cache.
         layers: keys and values of the first `start` tokens, which are not run; None for no cache."""
         from transformers import DynamicCache
 
         rows = [row[start:] for row in rows]
         ids, last = right_padded(rows, positions, self.encoder.tokenizer.pad_token_id, self.device)
+        inputs = {"input_ids": ids}
+        if trie:
+            inputs, last = trie.inputs(ids, last, start, self.body.dtype)
         cache = DynamicCache([tuple(layer) for layer in layers] or None) if layers is not None else None
         with self._using(adapters):
-            output = self.body(input_ids=ids, cache=cache, use_cache=cache is not None)
+            output = self.body(**inputs, cache=cache, use_cache=cache is not None)
         return output.last_hidden_state[last], cache
 
 
@@ -308,7 +316,8 @@ def label_prior(
     import numpy as np
 
     prompts = [scorer.encoder.prompt(turn) for turn in turns]
-    key = json.dumps([fingerprint, prompts, scorer.forms, scorer.aggregate], sort_keys=True)
+    how = [] if scorer.join == "mean" else [scorer.join]
+    key = json.dumps([fingerprint, prompts, scorer.forms, scorer.aggregate, *how], sort_keys=True)
     path = cache_dir() / "priors" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
         stored = read_json(path)["prior"]

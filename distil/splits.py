@@ -26,10 +26,10 @@ def hash_share(name: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
 
 
-def split_of(customer: str, split_seed: int = 0) -> str:
-    """Return 'train' (60 %), 'calibration' (10 %) or 'validation' (30 %), by a hash of customer and split seed."""
-    share = hash_share(customer, split_seed)
-    return "train" if share < 0.6 else "calibration" if share < 0.7 else "validation"
+def split_of(customer: str, split_seed: int = 0, validation_share: float = 0.3) -> str:
+    """Return 'train', 'calibration' (10 %) or 'validation' (30 % by default), by a hash of customer and split seed."""
+    share, fitting = hash_share(customer, split_seed), round(1 - validation_share, 6)
+    return "train" if share < round(fitting - 0.1, 6) else "calibration" if share < fitting else "validation"
 
 
 def is_gold(customer: str, gold_share: float, split_seed: int) -> bool:

@@ -6,31 +6,22 @@ What has two readings is refused with both of them, and what was assumed is note
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import difflib
 import functools
-import gzip
-import io
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import InputError
-from distil.files import parse_json, read_jsonl, read_text
+from distil.sheets import all_rows, cell_text, json_rows, object_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MISSING = ("", "nan", "none", "null", "n/a", "na", "<na>", "nat", "-", "unknown")  # of ids and labels; also "_"
-TABLE_SUFFIXES = (".csv", ".tsv", ".gz", ".xlsx", ".parquet")
-SEPARATORS = (",", ";", "\t")
 NEAR = 0.94  # similarity from which a name is taken as another: one letter in nine may be missing
-CELLS = "has another number of cells than the header"
-_KINDS = {b"PK\x03\x04": "Excel", b"PAR1": "Parquet", b"\xd0\xcf\x11\xe0": "old Excel"}  # by a file's first bytes
 _NUMBER = re.compile(r"([_\s$€£%]*-?)\+?(\d[\d.,'\u2019\s]*?|[.,]\d+)([eE][+-]?\d+)?([_\s$€£%]*)")
 _GROUPS = {",": r"[1-9]\d{0,2}(,\d{3})+|[1-9]\d?(,\d{2})+,\d{3}", ".": r"[1-9]\d{0,2}(\.\d{3})+"}  # 12,53,000 in India
 
@@ -86,6 +77,12 @@ def readings(text: str) -> dict[str, str]:
     """Return {mark of decimals: the text with its number in plain form} for each way to read a number.
     '1.234,5 €' -> {',': '1234.5 €'}; '19.114' -> {'.': '19.114', ',': '19114'}; '$19' -> {'': '$19'}, which needs no
     mark; {} where it is not a number."""
+    whole, point, fraction = text.partition(".")
+    if text.isascii() and whole.isdecimal() and len(text) < 60:  # first what nearly all cells of a large table are
+        if not point:
+            return {"": text}
+        if fraction.isdecimal() and (len(fraction) != 3 or len(whole) > 3 or whole[0] == "0"):
+            return {".": text}
     match = _NUMBER.fullmatch(text) if len(text) < 60 and "\n" not in text else None
     if not match:
         return {}
@@ -100,157 +97,97 @@ def readings(text: str) -> dict[str, str]:
     return {"": found["."]} if len(set(found.values())) < len(found) else found
 
 
-def _plain_numbers(place: str, column: pd.Series, decimal: str | None, notes: Counter) -> pd.Series:
-    """Return a column with its numbers in plain form. decimal: how to read what the column leaves open.
-    Raises InputError for a value with two readings that neither settles."""
-    found = {text: readings(text) for text in dict.fromkeys(column) if isinstance(text, str)}
-    marks = sorted({mark for each in found.values() if len(each) == 1 for mark in each} - {""})
-    if not decimal and len(marks) == 1:
-        (decimal,) = marks
-    two = next((text for text, each in found.items() if len(each) == 2), None)
-    if two is not None and not decimal:
-        why = "the column has numbers of both kinds" if marks else "no other value of the column decides"
-        row, each = column[column == two].index[0], found[two]
-        fix = f"--decimal . reads {each['.'].strip()}, --decimal , reads {each[','].strip()}"
-        raise InputError(f'{place}: row {row}, column {column.name}: "{two}" has two readings and {why}: {fix}')
-    if "," in marks:
-        notes[f"column {column.name}: numbers with a decimal comma{', others with a point' * ('.' in marks)}"] += 1
-    plain = {text: each.get(decimal) or next(iter(each.values()), text) for text, each in found.items()}
-    return column.map(lambda value: plain[value] if isinstance(value, str) else cell_text(value))
+class Notation:
+    """How the numbers of a column are written, from all of its values."""
+
+    def __init__(self, decimal: str | None):
+        """decimal: "," or ".", how to read what the column leaves open."""
+        self.decimal, self.marks, self.first_open = decimal, set(), None
+
+    def see(self, row: int, text: str) -> None:
+        """Take note of a value."""
+        found = readings(text)
+        if len(found) == 1:
+            self.marks.update(found)
+        elif found and self.first_open is None:
+            self.first_open = row, text, found
+
+    def settle(self, path: str | Path, name: str, notes: Counter) -> None:
+        """Decide for what was seen of the column `name`. Raises InputError for a value with two readings that neither
+        the column nor `decimal` settles."""
+        marks = sorted(self.marks - {""})
+        if not self.decimal and len(marks) == 1:
+            (self.decimal,) = marks
+        if self.first_open and not self.decimal:
+            row, text, found = self.first_open
+            why = "the column has numbers of both kinds" if marks else "no other value of the column decides"
+            fix = f"--decimal . reads {found['.'].strip()}, --decimal , reads {found[','].strip()}"
+            raise InputError(f'{path}: row {row}, column {name}: "{text}" has two readings and {why}: {fix}')
+        if "," in marks:
+            notes[f"column {name}: numbers with a decimal comma{', others with a point' * ('.' in marks)}"] += 1
+
+    def plain(self, text: str) -> str:
+        """Return a value with its number in plain form."""
+        found = readings(text)
+        return found.get(self.decimal) or next(iter(found.values()), text)
 
 
-# --------------------------------------------------------------------------------------------------------------- cells
+# -------------------------------------------------------------------------------------------------------------- tables
 
 
-def cell_text(value: Any) -> str:
-    """Return a cell as text: '' for a missing one, whole numbers without .0."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
-    return str(value)
+class Table:
+    """A table file whose columns are found by name and whose numbers' notation is decided by one pass over its rows.
 
+    Iterated over, it gives (row, cells, {column: value}) of each row that has a filled cell, a CSV's from the file
+    each time. row: as a spreadsheet counts, the header is row 1; objects count from 1. Values are as `read_table` has
+    them, lists and objects as they are. header: its cells as text; count: of the rows."""
 
-def _in_15_digits(value: Any) -> Any:
-    """Return a number beyond the 15 digits that Excel keeps in the form that shows it, '1.23456789012345E+17'."""
-    return f"{value:.14E}" if isinstance(value, int | float) and abs(value) >= 1e15 else value
-
-
-def _decoded(path: Path, data: bytes, notes: Counter) -> str:
-    """Return a file's text, in UTF-8 or UTF-16 with or without a byte order mark, or else in cp1252, with a note."""
-    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    names = ["utf-16"] if wide else ["utf-16-le" if data[1:2] == b"\0" else "utf-16-be"] if b"\0" in data[:100] else []
-    for name in names or ["utf-8-sig", "cp1252"]:
-        try:
-            text = data.decode(name)
-        except UnicodeDecodeError:
-            continue
-        if name == "cp1252":
-            word = re.search(r"\w*[^\0-\x7f]\w*", text)[0]
-            notes[f"file: not UTF-8, read as cp1252 (Windows), which makes words such as {word[:40]}"] += 1
-        return text
-    raise InputError(f"{path}: not text in UTF-8, UTF-16 or cp1252; save it as CSV in UTF-8")
-
-
-def _csv_rows(path: Path, text: str, names: Iterable[str]) -> pd.DataFrame:
-    """Return all rows of a CSV, cells as text, the index their row as a spreadsheet counts. The separator is that of a
-    `sep=` line, or the one that splits the header into most of the columns `names`, then into most cells."""
-    import pandas as pd
-
-    given = re.match(r'(\s*)"?sep=(.)"?\s*?\n', text)
-    body = text[given.end() :] if given else text.lstrip("\r\n")
-    if not body.strip():
-        return pd.DataFrame()
-
-    skipped, good = text[: len(text) - len(body)].count("\n"), 0
-
-    def reader(separator: str) -> Iterator[list[str]]:
-        return csv.reader(io.StringIO(body, newline=None), delimiter=separator, strict=True)
-
-    def fit(separator: str) -> tuple[int, int]:
-        keys = [name_key(cell) for cell in next(reader(separator))]
-        return len({name_key(name) for name in names} & set(keys)), len(keys)
-
-    separator = given[2] if given else ","
-    try:
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            separator = separator if given else max(SEPARATORS, key=fit)
-            _cells_of(path, next(reader(separator)), names, Counter())  # first what is wrong with all rows
-            flags = {"header": None, "dtype": object, "na_filter": False, "skip_blank_lines": False}
-            rows = pd.read_csv(io.StringIO(body, newline=None), sep=separator, engine="python", **flags)
-    except (ValueError, pd.errors.ParserWarning, csv.Error) as error:
-        if match := re.search(r"Expected \d+ fields in line (\d+), saw", str(error)):
-            raise InputError(f"{path}: row {skipped + int(match[1])} {CELLS}") from None
-        with contextlib.suppress(csv.Error):
-            for good, _ in enumerate(reader(separator), 1):  # noqa: B007
-                pass
-        fix = "is a quotation mark not closed, or inside a cell?"
-        raise InputError(f"{path}: row {skipped + good + 1}: {error}; {fix}") from None
-    rows.index += 1 + skipped
-    rows = rows[rows.notna().any(axis=1)]  # without blank lines
-    if (short := rows.index[rows.isna().any(axis=1)]).size:
-        raise InputError(f"{path}: row {short[0]} {CELLS}")
-    return rows
-
-
-def json_rows(path: str | Path, required: Sequence[str] = ()) -> list | None:
-    """Return the values of a JSON list, or the objects of a JSONL file; None for a file of another kind. required:
-    non-empty fields of JSONL that has at least one of them. Raises InputError."""
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in (".json", ".jsonl") and (kind in TABLE_SUFFIXES or _start(path).lstrip()[:1] not in (b"{", b"[")):
-        return None
-    text = read_text(path)
-    if not text.lstrip().startswith("["):
-        named = not text.strip() or any(f'"{field}"' in text for field in required)
-        return read_jsonl(path, required if named else ())
-    try:
-        return parse_json(text, unique=True)
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON list ({error})") from None
-
-
-def _start(path: Path) -> bytes:
-    """Return a file's first bytes. Raises InputError."""
-    try:
-        with open(path, "rb") as handle:
-            return handle.read(200)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _all_rows(path: Path, names: Iterable[str], notes: Counter) -> pd.DataFrame:
-    """Return all rows of a table file, the header as the first, the index as a spreadsheet counts them."""
-    import pandas as pd
-
-    kind = _KINDS.get(_start(path)[:4])
-    try:
-        if kind == "Excel":
-            with pd.ExcelFile(path, engine="openpyxl") as book:
-                if others := len(book.sheet_names) - 1:
-                    notes[f"file: sheet {book.sheet_names[0]} read, {others} more ignored"] += 1
-                rows = book.parse(header=None, dtype=object, na_filter=False).map(_in_15_digits)
-        elif kind == "Parquet":
-            from pyarrow import parquet
-
-            table = parquet.ParquetFile(path).read()
-            columns = zip(table.column_names, table.columns, strict=True)
-            rows = pd.DataFrame([[name, *column.to_pylist()] for name, column in columns], dtype=object).T
+    def __init__(
+        self, path: str | Path, columns: Mapping[str, str], decimal: str | None, notes: Counter, objects: Any = None
+    ):
+        """See `read_table`. Raises InputError."""
+        self.path, self.columns, self.count = Path(path), columns, 0
+        objects = json_rows(path) if objects is None else objects
+        if objects is None:
+            keys = {name_key(name) for name in columns}
+            fit = lambda cells: (len(keys & {name_key(cell) for cell in cells}), len(cells))  # noqa: E731
+            self._rows = all_rows(self.path, fit, notes)
         else:
-            data = path.read_bytes()
-            data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except ImportError:
-        package = "openpyxl" if kind == "Excel" else "pyarrow"
-        raise InputError(f"{path}: {package} is needed to read it: pip install -r requirements.txt") from None
-    except Exception as error:  # of libraries that meet a damaged file: of many types
-        reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{path}: damaged, or not what its first bytes say it is ({reason})") from None
-    if kind == "old Excel":
-        raise InputError(f"{path}: an Excel file of the old form, or locked by a password; save it as .xlsx or CSV")
-    if not kind:
-        return _csv_rows(path, _decoded(path, data, notes), names)
-    rows.index += 1
-    return rows
+            if odd := next((i for i, row in enumerate(objects, 1) if not isinstance(row, dict)), None):
+                raise InputError(f"{path}: row {odd} is not an object with {', '.join(columns)}")
+            self._rows = object_rows(objects)
+        header = next((cells for _, cells in self._rows() if any(map(cell_text, cells))), None)
+        if header is None:
+            wanted = f"a header with {', '.join(columns)}" if columns else "a header and rows"
+            raise InputError(f"{path}: empty; {wanted} is needed")
+        self.header = [cell_text(cell) for cell in header]
+        self._places = _cells_of(self.path, self.header, columns, notes)
+        self._notations = {name: Notation(decimal) for name, kind in columns.items() if kind == "number"}
+        numbers = [(self._places[name], notation) for name, notation in self._notations.items()]
+        for row, cells in self._filled():
+            self.count += 1
+            for place, notation in numbers:
+                if isinstance(cells[place], str):
+                    notation.see(row, cells[place])
+        for name, notation in self._notations.items():
+            notation.settle(path, name, notes)
+
+    def _filled(self) -> Iterator[tuple[int, Sequence[Any]]]:
+        """Yield (row, cells) of each row below the header that has a filled cell."""
+        filled = ((row, cells) for row, cells in self._rows() if any(map(cell_text, cells)))
+        next(filled)
+        return filled
+
+    def __iter__(self) -> Iterator[tuple[int, Sequence[Any], dict[str, Any]]]:
+        for row, cells in self._filled():
+            yield row, cells, {name: self._value(name, kind, cells) for name, kind in self.columns.items()}
+
+    def _value(self, name: str, kind: str, cells: Sequence[Any]) -> Any:
+        value = cells[self._places[name]]
+        if isinstance(value, str):
+            return self._notations[name].plain(value) if kind == "number" else value
+        same = isinstance(value, dict | list) or (kind == "id" and isinstance(value, int | float))
+        return value if same else cell_text(value)
 
 
 def _cells_of(path: Path, header: Sequence[str], names: Iterable[str], notes: Counter) -> dict[str, int]:
@@ -289,32 +226,27 @@ def read_table(
     InputError (file, row, column)."""
     import pandas as pd
 
-    path, notes = Path(path), Counter() if notes is None else notes
-    objects = json_rows(path) if objects is None else objects
-    if objects is not None:
-        if odd := next((i for i, row in enumerate(objects, 1) if not isinstance(row, dict)), None):
-            raise InputError(f"{path}: row {odd} is not an object with {', '.join(columns)}")
-        header = list(dict.fromkeys(name for row in objects for name in row))
-        rows = pd.DataFrame([header, *([row.get(name) for name in header] for row in objects)], dtype=object)
-    else:
-        rows = _all_rows(path, columns, notes)
-    texts = rows.map(cell_text)
-    filled = (texts != "").any(axis=1)
-    if not filled.any():
-        raise InputError(f"{path}: empty; a header with {', '.join(columns)} is needed")
-    header, rows, texts = list(texts[filled].iloc[0]), rows[filled].iloc[1:], texts[filled].iloc[1:]
-    places = _cells_of(path, header, columns, notes)
-    if twice := int(texts.duplicated().sum()):
+    notes, seen = Counter() if notes is None else notes, set()
+    table = Table(path, columns, decimal, notes, objects)
+    index, values = [], {name: [] for name in columns}
+    for row, cells, by_name in table:
+        index.append(row)
+        seen.add(hash(tuple(map(cell_text, cells))))
+        for name, value in by_name.items():
+            if isinstance(value, dict | list):
+                raise InputError(f"{path}: row {row}, column {name}: not one value but a list or object")
+            values[name].append(value)
+    if twice := len(index) - len(seen):
         notes["row equal to an earlier one in all columns: kept"] += twice
-    table = {}
-    for name, kind in columns.items():
-        values = rows.iloc[:, places[name]].rename(name)
-        if (odd := values.map(lambda value: isinstance(value, dict | list))).any():
-            raise InputError(f"{path}: row {values.index[odd][0]}, column {name}: not one value but a list or object")
-        if kind == "number":
-            table[name] = _plain_numbers(str(path), values, decimal, notes)
-        elif kind == "id":
-            table[name] = values.map(lambda value: value if isinstance(value, int | float) else cell_text(value))
-        else:
-            table[name] = texts.iloc[:, places[name]]
-    return pd.DataFrame(table)
+    return pd.DataFrame(values, index=index, dtype=object)
+
+
+def read_cells(path: str | Path, notes: Counter) -> pd.DataFrame:
+    """Return all cells of a table as text under its header. notes: counts what was assumed. Raises InputError."""
+    import pandas as pd
+
+    table = Table(path, {}, None, notes)
+    rows = [[cell_text(cell) for cell in cells] for _, cells, _ in table]
+    if odd := next((name for name, count in Counter(table.header).items() if count > 1 and name), None):
+        raise InputError(f"{path}: column {odd} occurs twice; keep one")
+    return pd.DataFrame(rows, columns=table.header, dtype=object)

@@ -30,7 +30,7 @@ def build_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     from common import SYSTEM_PROMPT
-    from distil.creditmix.rows import CREDIT_FIELDS
+    from distil.tasks import default_task
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
@@ -41,7 +41,7 @@ def build_tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = ["Good", "Standard", "Bad", "system\n", "user\n", "assistant\n", *CREDIT_FIELDS, SYSTEM_PROMPT]
+    words = ["Good", "Standard", "Bad", "system\n", "user\n", "assistant\n", *default_task().by_name, SYSTEM_PROMPT]
     raw.train_from_iterator([" ".join(words), "\n".join(["Good", "Standard", "Bad"])] * 20, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
@@ -236,10 +236,10 @@ class Endpoint:
 
     def reply_to(self, prompt: str) -> dict:
         """Return a chat completion: right for two rows of three, with a reason where one is wanted."""
-        from distil.creditmix.rows import LABELS
+        from distil.tasks import default_task
         from distil.teachers.answers import RATIONALE
 
-        text = LABELS[len(prompt) % 3] + (" because of the debt." if RATIONALE in prompt else "")
+        text = default_task().labels[len(prompt) % 3] + (" because of the debt." if RATIONALE in prompt else "")
         shares = {"Good": 0.5, " Good": 0.1, "Stand": 0.2, "Bad": 0.1, "x": 0.05}
         return completion(text, shares if self.logprobs else {})
 

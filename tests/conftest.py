@@ -104,10 +104,11 @@ INVOICE_SCHEMA = {  # small enough that a random model's answer fits some 200 to
 
 def labelled_rows(customers: int = 400) -> list[Any]:
     """Return CreditRows of customers with one to three months each."""
-    from distil.creditmix.rows import LABELS, CreditRow
+    from distil.creditmix.rows import CreditRow
+    from distil.tasks import default_task
 
     return [
-        CreditRow(f"C{number}", f"Age: {18 + number % 60}, Month: {month}", LABELS[number % 3])
+        CreditRow(f"C{number}", f"Age: {18 + number % 60}, Month: {month}", default_task().labels[number % 3])
         for number in range(customers)
         for month in range(1 + number % 3)
     ]
@@ -247,10 +248,11 @@ def assert_same_tensors(one: dict[str, Any], other: dict[str, Any], atol: float)
 
 def gold_rows(count: int) -> list[dict]:
     """Return CreditMix prompts with right answers."""
-    from distil.creditmix.rows import LABELS, creditmix_prompt
+    from distil.tasks import default_task
 
     rows = credit_rows(customers=count, months=1)
-    return [{"input": creditmix_prompt(row["question"]), "output": LABELS[i % 3]} for i, row in enumerate(rows)]
+    task = default_task()
+    return [{"input": task.prompt(row["question"]), "output": task.labels[i % 3]} for i, row in enumerate(rows)]
 
 
 def answer_in_turn(server: Endpoint, texts: list[str]) -> None:

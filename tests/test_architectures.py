@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ from conftest import METHODS, refused, row_of
 from peft import LoraConfig, get_peft_model
 from scipy.special import softmax
 
-from common import InputError, PromptEncoder
+from common import InputError, LabelScorer, PromptEncoder
 from distil import scoring
-from distil.creditmix.rows import creditmix_prompt
 from distil.models import LoadOptions, resolve
 from distil.scoring import BASE, FastLabelScorer
 from distil.support import check_supported
+from distil.tasks import default_task
 from distil.teachers.answers import TeacherOptions
 from distil.teachers.local import ModelTeacher
 from distil.testing import build_tokenizer
@@ -29,7 +30,7 @@ from distil.testing import build_tokenizer
 LABELS = {label: [label] for label in ("Good", "Standard", "Bad")}
 FORMS = {"Good": ["Good"], "Standard": ["Standard", "Typical"], "Bad": ["Bad"]}
 CUSTOMER = "Age: 31, Annual Income: 48000, Outstanding Debt: 1200, Ratio: "
-TURNS = [creditmix_prompt(f"{CUSTOMER * (i % 2)}{i}" + ", word" * (i * 7 % 23)) for i in range(6)]
+TURNS = [default_task().prompt(f"{CUSTOMER * (i % 2)}{i}" + ", word" * (i * 7 % 23)) for i in range(6)]
 TEXTS = ["x", "long " * 75, *TURNS]
 SMALL = {
     "hidden_size": 32,
@@ -130,6 +131,94 @@ def test_scores_equal_a_plain_forward(encoder, name, fields, window, monkeypatch
     mixed = scorer.score([encoder.prompt(turn) for turn in TEXTS], adapters=names)
     np.testing.assert_allclose(mixed, [table[name][i] for i, name in enumerate(names)], atol=1e-4)
     assert np.abs(table["a"] - wanted).max() > 0.1 and np.abs(table["b"] - table["a"]).max() > 0.1
+
+
+WORDS = ("card", "top_up", "cash", "fee", "Good", "arrival", "exchange", "Standard", "rate", "pin", "lost", "refund")
+MANY = {name: [name] for name in list(dict.fromkeys("_".join(pair) for pair in product(WORDS, WORDS)))[:77]}
+# Labels that share first tokens, one that begins others, and one token; then as many as BANKING77 has.
+TREES = {"few": {text: [text] for text in ("Good", "Good one", "Typical", "Typically", "Ty", "Bad")}, "many": MANY}
+BUILT = {"llama": {}, "qwen2": {}, "gemma3_text": MIXED | {"sliding_window": 16}, "gpt_neox": {}}
+BUILT |= {"gemma3_text wide": MIXED | {"sliding_window": 300}}  # some rows exceed it with all nodes, others do not
+
+
+@torch.no_grad()
+def own_scores(model, encoder: PromptEncoder, turns: list[str], forms: dict, label_tokens: str) -> np.ndarray:
+    """Return scores [turns, forms] by one forward of the complete model for each prompt with each form."""
+    ids = [encoder.label(word) for words in forms.values() for word in words]
+    if label_tokens == "distinct":
+        ids, end = [], encoder.tokenizer.eos_token_id
+        words = [encoder.label(word) for words in forms.values() for word in words]
+        for i, word in enumerate(words):
+            others = [[*other, end] for j, other in enumerate(words) if j != i]
+            sizes = range(1, len(word) + 2)
+            ids.append(next([*word, end][:n] for n in sizes if [*word, end][:n] not in [one[:n] for one in others]))
+    table = []
+    for prompt in map(encoder.prompt, turns):
+        row = []
+        for form in ids:
+            logits = model(input_ids=torch.tensor([prompt + form]), use_cache=False).logits[0].float()
+            steps = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)[range(len(form)), form]
+            row.append((steps.sum() if label_tokens == "distinct" else steps.mean()).item())
+        table.append(row)
+    return np.array(table)
+
+
+@pytest.mark.parametrize("label_tokens", ["all", "distinct"])
+@pytest.mark.parametrize("labels", TREES)
+@pytest.mark.parametrize("name", BUILT)
+def test_a_tree_of_labels_scores_as_a_forward_for_each(encoder, name, labels, label_tokens, monkeypatch, capsys):
+    """Batches of mixed length, with and without cached beginnings, stems, and rows of several adapters; rows that with
+    all nodes exceed a window take a forward for each label."""
+    monkeypatch.setattr(scoring, "STEM_TOKENS", 0)
+    forms, model = TREES[labels], tiny(name.split()[0], BUILT[name], len(encoder.tokenizer))
+    texts = [TEXTS[0], *TEXTS[2:6]] if labels == "few" else [TEXTS[0], TEXTS[4]]
+    wanted = own_scores(model, encoder, texts, forms, label_tokens)
+    plain = LabelScorer(model, encoder, forms, "max", 3, label_tokens)
+    np.testing.assert_allclose(plain.raw_scores(texts), wanted, atol=1e-4)
+    for size, shared in ((1, TURNS), (32, TURNS), (3, ())):
+        scorer = FastLabelScorer(model, encoder, forms, batch_size=size, shared_by=shared, label_tokens=label_tokens)
+        if (name, labels) != ("gemma3_text wide", "many"):  # there it depends on the beginning's length
+            assert scorer.trees == (name != "gemma3_text")  # a window of 16 has no place for the nodes
+        assert bool(scorer.prefix) == bool(shared)
+        np.testing.assert_allclose(scorer.raw_scores(texts), wanted, atol=1e-4)
+    assert "slower" not in capsys.readouterr().err
+    if labels == "many":
+        return
+    config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(model, config, "a").eval()
+    model.add_adapter("b", config)
+    table = {BASE: wanted}
+    for adapter in ("a", "b"):
+        model.set_adapter(adapter)
+        table[adapter] = own_scores(model, encoder, texts, forms, label_tokens)
+    names = [("a", "b", BASE)[i % 3] for i in range(len(texts))]
+    scorer = FastLabelScorer(model, encoder, forms, "max", 16, TURNS, ("a", "b", BASE), label_tokens)
+    mixed = scorer.score([encoder.prompt(turn) for turn in texts], adapters=names)
+    np.testing.assert_allclose(mixed, [table[name][i] for i, name in enumerate(names)], atol=1e-4)
+    assert np.abs(table["a"] - wanted).max() > 0.1 and np.abs(table["b"] - table["a"]).max() > 0.1
+
+
+@pytest.mark.parametrize("damage", ["mask", "positions", "refused"])
+def test_labels_take_a_forward_each_where_a_model_runs_no_tree(encoder, damage, monkeypatch, capsys):
+    """It ignores the mask or the positions, as with ALiBi, or takes no such argument."""
+    scoring._print_once.cache_clear()
+    model = tiny("llama", {}, len(encoder.tokenizer))
+    forward = model.model.forward
+
+    def damaged(position_ids=None, attention_mask=None, **inputs):
+        if damage == "refused" and position_ids is not None:
+            raise TypeError("unexpected argument position_ids")
+        kept = {"attention_mask": attention_mask} if damage == "positions" else {}
+        return forward(**inputs, **(kept if damage != "mask" else {"position_ids": position_ids}))
+
+    monkeypatch.setattr(model.model, "forward", damaged)
+    wanted = own_scores(model, encoder, TEXTS[2:5], TREES["few"], "all")
+    for shared in ((), TURNS):
+        scorer = FastLabelScorer(model, encoder, TREES["few"], batch_size=4, shared_by=shared)
+        assert not scorer.trees and not scorer.plain
+        np.testing.assert_allclose(scorer.raw_scores(TEXTS[2:5]), wanted, atol=1e-4)
+    note = "note: this llama model takes a forward for each label of several tokens, which is slower"
+    assert capsys.readouterr().err.count(note) == 1
 
 
 def test_a_local_teachers_probabilities_are_those_of_a_plain_forward(encoder, tmp_path):

@@ -22,15 +22,20 @@ from distil.calibration import (
     cross_fitted_probabilities,
     fit_calibration,
     fit_shares,
+    row_losses,
+    uncalibrated,
     with_shares,
 )
 from distil.creditmix.evaluation import EvalOptions, draw
 from distil.creditmix.model import CreditModel, credit_options
-from distil.creditmix.rows import LABELS, read_creditmix
+from distil.creditmix.rows import read_rows
 from distil.files import cache_dir
 from distil.models import ModelRef, model_fingerprint, resolve
 from distil.splits import split_of
+from distil.tasks import default_task
 from distil.testing import save_adapter
+
+LABELS = default_task().labels
 
 
 @pytest.fixture
@@ -172,6 +177,39 @@ def test_auto_takes_the_simplest_within_a_standard_error(gains, wanted):
         assert choose_method(losses, customers) == wanted
 
 
+def many_labels(rows: int, bias: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (raw scores [rows, labels], answers) of a calibrated model, shifted by a bias [labels]."""
+    rng = np.random.default_rng(seed)
+    true = 3 * rng.normal(size=(rows, len(bias)))
+    answers = np.array([rng.choice(len(bias), p=p) for p in softmax(true, axis=1)])
+    return true + bias, answers
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_biases_of_many_labels_are_shrunk(size):
+    """Ten rows a label: what is needed is fitted, and where nothing is, little is made worse."""
+    bias = size * np.random.default_rng(5).normal(size=60)
+    (raw, answers), (others, truth) = many_labels(600, bias, 0), many_labels(4000, bias, 1)
+    fitted = fit_calibration(raw, np.zeros(60), answers)
+    before, after = (row_losses(c.probabilities(others), truth).mean() for c in (uncalibrated(60), fitted))
+    assert after < before + (0.03 if size == 0 else -0.25)  # with free biases 0.047 above
+    assert fitted.bias.mean() == pytest.approx(0, abs=1e-9) and 0.8 < fitted.temperature < 1.25
+    if size:
+        assert np.corrcoef(fitted.bias, -bias)[0, 1] > 0.8
+
+
+def test_auto_takes_a_fit_of_many_labels_only_where_it_helps():
+    """The contextual prior is wrong here by more than shrunk biases can take back: the fit starts from no prior."""
+    contextual, groups = 8 * np.random.default_rng(6).normal(size=60), [str(i) for i in range(600)]
+    chosen = {}
+    for size in (0.0, 1.0):
+        raw, answers = many_labels(600, size * np.random.default_rng(5).normal(size=60), 0)
+        _, losses = candidates(raw, contextual, answers, groups, "likelihood")
+        chosen[size] = choose_method(losses, groups)
+        assert losses["fitted"].mean() < losses["contextual"].mean() - 0.5
+    assert chosen[0.0] == "none" and chosen[1.0] in ("batch", "fitted")
+
+
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory, credit_adapter, credit_file) -> str:
     """Return an adapter with its calibration."""
@@ -193,7 +231,7 @@ def test_fit_writes_a_calibration_that_eval_and_infer_then_use(here, capsys, cre
     assert stored["model"] == model_fingerprint(resolve(own)) and stored["temperature"] > 0
     assert sum(stored["bias"].values()) == pytest.approx(0, abs=1e-9)
     assert stored["fitted_on"]["split_seed"] == 0 and len(stored["fitted_on"]["sha256"]) == 64
-    rows, _ = read_creditmix(credit_file)
+    rows, _ = read_rows(credit_file, default_task())
     pool = Counter(row.label for row in rows if split_of(row.customer) == "calibration")
     assert stored["fitted_on"]["rows"] == 3 * min(pool.values())
 
@@ -233,8 +271,9 @@ def test_a_calibration_that_is_named_is_stored_whatever_its_nll(here, capsys, cr
     if method == "none":
         assert response["scores"] == response["raw_scores"]
     if method == "batch":  # the mean raw score of the calibration rows, whatever their labels
-        rows, _ = read_creditmix(credit_file)
-        scoring = credit_options(vars(infer_creditmix.build_parser().parse_args(["--model_dir", own, *PLAIN])))
+        rows, _ = read_rows(credit_file, default_task())
+        flags = vars(infer_creditmix.build_parser().parse_args(["--model_dir", own, *PLAIN]))
+        scoring = credit_options(flags, default_task())
         drawn = draw(rows, "calibration", None, EvalOptions("x", "", scoring))
         model = CreditModel.load(resolve(own), scoring)
         mean = model.raw_scores([row.features for row in drawn]).mean(axis=0)

@@ -12,19 +12,20 @@ from scipy.special import log_softmax
 
 from common import InputError
 from distil.creditmix import model as credit_model
-from distil.creditmix.model import CreditModel
-from distil.creditmix.rows import LABELS
+from distil.creditmix.model import CreditModel, CreditOptions
 from distil.models import LoadOptions, load, resolve
-from distil.scoring import ScoringOptions
+from distil.tasks import default_task
 from distil.testing import CHATML, build_tokenizer, save_adapter
 
-FORMS = {label: [label] for label in LABELS}
+TASK = default_task()
+
+FORMS = {label: [label] for label in TASK.labels}
 
 
-def scoring_options(**changes) -> ScoringOptions:
+def scoring_options(**changes) -> CreditOptions:
     load = LoadOptions(changes.pop("quantization", "none"), changes.pop("compute_dtype", "float32"))
     values = {"forms": FORMS, "bias": (0.0, 0.0, 0.0), "null_prompts": 2, "calibration": "contextual"}
-    return ScoringOptions(**values | {"batch_size": 8, "load": load} | changes)
+    return CreditOptions(**values | {"batch_size": 8, "load": load} | changes)
 
 
 def credit_model_of(name, **changes) -> CreditModel:
@@ -34,7 +35,7 @@ def credit_model_of(name, **changes) -> CreditModel:
 def spoil_priors() -> None:
     """Make every stored prior unmistakable, so that meeting an old one shows."""
     for path in stored_priors():
-        path.write_text(json.dumps({"prior": {label: 777.0 for label in LABELS}}))
+        path.write_text(json.dumps({"prior": {label: 777.0 for label in TASK.labels}}))
 
 
 def test_an_old_prior_never_meets_changed_content(tmp_path, model_dir, monkeypatch):

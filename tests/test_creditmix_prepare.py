@@ -16,9 +16,12 @@ from conftest import read_lines
 
 import creditmix_prepare
 from common import InputError
-from distil.creditmix.rows import CREDIT_FIELDS, LABELS, CreditRow, creditmix_prompt, parse_features, read_creditmix
+from distil.creditmix.rows import CreditRow, read_rows
 from distil.splits import is_gold, split_of
+from distil.tasks import default_task
 from distil.testing import ROOT, credit_rows
+
+TASK = default_task()
 
 
 def read_prepared(folder: Path, name: str) -> list[dict]:
@@ -42,13 +45,13 @@ def test_prepare_writes_three_files_in_the_trainers_formats(prepared):
     sft, kd, dpo = (read_prepared(prepared, name) for name in ("sft", "kd", "dpo"))
     assert len(sft) == len(kd) == len(dpo) > 60
     for a, b, c in zip(sft, kd, dpo, strict=True):
-        assert list(a) == ["input", "output"] and a["output"] in LABELS
+        assert list(a) == ["input", "output"] and a["output"] in TASK.labels
         assert b == {"input": a["input"], "teacher_output": a["output"], "label_probs": b["label_probs"]}
-        assert list(b["label_probs"]) == list(LABELS)
+        assert list(b["label_probs"]) == list(TASK.labels)
         assert sum(b["label_probs"].values()) == pytest.approx(1, abs=2e-4)
         assert min(b["label_probs"].values()) >= 0
         assert c == {"prompt": a["input"], "chosen": a["output"], "rejected": c["rejected"]}
-        assert creditmix_prompt(a["input"].partition("\n")[2]) == a["input"]  # canonical already
+        assert TASK.prompt(a["input"].partition("\n")[2]) == a["input"]  # canonical already
 
 
 def test_the_teacher_is_compared_with_the_gold_labels(prepared):
@@ -60,24 +63,24 @@ def test_the_teacher_is_compared_with_the_gold_labels(prepared):
 
 def test_prepared_rows_are_balanced(prepared):
     counts = Counter(row["output"] for row in read_prepared(prepared, "sft"))
-    assert set(counts) == set(LABELS) and len(set(counts.values())) == 1
+    assert set(counts) == set(TASK.labels) and len(set(counts.values())) == 1
 
 
 def test_prepare_writes_training_customers_only(prepared, credit_file):
     """Customers are traced through the raw file: every text that was written is one of a training customer."""
     owners: dict[str, set[str]] = {}
     for row in json.loads(Path(credit_file).read_text()):
-        owners.setdefault(creditmix_prompt(row["question"]), set()).add(row["customer_id"])
+        owners.setdefault(TASK.prompt(row["question"]), set()).add(row["customer_id"])
     written = {row["input"] for row in read_prepared(prepared, "sft")}
     assert written <= set(owners)
     assert all(len(names) == 1 for names in owners.values())  # the texts identify customers in this file
     customers = {name for text in written for name in owners[text]}
     assert {split_of(name) for name in customers} == {"train"}
-    rows, _ = read_creditmix(credit_file)
+    rows, _ = read_rows(credit_file, TASK)
     for split in ("validation", "calibration"):
         held_out = [row for row in rows if split_of(row.customer) == split]
         assert not customers & {row.customer for row in held_out}
-        assert not written & {creditmix_prompt(row.features) for row in held_out}
+        assert not written & {TASK.prompt(row.features) for row in held_out}
 
 
 def test_another_split_seed_writes_other_customers(tmp_path, prepared, credit_file):
@@ -90,8 +93,8 @@ def test_rejected_is_the_more_plausible_wrong_label(prepared):
     """Under the KD row's own probabilities, which cross-fitting made without the row's customer."""
     seen = set()
     for pair, row in zip(read_prepared(prepared, "dpo"), read_prepared(prepared, "kd"), strict=True):
-        assert pair["rejected"] in LABELS and pair["rejected"] != pair["chosen"]
-        (other,) = set(LABELS) - {pair["chosen"], pair["rejected"]}
+        assert pair["rejected"] in TASK.labels and pair["rejected"] != pair["chosen"]
+        (other,) = set(TASK.labels) - {pair["chosen"], pair["rejected"]}
         assert row["label_probs"][pair["rejected"]] >= row["label_probs"][other]
         seen.add((pair["chosen"], pair["rejected"]))
     assert {("Good", "Standard"), ("Bad", "Standard")} <= seen
@@ -107,7 +110,7 @@ def test_prepare_refuses_too_few_customers(tmp_path):
 
 def test_per_class_is_followed_or_refused(tmp_path, credit_file):
     assert creditmix_prepare.main(["--src", credit_file, "--outdir", str(tmp_path), "--per_class", "7"]) == 0
-    assert Counter(row["output"] for row in read_prepared(tmp_path, "sft")) == dict.fromkeys(LABELS, 7)
+    assert Counter(row["output"] for row in read_prepared(tmp_path, "sft")) == dict.fromkeys(TASK.labels, 7)
     with pytest.raises(InputError, match="9999 rows a class requested"):
         creditmix_prepare.main(["--src", credit_file, "--outdir", str(tmp_path), "--per_class", "9999"])
     assert len(read_prepared(tmp_path, "sft")) == 21  # the files of the run before are complete
@@ -119,7 +122,7 @@ def noisy_file(tmp_path_factory) -> str:
     rng = np.random.default_rng(0)
     rows = []
     for number in range(300):
-        label = LABELS[number % 3]
+        label = TASK.labels[number % 3]
         debt = {"Good": 1000, "Standard": 1100, "Bad": 1200}[label] + 100 * int(rng.integers(-3, 4))
         age, income = 20 + int(rng.integers(3)), 10_000 + 1000 * int(rng.integers(5))
         text = f"Age: {age}, Annual Income: {income}, Outstanding Debt: {debt}"
@@ -133,7 +136,7 @@ def test_near_misses_are_the_narrowest():
     rows = [CreditRow(f"C{i}", f"Age: {20 + i}", "Standard") for i in range(10)]
     # Row i is Standard with 0.5 - 0.04 i, and Good with the rest: from row 1 on a near miss, with growing margin.
     probabilities = {row: np.array([0.5 + 0.04 * i, 0.5 - 0.04 * i, 0.0]) for i, row in enumerate(rows)}
-    chosen = creditmix_prepare.enrich_standard(rows[:4], rows, probabilities, 0.5, 0)
+    chosen = creditmix_prepare.enrich_standard(rows[:4], rows, probabilities, TASK.labels, 0.5, 0)
     assert {row.customer for row in chosen} >= {"C1", "C2"} and len(chosen) == 4
 
 
@@ -142,7 +145,7 @@ def test_hard_standard_changes_standard_rows_only(tmp_path, noisy_file):
     assert creditmix_prepare.main([*common, "--outdir", str(tmp_path / "plain")]) == 0
     assert creditmix_prepare.main([*common, "--outdir", str(tmp_path / "hard"), "--hard_standard", "0.5"]) == 0
     plain, hard = (read_prepared(tmp_path / name, "kd") for name in ("plain", "hard"))
-    assert Counter(row["teacher_output"] for row in hard) == dict.fromkeys(LABELS, 30)
+    assert Counter(row["teacher_output"] for row in hard) == dict.fromkeys(TASK.labels, 30)
 
     def texts(rows, wanted):
         return sorted(row["input"] for row in rows if (row["teacher_output"] == "Standard") == wanted)
@@ -167,8 +170,8 @@ def test_only_rows_of_the_gold_share_are_written(tmp_path, noisy_file, capsys):
             creditmix_prepare.main(["--src", noisy_file, "--outdir", str(tmp_path / share), "--gold_share", share])
             == 0
         )
-    rows, _ = read_creditmix(noisy_file)
-    allowed = {creditmix_prompt(row.features) for row in rows if is_gold(row.customer, 0.5, 0)}
+    rows, _ = read_rows(noisy_file, TASK)
+    allowed = {TASK.prompt(row.features) for row in rows if is_gold(row.customer, 0.5, 0)}
     full, half = ({row["input"] for row in read_prepared(tmp_path / share, "sft")} for share in ("1", "0.5"))
     assert half <= allowed and full - allowed and len(half) < 0.8 * len(full)
     assert "train, with a usable label" in capsys.readouterr().out
@@ -196,9 +199,9 @@ def test_rows_that_name_no_customer_are_noted(tmp_path, credit_file, capsys):
 
 def test_a_table_in_another_notation_gives_the_same_training_files(tmp_path):
     """The same rows as CSV with points and as one with semicolons, decimal commas and small letters."""
-    fields = [parse_features(row["question"]) | row for row in credit_rows(customers=150, months=2)]
-    names = ["customer_id", *CREDIT_FIELDS, "answer"]
-    header = ["Customer_ID", *(name.replace(" ", "_") for name in CREDIT_FIELDS), "Credit_Mix"]
+    fields = [TASK.parse(row["question"]) | row for row in credit_rows(customers=150, months=2)]
+    names = ["customer_id", *tuple(TASK.by_name), "answer"]
+    header = ["Customer_ID", *(name.replace(" ", "_") for name in tuple(TASK.by_name)), "Credit_Mix"]
     rows = [[str(row.get(name, "")).replace(",", " ").replace(";", " ") for name in names] for row in fields]
     points = "".join(",".join(row) + "\n" for row in [header, *rows])
     (tmp_path / "points.csv").write_text(points)

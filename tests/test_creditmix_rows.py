@@ -11,25 +11,12 @@ import pytest
 from conftest import CREDIT_TEXT, labelled_rows
 
 from common import InputError
-from distil.creditmix.rows import (
-    CREDIT_FIELDS,
-    LABELS,
-    NO_FIELD,
-    PLAUSIBLE,
-    UNKNOWN,
-    CreditRow,
-    balanced_sample,
-    canonical_features,
-    canonical_number,
-    clean_field,
-    creditmix_prompt,
-    customer_id,
-    doubts,
-    null_prompts,
-    parse_features,
-    read_creditmix,
-)
+from distil.creditmix.rows import CreditRow, balanced_sample, customer_id, read_rows
+from distil.features import UNKNOWN, canonical_number
+from distil.tasks import default_task
 from distil.testing import credit_rows
+
+TASK = default_task()
 
 # ------------------------------------------------------------------------------------------------------ canonical text
 
@@ -100,8 +87,8 @@ def test_canonical_number(value, expected):
     ],
 )
 def test_clean_field(field, value, expected):
-    assert clean_field(field, value) == expected
-    assert clean_field(field, expected) == expected
+    assert TASK.clean_value(field, value) == expected
+    assert TASK.clean_value(field, expected) == expected
 
 
 CANONICAL = (
@@ -149,40 +136,42 @@ FEATURES = {
 
 @pytest.mark.parametrize(("text", "expected"), FEATURES.values(), ids=FEATURES)
 def test_canonical_features(text, expected):
-    assert canonical_features(text) == expected
-    assert canonical_features(expected) == expected
+    assert TASK.canonical(text) == expected
+    assert TASK.canonical(expected) == expected
 
 
 def test_canonical_features_are_idempotent_on_damaged_rows():
     for row in credit_rows(customers=150, months=2, seed=7):
-        once = canonical_features(row["question"])
-        assert canonical_features(once) == once
-        assert [part.split(":")[0] for part in once.split(", ")] == list(CREDIT_FIELDS)
+        once = TASK.canonical(row["question"])
+        assert TASK.canonical(once) == once
+        assert [part.split(":")[0] for part in once.split(", ")] == list(tuple(TASK.by_name))
 
 
 def test_a_long_run_of_blanks_costs_no_more_than_other_text():
     text = "Age: 3" + " " * 200_000 + "b"
     start = time.process_time()
-    parse_features(text)
+    TASK.parse(text)
     assert time.process_time() - start < 2  # it took minutes where the separator could begin with blanks
 
 
 @pytest.mark.parametrize(("text", "named"), [("Age: 30", True), ("hello", False), ("Height: 3", False), ("", False)])
 def test_a_text_without_a_known_field_is_noted(text, named):
     notes = Counter()
-    canonical_features(text, notes)
-    assert (NO_FIELD not in notes) == named
+    TASK.canonical(text, notes)
+    assert (TASK._no_field not in notes) == named
 
 
 def test_prompts_have_the_canonical_text_of_any_spelling():
-    assert creditmix_prompt(CREDIT_TEXT) == creditmix_prompt(CANONICAL)
-    assert creditmix_prompt(CREDIT_TEXT).endswith("\n" + CANONICAL)
+    assert TASK.prompt(CREDIT_TEXT) == TASK.prompt(CANONICAL)
+    assert TASK.prompt(CREDIT_TEXT).endswith("\n" + CANONICAL)
 
 
 def test_null_prompts_differ():
-    assert len(null_prompts()) == len(set(null_prompts())) == 7
-    assert null_prompts()[5].endswith("\n" + ", ".join(f"{field}: -" for field in CREDIT_FIELDS))  # not cleaned
-    assert null_prompts(2) == null_prompts()[:2]
+    assert len(TASK.null_prompts()) == len(set(TASK.null_prompts())) == 7
+    assert TASK.null_prompts()[5].endswith(
+        "\n" + ", ".join(f"{field}: -" for field in tuple(TASK.by_name))
+    )  # not cleaned
+    assert TASK.null_prompts(2) == TASK.null_prompts()[:2]
 
 
 # ----------------------------------------------------------------------------------------------------------- raw files
@@ -227,7 +216,7 @@ def jsonl(rows: list[dict], end: str = "\n") -> str:
 )
 def test_read_creditmix_json(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
-    rows, notes = read_creditmix(tmp_path / name)
+    rows, notes = read_rows(tmp_path / name, TASK)
     assert rows == READ
     assert notes["label _: filled from the customer's other rows"] == 1
     assert notes["label _: row dropped"] == 2
@@ -270,7 +259,7 @@ CSV_READ = [
 def test_read_creditmix_kaggle_csv(tmp_path, end, mark):
     path = tmp_path / "train.CSV"
     path.write_bytes((mark + end.join(CSV_LINES[:3]) + end).encode())
-    rows, notes = read_creditmix(path)
+    rows, notes = read_rows(path, TASK)
     assert [(row.customer, row.label, row.features) for row in rows] == CSV_READ
     assert notes["Annual Income: stray _ removed"] == notes["Outstanding Debt: stray _ removed"] == 1
 
@@ -283,7 +272,7 @@ def test_csv_cells_with_commas_and_line_ends(tmp_path):
         writer.writerow(HEADER.split(","))
         writer.writerow(["1", "CUS_1", "May", "40", "Lawyer", "50,000.7", "Good", "1", "2", "High\u2028spent"])
         writer.writerow(["2", "CUS_2", "May", "41", "Lawyer", "60000", "Bad", "1", "2", "x"])
-    rows, _ = read_creditmix(path)
+    rows, _ = read_rows(path, TASK)
     assert [row.label for row in rows] == ["Good", "Bad"]
     assert "Age: 40, Occupation: Lawyer, Annual Income: 50000, " in rows[0].features
     assert rows[0].features.endswith("Payment Behaviour: High\u2028spent")
@@ -295,7 +284,7 @@ def test_csv_cells_cannot_become_other_fields(tmp_path):
         writer = csv.writer(handle)
         writer.writerow(HEADER.split(","))
         writer.writerow(["1", "CUS_1", "May", "40", "A: b, Age: 99", "50000", "Good", "1", "2", "x; Age: 98\nAge: 97"])
-    (row,), _ = read_creditmix(path)
+    (row,), _ = read_rows(path, TASK)
     assert "Age: 40, Occupation: A b, Age 99, Annual Income: 50000, " in row.features.replace("  ", " ")
 
 
@@ -311,7 +300,7 @@ def test_one_customer_is_spelt_one_way(tmp_path):
         json.dumps([{"question": "Age: 40", "answer": "Good", "customer_id": i} for i in (17, 17.0, "17", " 17")])
     )
     for path in (table, listed):
-        assert {row.customer for row in read_creditmix(path)[0]} == {"17"}
+        assert {row.customer for row in read_rows(path, TASK)[0]} == {"17"}
 
 
 def test_customer_zero_is_a_customer_and_ids_have_no_blanks(tmp_path):
@@ -321,7 +310,7 @@ def test_customer_zero_is_a_customer_and_ids_have_no_blanks(tmp_path):
     ]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
-    assert [row.customer for row in read_creditmix(path)[0]] == ["0", "C1", "C1"]
+    assert [row.customer for row in read_rows(path, TASK)[0]] == ["0", "C1", "C1"]
 
 
 IDS = {
@@ -361,7 +350,7 @@ def test_values_that_identify_no_customer_are_refused(value, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"question": "Age: 40", "answer": "Good", "customer_id": value}]))
     with pytest.raises(InputError, match=r"rows\.json: item 0: .*(is a text or a number, found|has lost digits)"):
-        read_creditmix(path)
+        read_rows(path, TASK)
 
 
 def test_a_csv_and_json_of_the_same_data_have_the_same_customers(tmp_path):
@@ -376,7 +365,7 @@ def test_a_csv_and_json_of_the_same_data_have_the_same_customers(tmp_path):
     question = CREDIT_TEXT.replace("23.0", "40")
     listed = [{"question": question, "answer": "Good", "customer_id": name} for name in ids]
     (tmp_path / "b.json").write_text(json.dumps(listed))
-    of_csv, of_json = ([row.customer for row in read_creditmix(tmp_path / name)[0]] for name in ("a.csv", "b.json"))
+    of_csv, of_json = ([row.customer for row in read_rows(tmp_path / name, TASK)[0]] for name in ("a.csv", "b.json"))
     assert of_csv[:-1] == of_json[:-1] == [str(name) for name in ids[:-1]]
 
 
@@ -387,7 +376,7 @@ def test_a_column_that_occurs_twice_is_refused(tmp_path, name):
     path = tmp_path / "rows.csv"
     path.write_text("".join(f"{line},{extra}\n" for line, extra in zip(CSV_LINES, (name, *"abcd"), strict=True)))
     with pytest.raises(InputError, match=r"rows\.csv: column (Credit_Mix|Customer_ID|Age) occurs twice"):
-        read_creditmix(path)
+        read_rows(path, TASK)
 
 
 @pytest.mark.parametrize("name", ["list.json", "rows.jsonl"])
@@ -395,13 +384,13 @@ def test_a_name_that_an_object_has_twice_is_refused(tmp_path, name):
     row = '{"question": "Age: 40", "answer": "Good", "customer_id": "1", "customer_id": "2"}'
     (tmp_path / name).write_text(f"[{row}]" if name == "list.json" else row)
     with pytest.raises(InputError, match=r'"customer_id" occurs twice in one object'):
-        read_creditmix(tmp_path / name)
+        read_rows(tmp_path / name, TASK)
 
 
 def test_csv_with_an_odd_row_keeps_the_fields_apart(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("\n".join([CSV_LINES[0], CSV_LINES[3]]) + "\n")
-    rows, notes = read_creditmix(path)
+    rows, notes = read_rows(path, TASK)
     assert rows[0].features == (
         "Age: Unknown, Occupation: Doctor, retired, Annual Income: Unknown, Outstanding Debt: Unknown, "
         "Credit Utilization Ratio: Unknown, Payment Behaviour: Low_spent_Small_value_payments"
@@ -440,17 +429,17 @@ def test_csv_with_an_odd_row_keeps_the_fields_apart(tmp_path):
 def test_bad_raw_files_are_refused_by_name_and_place(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
-        read_creditmix(tmp_path / name)
+        read_rows(tmp_path / name, TASK)
 
 
 def test_balanced_sample_has_no_repeats_and_follows_the_seed():
     rows = labelled_rows()
-    sample = balanced_sample(rows, 20, 0)
-    assert Counter(row.label for row in sample) == dict.fromkeys(LABELS, 20)
+    sample = balanced_sample(rows, TASK.labels, 20, 0)
+    assert Counter(row.label for row in sample) == dict.fromkeys(TASK.labels, 20)
     assert len(set(sample)) == 60 and set(sample) <= set(rows)
-    assert sample == balanced_sample(rows, 20, 0) != balanced_sample(rows, 20, 1)
+    assert sample == balanced_sample(rows, TASK.labels, 20, 0) != balanced_sample(rows, TASK.labels, 20, 1)
     with pytest.raises(InputError, match="100000 rows a class requested, but only"):
-        balanced_sample(rows, 100_000, 0)
+        balanced_sample(rows, TASK.labels, 100_000, 0)
 
 
 # ------------------------------------------------------------------------------------------ tables as people have them
@@ -482,7 +471,7 @@ SPELLINGS = {
 def test_a_csv_as_people_have_it_gives_the_same_rows(tmp_path, kind, encoding):
     path = tmp_path / "rows.csv"
     path.write_bytes(SPELLINGS[kind]("\n".join(CSV_LINES[:3]) + "\n").encode(encoding))
-    assert [(row.customer, row.label, row.features) for row in read_creditmix(path)[0]] == CSV_READ
+    assert [(row.customer, row.label, row.features) for row in read_rows(path, TASK)[0]] == CSV_READ
 
 
 def test_flat_objects_give_the_same_rows(tmp_path):
@@ -492,16 +481,16 @@ def test_flat_objects_give_the_same_rows(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(objects))
     (tmp_path / "rows.jsonl").write_text(jsonl(objects))
     for name in ("rows.json", "rows.jsonl"):
-        rows, _ = read_creditmix(tmp_path / name)
+        rows, _ = read_rows(tmp_path / name, TASK)
         assert [(row.customer, row.label, row.features) for row in rows] == CSV_READ
 
 
 def test_decimal_settles_what_a_column_leaves_open(tmp_path):
     (tmp_path / "x.csv").write_text(changed(CSV_LINES[:2], Annual_Income="19.114", Credit_Mix="Good"))
-    with pytest.raises(InputError, match=r'x\.csv: row 2, column Annual Income: "19.114" has two readings'):
-        read_creditmix(tmp_path / "x.csv")
+    with pytest.raises(InputError, match=r'x\.csv: row 2, column Annual_Income: "19.114" has two readings'):
+        read_rows(tmp_path / "x.csv", TASK)
     for decimal, value in ((",", "19100"), (".", "19")):
-        assert f"Annual Income: {value}, " in read_creditmix(tmp_path / "x.csv", decimal)[0][0].features
+        assert f"Annual Income: {value}, " in read_rows(tmp_path / "x.csv", TASK, decimal)[0][0].features
 
 
 def test_unknown_labels_are_listed_with_their_counts(tmp_path):
@@ -510,19 +499,19 @@ def test_unknown_labels_are_listed_with_their_counts(tmp_path):
     with pytest.raises(
         InputError, match=r"unknown label 'Poor' \(2\), 'Fair' \(1\); expected Good, Standard, Bad or _"
     ):
-        read_creditmix(tmp_path / "x.csv")
+        read_rows(tmp_path / "x.csv", TASK)
 
 
 @pytest.mark.parametrize("name", ["1.23457E+11", "1.2e+11", "1E+12"])
 def test_ids_that_a_spreadsheet_shortened_are_refused(tmp_path, name):
     (tmp_path / "x.csv").write_text(changed(CSV_LINES, Customer_ID=name))
     with pytest.raises(InputError, match=r"x\.csv: row 2: the customer id .* has lost digits in a spreadsheet"):
-        read_creditmix(tmp_path / "x.csv")
+        read_rows(tmp_path / "x.csv", TASK)
 
 
 def test_equal_rows_are_counted(tmp_path):
     (tmp_path / "x.csv").write_text("\n".join([*CSV_LINES[:3], CSV_LINES[2], CSV_LINES[2]]))
-    rows, notes = read_creditmix(tmp_path / "x.csv")
+    rows, notes = read_rows(tmp_path / "x.csv", TASK)
     assert len(rows) == 4 and notes["row equal to an earlier one in all columns: kept"] == 2
 
 
@@ -537,17 +526,17 @@ NAMES = {
 
 @pytest.mark.parametrize(("written", "field"), NAMES.items(), ids=NAMES)
 def test_a_name_that_is_nearly_a_field_is_taken_as_it(written, field):
-    value = "35" if field in PLAUSIBLE else "Low_spent"
-    text = canonical_features(f"{written}: {value}", notes := Counter())
+    value = "35" if field in TASK.by_name else "Low_spent"
+    text = TASK.canonical(f"{written}: {value}", notes := Counter())
     assert f"{field}: {value}" in text and text.count(":") == 6
     letters_differ = field in ("Payment Behaviour", "Credit Utilization Ratio")
-    assert list(notes) == [f"{written}: taken as {field}"] * letters_differ == doubts(notes)
+    assert list(notes) == [f"{written}: taken as {field}"] * letters_differ == TASK.doubts(notes)
 
 
 def test_a_name_that_is_no_field_is_noted():
-    text = canonical_features("Age: 23, Wage: 19114, Town: Rome", notes := Counter())
+    text = TASK.canonical("Age: 23, Wage: 19114, Town: Rome", notes := Counter())
     assert text.endswith("Payment Behaviour: Unknown, Wage: 19100, Town: Rome")
-    assert [note.split(" is not a field (Age, ")[0] for note in doubts(notes)] == ["Wage", "Town"]
+    assert [note.split(" is not a field (Age, ")[0] for note in TASK.doubts(notes)] == ["Wage", "Town"]
 
 
 @pytest.mark.parametrize(
@@ -555,7 +544,7 @@ def test_a_name_that_is_no_field_is_noted():
 )
 def test_a_field_that_is_there_twice_is_refused(tmp_path, text):
     with pytest.raises(InputError, match=r"^(Age|Annual Income|a) occurs twice in one feature string"):
-        canonical_features(text)
+        TASK.canonical(text)
     (tmp_path / "x.json").write_text(json.dumps([{"question": text, "answer": "Good"}]))
     with pytest.raises(InputError, match=r"x\.json: item 0: .* occurs twice in one feature string"):
-        read_creditmix(tmp_path / "x.json")
+        read_rows(tmp_path / "x.json", TASK)

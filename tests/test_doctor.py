@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import doctor
+from distil.tasks import default_task
 from distil.testing import ROOT
 
 
@@ -20,8 +23,8 @@ from distil.testing import ROOT
 def lines(model_dir, capsys):
     """Return the doctor's exit status and its lines by the name of the check."""
 
-    def lines(student: str = model_dir) -> tuple[int, dict[str, str]]:
-        status = doctor.main(["--student", student])
+    def lines(student: str = model_dir, *flags: str) -> tuple[int, dict[str, str]]:
+        status = doctor.main(["--student", student, *flags])
         checks, name = {}, ""
         for line in capsys.readouterr().out.splitlines():
             name = line[9:18].strip() if line[0] != " " else name
@@ -111,10 +114,11 @@ def test_a_model_that_is_not_there(lines, tmp_path):
     assert "labels" not in checks  # no second problem, whose fix would not help
 
 
-def test_labels_of_several_tokens(lines, monkeypatch):
-    monkeypatch.setattr(doctor, "LABELS", ("Good", "Qqqzzz 77x", "Bad"))
-    status, checks = lines()
-    assert status == 1 and "several tokens each: Qqqzzz 77x" in checks["labels"]
+def test_labels_of_another_task(lines, tmp_path, model_dir):
+    record = default_task().record | {"labels": ["Good", "Qqqzzz 77x", "Bad"]}
+    (tmp_path / "task.json").write_text(json.dumps(record))
+    status, checks = lines(model_dir, "--task", str(tmp_path / "task.json"))
+    assert status == 0 and re.search("Good, Qqqzzz 77x, Bad: stable, 1 to [0-9]+ tokens", checks["labels"])
 
 
 def test_a_model_that_is_not_supported(lines, tmp_path, model_dir):

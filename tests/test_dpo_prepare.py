@@ -11,11 +11,13 @@ from conftest import FLOAT32, HOLD, gold_rows, other_process, read_lines, write_
 
 import dpo_prepare
 from common import InputError, PromptEncoder
-from distil.creditmix.rows import LABELS
 from distil.files import file_sha256
 from distil.scoring import FastLabelScorer
+from distil.tasks import default_task
 from distil.teachers import preferences
 from distil.testing import ROOT, load_named
+
+TASK = default_task()
 
 INVOICE = json.loads(json.loads((ROOT / "data/idp_validation.jsonl").read_text().split("\n")[0])["expected"])
 
@@ -54,10 +56,12 @@ def test_the_rejected_label_is_the_most_likely_wrong_one(here, model_dir):
     write_lines("in.jsonl", rows)
     assert prepare(model_dir, "label") == 0
     model, tokenizer = load_named(model_dir, "none", "float32")
-    scorer = FastLabelScorer(model, PromptEncoder(tokenizer), {label: [label] for label in LABELS})
+    scorer = FastLabelScorer(model, PromptEncoder(tokenizer), {label: [label] for label in TASK.labels})
     raw = scorer.raw_scores([row["input"] for row in rows])
     for pair, row, scores in zip(read_lines("dpo.jsonl"), rows, raw, strict=True):
-        wrong = max((label for label in LABELS if label != row["output"]), key=lambda x: scores[LABELS.index(x)])
+        wrong = max(
+            (label for label in TASK.labels if label != row["output"]), key=lambda x: scores[TASK.labels.index(x)]
+        )
         assert pair == {"prompt": row["input"], "chosen": row["output"], "rejected": wrong}
 
 
@@ -172,7 +176,7 @@ def test_flags_of_the_samples(here, model_dir, monkeypatch):
         ("code", ["--seconds", "nan"], "--temperature, --seconds: finite and above 0"),
         ("json", ["--schema", ROOT / "data/idp_schema.json"], r'in\.jsonl: row 1.*"output" is not JSON'),
         ("label", ["--input", "missing.jsonl"], r"missing\.jsonl: no such file"),
-        ("label", ["--input", "one.jsonl"], r"one\.jsonl: 1 different outputs; label tasks have 2 to 10"),
+        ("label", ["--input", "one.jsonl"], r"one\.jsonl: 1 different outputs; label tasks have 2 to 100"),
         ("json", ["--schema", "none.json"], r"none\.json: no such file"),
         ("label", ["--model_dir", "runs/none"], "runs/none: no such model folder"),
     ],

@@ -34,16 +34,20 @@ from common import InputError
 from distil.creditmix import evaluation
 from distil.creditmix.evaluation import EvalOptions, draw, draw_samples, usable
 from distil.creditmix.metrics import baselines
-from distil.creditmix.rows import LABELS, read_creditmix
+from distil.creditmix.model import CreditOptions
+from distil.creditmix.rows import CreditRow, read_rows
 from distil.creditmix.tabular import tabular_teacher
 from distil.files import file_sha256
-from distil.scoring import ScoringOptions
 from distil.splits import is_gold, split_of
+from distil.tasks import Task, default_task, task_of
 from distil.testing import credit_rows, save_adapter
 
+LABELS = default_task().labels
 
-def eval_options(**changes) -> EvalOptions:
-    scoring = ScoringOptions({label: [label] for label in LABELS}, (0.0, 0.0, 0.0))
+
+def eval_options(task: Task | None = None, **changes) -> EvalOptions:
+    task = task or default_task()
+    scoring = CreditOptions({label: [label] for label in task.labels}, (0.0,) * len(task.labels), task=task)
     return EvalOptions("x", "", scoring, **changes)
 
 
@@ -98,12 +102,12 @@ def test_a_split_without_rows_of_a_label_is_refused():
 def test_the_evaluations_teacher_is_the_one_that_labels_kd_rows(credit_file):
     """Of all training rows whose labels may be used, not only of the balanced ones that the other baselines have."""
     args = eval_options(gold_share=0.5, bootstrap=10)
-    rows, _ = read_creditmix(credit_file)
+    rows, _ = read_rows(credit_file, default_task())
     train, validation = draw(rows, "train", None, args), draw(rows, "validation", None, args)
     pool = [row for row in rows if split_of(row.customer) == "train" and is_gold(row.customer, 0.5, 0)]
     assert len(pool) > len(train) and pool == usable(rows, "train", args)
-    results = {result["model"]: result for result in baselines(train, pool, validation, args.measurement)}
-    labelled_by = tabular_teacher([*validation, *pool], [False] * len(validation) + [True] * len(pool), 0)
+    results = {result["model"]: result for result in baselines(train, pool, validation, args.task, args.measurement)}
+    labelled_by = tabular_teacher([*validation, *pool], [False] * len(validation) + [True] * len(pool), 0, args.task)
     assert results["tabular teacher"]["probabilities"] == pytest.approx(labelled_by[: len(validation)], abs=1e-6)
 
 
@@ -116,7 +120,7 @@ def test_rows_to_fit_on_are_limited_by_their_flag(here, model_dir, credit_file):
 
 
 def test_val_frac_is_a_share_of_all_rows(here, capsys, model_dir, credit_file):
-    rows, _ = read_creditmix(credit_file)
+    rows, _ = read_rows(credit_file, default_task())
     for share in (0.1, 0.0001):
         capsys.readouterr()
         flags = ["--model_dir", model_dir, "--data", credit_file, *PLAIN, "--bootstrap", "5", "--json"]
@@ -164,8 +168,10 @@ def test_eval_json_holds_the_metrics_with_intervals_around_them(here, capsys, mo
     assert result["model"] == model_dir and result["calibration"] == "contextual"
     assert {"accuracy", "macro_f1", "nll", "brier", "ece", "interval_95", "recall_Good"} <= set(result)
     for name, (low, high) in result["interval_95"].items():
-        assert 0 <= low <= result[name] <= high and (high <= 1 or name == "nll"), name
-    assert set(result["interval_95"]) == {"accuracy", "macro_f1", "nll", *(f"recall_{label}" for label in LABELS)}
+        lowest = -1 if name in ("mcc", "gini") else 0
+        assert lowest <= low <= result[name] <= high and (high <= 1 or name == "nll"), name
+    recalls = {f"recall_{label}" for label in LABELS}
+    assert set(result["interval_95"]) == {"accuracy", "macro_f1", "nll", "mcc", "auc", "gini"} | recalls
     assert set(result["calibrations"]) == {"none", "contextual"}
     assert result["calibrations"]["contextual"]["nll"] == result["nll"]
     assert result["calibrations"]["none"]["nll"] != result["nll"]
@@ -186,7 +192,7 @@ def test_eval_agrees_with_infer_on_rows_of_validation_customers(here, capsys, cr
     assert Counter(line["answer"] for line in lines) == dict.fromkeys(LABELS, 20)
     right = np.mean([line["prediction"] == line["answer"] for line in lines])
     assert right == pytest.approx(summary["models"][0]["accuracy"])
-    rows, _ = read_creditmix(credit_file)
+    rows, _ = read_rows(credit_file, default_task())
     owner = {row.features: row.customer for row in rows}
     assert {split_of(owner[line["features"]]) for line in lines} == {"validation"}
 
@@ -274,6 +280,142 @@ def test_uncertain_rows_are_measured_as_flagged_for_review(here, capsys, model_d
     assert 0 < abstain["coverage"] < 1 and abstain["coverage"] == pytest.approx(len(sure) / len(lines))
     assert abstain["accuracy"] == pytest.approx(np.mean([line["prediction"] == line["answer"] for line in sure]))
     assert next((here / "report").glob("*/coverage.png")).stat().st_size > 1000
+
+
+# --------------------------------------------------------------------------------------------------------- other tasks
+
+LOANS = {
+    "name": "loans",
+    "instruction": "Will this loan be repaid?",
+    "labels": ["no", "yes"],
+    "label_column": "repaid",
+    "label_map": {"0": "no", "1": "yes"},
+    "fields": [{"name": "Sum", "kind": "number"}, {"name": "Grade"}],
+}
+TOPICS = {
+    "name": "topics",
+    "instruction": "Which of the topics is this about?",
+    "labels": [f"topic {n}" for n in range(25)],
+    "label_column": "topic",
+    "text_column": "text",
+}
+
+
+def write_loans(path: Path, count: int = 300) -> str:
+    """Write loans of which one in four is not repaid, mostly large ones, and the task; return the file's name."""
+    rng = random.Random(0)
+    lines = ["Sum,Grade,repaid"]
+    for n in range(count):
+        repaid = n % 4 > 0
+        lines.append(f"{rng.randint(100, 300) + 100 * (not repaid)},{rng.choice('AB')},{int(repaid)}")
+    path.write_text("\n".join(lines) + "\n")
+    path.with_name("task.json").write_text(json.dumps(LOANS))
+    return str(path)
+
+
+def write_topics(path: Path) -> str:
+    """Write texts of 25 topics, the last of which has a single one, and the task; return the file's name."""
+    rng = random.Random(0)
+    lines = ["text,topic"] + [f"word{n % 24} again {rng.random()},topic {n % 24}" for n in range(24 * 24)]
+    path.write_text("\n".join([*lines, "the only one,topic 24"]) + "\n")
+    record = TOPICS | {"labels": TOPICS["labels"][:24]}
+    path.with_name("task.json").write_text(json.dumps(record))
+    return str(path)
+
+
+def evaluate_task(model: str, data: str, *flags: str) -> int:
+    """Return the exit status of an evaluation of the task next to the data on all validation rows."""
+    task = str(Path(data).with_name("task.json"))
+    prior = FLOAT32 if "none" in flags and "--fit" not in flags else PLAIN
+    return eval_creditmix.main(
+        ["--model_dir", model, "--data", data, "--task", task, *prior, "--bootstrap", "50", *flags]
+    )
+
+
+def test_rows_of_an_unbalanced_task_are_all_of_their_part():
+    """And of a limited number of each label the first of the same order; no row is in two parts."""
+    task = task_of(LOANS, "test")
+    rows = [CreditRow(str(n), f"Sum: {n}", task.labels[n % 4 > 0]) for n in range(400)]
+    parts = dict(
+        zip(
+            ("validation", "calibration", "train"),
+            draw_samples(rows, eval_options(task, fit=True, baselines=True)),
+            strict=True,
+        )
+    )
+    for part, drawn in parts.items():
+        assert {row.customer for row in drawn} == {row.customer for row in rows if task.part_of(row.customer) == part}
+    assert len(parts["validation"]) < 0.25 * len(rows) < 0.65 * len(rows) < len(parts["train"])
+    few = draw_samples(rows, eval_options(task, fit=True, val_per_class=9, fit_per_class=4))
+    assert [Counter(row.label for row in drawn) for drawn in few[:2]] == [{"no": 9, "yes": 9}, {"no": 4, "yes": 4}]
+    assert not few[2] and set(few[0]) < set(parts["validation"])
+
+
+def test_a_task_of_two_labels_is_evaluated_in_its_class_proportions(here, capsys, model_dir):
+    own, data = str(shutil.copytree(model_dir, here / "own")), write_loans(here / "loans.csv")
+    rows, _ = read_rows(data, task := task_of(LOANS, "test"))
+    part = [row for row in rows if task.part_of(row.customer) == "validation"]
+    capsys.readouterr()
+    assert evaluate_task(own, data, "--fit", "--calibration", "auto", "--baselines", "--json") == 0
+    output = capsys.readouterr()
+    table = output.err[output.err.index(f"{len(part)} validation rows, 2 labels as they occur; ") :].splitlines()
+    assert table[0].endswith("95 % intervals by row bootstrap") and "AUC" in table[1] and "recall" not in table[1]
+    summary = json.loads(output.out)
+    assert summary["task"] == "loans" and summary["data"]["validation_rows"] == len(part)
+    model, majority, linear, teacher, boosted = summary["models"]
+    share = np.mean([row.label == "yes" for row in part])
+    assert majority["accuracy"] == pytest.approx(share) and majority["auc"] == 0.5 and majority["mcc"] == 0
+    assert min(result["auc"] for result in (linear, teacher, boosted)) > 0.8
+    assert model["gini"] == pytest.approx(2 * model["auc"] - 1) and 0 <= model["ks"] <= 1
+    for name in ("auc", "nll"):  # paired, to gradient boosting
+        point, low, high = model["difference"][name]
+        assert point == pytest.approx(model[name] - boosted[name]) and low <= point <= high
+    stored = json.loads((here / "own/calibration.json").read_text())
+    calibration = [row for row in rows if task.part_of(row.customer) == "calibration"]
+    assert stored["fitted_on"]["rows"] == len(calibration) and list(stored["bias"]) == ["no", "yes"]
+
+
+def test_a_text_task_of_many_labels_has_tf_idf_beside_it(here, capsys, model_dir):
+    data = write_topics(here / "topics.csv")
+    with pytest.raises(InputError, match="topic 24"):  # in the data, not in the task
+        evaluate_task(model_dir, data, "--calibration", "none")
+    write_topics(here / "topics.csv")
+    record = json.loads((here / "task.json").read_text())
+    (here / "task.json").write_text(json.dumps(record | {"label_map": {"topic 24": "topic 0"}}))
+    flags = ("--calibration", "none", "--baselines", "--reference", "tf-idf", "--report_dir", "report", "--verbose")
+    assert evaluate_task(model_dir, data, *flags) == 0
+    model, majority, tfidf = json.loads((here / "report/metrics.json").read_text())["models"]
+    assert (majority["model"], tfidf["model"]) == ("majority", "tf-idf")
+    assert tfidf["accuracy"] > 0.9 and tfidf["nll"] < 1.5 and tfidf["auc"] > 0.99
+    assert model["difference"]["to"] == "tf-idf" and "auc" not in model["interval_95"]
+    shown = capsys.readouterr().out
+    assert "confusion matrix" not in shown and "precision" in shown
+    assert (here / "report/tf-idf/confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_without_validation_rows_and_changed_proportions_are_noted(here, capsys, model_dir):
+    data = write_loans(here / "loans.csv")
+    (here / "task.json").write_text(json.dumps(LOANS | {"labels": ["no", "yes", "later", "never"]}))
+    assert evaluate_task(model_dir, data, "--calibration", "none", "--val_per_class", "5", "--json") == 0
+    output = capsys.readouterr()
+    assert "no validation row is later, never: no recall" in output.err
+    assert "--val_per_class: rows have other class proportions than the data" in output.err
+    (model,) = json.loads(output.out)["models"]
+    assert {name for name in model if name.startswith("recall_")} == {"recall_no", "recall_yes"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--val_frac", "0.1"), "--val_frac: only for balanced tasks; all validation rows of loans are taken"),
+        (("--class_shares", "no=0.5,yes=0.5"), "--class_shares: "),
+        (("--baselines", "--reference", "tf-idf"), "--reference tf-idf is not one of .*gradient boosting"),
+    ],
+)
+def test_flags_that_a_task_does_not_have_are_refused(here, model_dir, flags, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_task(model_dir, write_loans(here / "loans.csv"), *flags, "--report_dir", "report")
+    assert not (here / "report").exists()
 
 
 # -------------------------------------------------------------------------------------------------- notes and refusals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -22,9 +23,10 @@ from conftest import (
 
 import infer_creditmix
 from common import InputError
-from distil.creditmix.rows import LABELS
 from distil.scoring import FastLabelScorer
 from distil.testing import credit_rows
+
+LABELS = ("Good", "Standard", "Bad")
 
 # -------------------------------------------------------------------------------------------------------- one response
 
@@ -371,6 +373,82 @@ def test_an_interrupted_run_is_not_mixed_with_another_calibration(here, monkeypa
         infer_file(own, "in.jsonl", "out.jsonl")
 
 
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def write_table(path: Path, ages: range) -> str:
+    """Write a CSV with other columns, decimal commas, an Age that is no number and an Occupation that is too long."""
+    head = "id;Age;Occupation;Annual_Income;Outstanding_Debt;Credit_Utilization_Ratio;Payment_Behaviour;note\n"
+    rows = [f"{n};{n};Lawyer;{n * 100},25;{n};{n % 50};Low_spent;é{n}\n" for n in ages]
+    rows[1] = rows[1].replace(f";{ages[1]};Lawyer", ";many;Lawyer")
+    rows[4] = rows[4].replace("Lawyer", "word " * 400)
+    path.write_text(head + "".join(rows))
+    return path.name
+
+
+def read_csv(path: str) -> list[dict]:
+    with open(path, newline="") as text:
+        return list(csv.DictReader(text))
+
+
+def test_a_table_is_scored_as_the_same_rows_in_jsonl(here, capsys, model_dir):
+    source = write_table(here / "in.csv", range(20, 29))
+    assert infer_file(model_dir, source, "out.csv", "--abstain_below", "0.999") == 1
+    shown = capsys.readouterr().err
+    assert "out.csv: 1 of 9 lines carry an error" in shown and "the column notes reports which" in shown
+    rows = [
+        {"fields": {name: cell.replace(",", ".") for name, cell in list(row.items())[1:-1]}}
+        for row in csv.DictReader((here / source).read_text().splitlines(), delimiter=";")
+    ]
+    write_lines(here / "in.jsonl", [json.dumps(row) for row in rows])
+    assert infer_file(model_dir, "in.jsonl", "out.jsonl", "--abstain_below", "0.999") == 1
+    names = ["prediction", *(f"p_{label}" for label in LABELS), "top2_margin", "refer", "notes", "error"]
+    for number, (row, response) in enumerate(zip(read_csv("out.csv"), read_lines("out.jsonl"), strict=True)):
+        assert list(row)[-8:] == names and row["note"] == f"é{20 + number}"
+        if number == 4:
+            assert row["error"] == "too_long: the features do not fit the model's context" and not row["prediction"]
+            continue
+        assert row["prediction"] == response["prediction"] and row["refer"] == "True" and not row["error"]
+        assert [float(row[f"p_{label}"]) for label in LABELS] == list(response["probabilities"].values())
+        assert bool(row["notes"]) == (number == 1)
+    assert read_csv("out.csv")[1]["notes"].startswith("Age: not a number -> Unknown")
+
+
+def test_an_interrupted_table_is_resumed_with_the_same_bytes(here, monkeypatch, capsys, model_dir):
+    source = write_table(here / "in.csv", range(20, 31))
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_creditmix, "chunk_of", lambda size: 4)
+        assert infer_file(model_dir, source, "full.csv") == 1
+    interrupt(monkeypatch, source, "out.csv", model_dir, 2)
+    monkeypatch.setattr(infer_creditmix, "chunk_of", lambda size: 4)
+    with pytest.raises(InputError, match=r"left by a run with another .* \(decimal\)"):
+        infer_file(model_dir, source, "out.csv", "--decimal", ",")
+    capsys.readouterr()
+    assert infer_file(model_dir, source, "out.csv") == 1
+    assert "resuming after 8 rows" in capsys.readouterr().err
+    assert (here / "out.csv").read_bytes() == (here / "full.csv").read_bytes()
+    assert sorted(path.name for path in here.iterdir()) == ["full.csv", "in.csv", "out.csv"]
+    with pytest.raises(InputError, match=r"column prediction, p_Good, .* would be there twice in the output"):
+        infer_file(model_dir, "full.csv", "again.csv")
+
+
+def test_a_task_file_says_what_is_scored(here, capsys, model_dir):
+    """A text task; `auto` tries rows of the table itself."""
+    task = {"name": "mood", "instruction": "Mood?", "labels": ["Good", "Bad"], "label_column": "mood"}
+    (here / "task.json").write_text(json.dumps(task | {"text_column": "text"}))
+    argv = ["--model_dir", model_dir, *PLAIN, "--task", "task.json"]
+    assert infer_creditmix.main([*argv, "--features", "so, Age: 5 it is"]) == 0
+    response = json.loads(capsys.readouterr().out)
+    assert list(response["probabilities"]) == ["Good", "Bad"]
+    (here / "in.csv").write_text('id,text\n1,"so, Age: 5 it is"\n2,\n')
+    argv += ["--batch_size", "auto", "--input", "in.csv", "--output", "out.csv"]
+    assert infer_creditmix.main(argv) == 1
+    first, second = read_csv("out.csv")
+    assert list(first) == ["id", "text", "prediction", "p_Good", "p_Bad", "top2_margin", "error"]
+    assert float(first["p_Bad"]) == pytest.approx(response["probabilities"]["Bad"], abs=2e-6)
+    assert second["error"] == "no_features: the row is empty"
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -382,6 +460,9 @@ def test_an_interrupted_run_is_not_mixed_with_another_calibration(here, monkeypa
         (["--input", "in.jsonl"], "give either --features"),
         (["--features", "  "], "--features is empty"),
         (["--input", "missing.jsonl", "--output", "o"], r"missing\.jsonl: no such file"),
+        (["--input", "in.jsonl", "--output", "o.csv", "--decimal", ","], "--decimal: only for tables; leave out"),
+        (["--features", "x", "--decimal", ","], "--decimal: only with --input"),
+        (["--features", "x", "--task", "missing.json"], r"missing\.json: no such file"),
         (["--input", "empty.jsonl", "--output", "o"], r"empty\.jsonl: empty"),
         (["--input", "in.jsonl", "--output", "folder"], "folder: "),
         (["--input", "in.jsonl", "--output", "folder", "--overwrite"], "folder: "),

@@ -17,10 +17,12 @@ from conftest import FLOAT32, HOLD, all_files, ask_endpoint, gold_rows, other_pr
 
 import kd_prepare
 from common import InputError
-from distil.creditmix.rows import LABELS
+from distil.tasks import default_task
 from distil.teachers import answers, local
 from distil.teachers.answers import shown_url
 from distil.testing import ROOT, credit_rows, save_adapter
+
+TASK = default_task()
 
 
 def test_answered_prompts_are_not_sent_again(here, endpoint, capsys):
@@ -141,7 +143,9 @@ def test_labels_without_gold_answers(here, endpoint, capsys):
     assert ask_endpoint(endpoint(logprobs=True).url, "--labels", "Good, Standard,Bad") == 0
     assert "no gold answers: the teacher cannot be checked" in capsys.readouterr().err
     for row in read_lines("kd.jsonl"):
-        assert row["teacher_output"] == LABELS[len(row["input"]) % 3] and set(row["label_probs"]) == set(LABELS)
+        assert row["teacher_output"] == TASK.labels[len(row["input"]) % 3] and set(row["label_probs"]) == set(
+            TASK.labels
+        )
 
 
 def test_a_changed_input_is_refused(here, endpoint):

@@ -6,6 +6,7 @@ Nothing here knows how the scorer works: the reference runs each prompt with eac
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,17 +14,20 @@ import torch
 from conftest import stored_priors
 from scipy.special import logsumexp
 
-from common import InputError, LabelScorer, PromptEncoder
-from distil import scoring
-from distil.creditmix.rows import LABELS, creditmix_prompt, null_prompts
-from distil.scoring import FastLabelScorer, label_prior, read_verbalizers
+from common import InputError, LabelScorer, PromptEncoder, distinct_beginnings, token_log_probs
+from distil import scoring, trie
+from distil.scoring import FastLabelScorer, ScoringOptions, label_prior, read_verbalizers
+from distil.tasks import default_task
 from distil.testing import load_named
+from distil.trie import trie_of
 
+TASK = default_task()
+LABELS = TASK.labels
 ONE_TOKEN = {"Good": ["Good"], "Standard": ["Standard"], "Bad": ["Bad"]}
 SEVERAL_FORMS = {"Good": ["Good"], "Standard": ["Standard", "Average", "Typical"], "Bad": ["Bad", "Poor"]}
-TURNS = [creditmix_prompt(f"Age: {20 + i}, Annual Income: {9000 + 977 * i}") for i in range(12)]
+TURNS = [TASK.prompt(f"Age: {20 + i}, Annual Income: {9000 + 977 * i}") for i in range(12)]
 # Lengths from 1 token to some 260, short and long ones mixed.
-UNEVEN = [creditmix_prompt("x"), "-", "long " * 50, creditmix_prompt("Age: 3" + ", word" * 30), "ab", "Good " * 9]
+UNEVEN = [TASK.prompt("x"), "-", "long " * 50, TASK.prompt("Age: 3" + ", word" * 30), "ab", "Good " * 9]
 TEXTS = UNEVEN + TURNS
 
 
@@ -137,9 +141,12 @@ def test_a_prompt_that_is_the_shared_part_itself_is_scored(loaded):
     np.testing.assert_allclose(scorer.raw_scores(TURNS[:2]), wanted, atol=1e-4)
 
 
-def test_no_rows_give_no_scores(loaded):
+@pytest.mark.parametrize("label_tokens", ["all", "distinct"])
+def test_no_rows_give_no_scores(loaded, label_tokens):
     model, encoder = loaded
-    assert FastLabelScorer(model, encoder, ONE_TOKEN).raw_scores([]).shape == (0, 3)
+    for forms in (ONE_TOKEN, SEVERAL_FORMS):
+        scorer = FastLabelScorer(model, encoder, forms, label_tokens=label_tokens)
+        assert scorer.raw_scores([]).shape == (0, 3)
 
 
 def phi(vocabulary: int):
@@ -246,12 +253,96 @@ def test_nf4_on_the_cpu_agrees_across_batch_sizes(model_dir, dtype):
     assert largest < 0.2
 
 
+# ----------------------------------------------------------------------------------------- labels of several tokens
+
+
+def test_distinct_beginnings_are_the_hand_written_ones():
+    end = 9
+    forms, wanted = zip(
+        ([1, 2, 3, 4], [1, 2, 3]),  # shares 1 2 with the next one
+        ([1, 2, 5], [1, 2, 5]),
+        ([6], [6, end]),  # begins the next one
+        ([6, 7, 8], [6, 7]),
+        ([5, 1, 2], [5]),  # the first token tells it from all others
+        ([4], [4]),
+        strict=True,
+    )
+    assert distinct_beginnings(list(forms), end) == list(wanted)
+    assert distinct_beginnings([[1, 2]], end) == [[1]]
+    assert distinct_beginnings([[1], [1]], end) == [[1, end], [1, end]]  # told by nothing
+
+
+def test_a_tree_has_each_beginning_once():
+    tree = trie_of(((1, 2, 3), (1, 2, 4), (5,), (5, 2)))
+    assert (tree.tokens, tree.depths) == ([1, 2, 5], [0, 1, 0])
+    assert tree.sees.tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+    edges = list(zip(tree.parents, tree.targets, strict=True))
+    assert [[edges[i] for i in path] for path in tree.paths] == [
+        [(0, 1), (1, 2), (2, 3)],
+        [(0, 1), (1, 2), (2, 4)],
+        [(0, 5)],
+        [(0, 5), (3, 2)],
+    ]
+    assert len(edges) == 6
+
+
+@pytest.mark.parametrize("shared", [(), TURNS], ids=["no cache", "prefix cached"])
+@pytest.mark.parametrize("label_tokens", ["all", "distinct"])
+def test_labels_of_one_token_have_the_scores_of_one_forward_to_the_last_bit(loaded, shared, label_tokens):
+    """Golden scores of CreditMix hang on it: no mask, no positions and no other order of computation."""
+    model, encoder = loaded
+    scorer = FastLabelScorer(model, encoder, ONE_TOKEN, batch_size=32, shared_by=shared, label_tokens=label_tokens)
+    rows = sorted(map(encoder.prompt, TURNS), key=len, reverse=True)
+    with torch.inference_mode():
+        hidden = scorer.hidden(rows, 1, [None] * len(rows))
+        targets = [[[encoder.label(word)[0] for word in ONE_TOKEN]]] * len(rows)
+        wanted = token_log_probs(hidden, scorer.head, targets)[:, 0]
+    np.testing.assert_array_equal(scorer.score(rows), wanted)
+    plain = LabelScorer(model, encoder, ONE_TOKEN, label_tokens=label_tokens)
+    with torch.inference_mode():
+        wanted = plain.log_probs(rows, targets)[:, 0]
+    np.testing.assert_array_equal(plain.score(rows), wanted)
+
+
+def test_one_forward_runs_all_labels(loaded, monkeypatch):
+    """However many; in parts where the positions that go through the head are too many for one."""
+    model, encoder = loaded
+    scorer, forwards = FastLabelScorer(model, encoder, SEVERAL_FORMS, batch_size=16, shared_by=TURNS), []
+    forward = scorer.body.forward
+    monkeypatch.setattr(scorer.body, "forward", lambda *args, **more: forwards.append(1) or forward(*args, **more))
+    scores = scorer.raw_scores(TURNS)
+    assert len(forwards) == 1
+    monkeypatch.setattr(trie, "POSITIONS", 40)
+    np.testing.assert_allclose(scorer.raw_scores(TURNS), scores, atol=1e-5)
+    assert len(forwards) > 3
+
+
+def test_distinct_scores_are_probabilities_of_the_labels_beginnings(loaded):
+    """No label's beginning begins another's, so that their probabilities add up to at most 1."""
+    model, encoder = loaded
+    forms = {text: [text] for text in ("Good", "Good one", "Typical", "Typically", "Standard", "Stand", "Bad")}
+    scores = FastLabelScorer(model, encoder, forms, label_tokens="distinct").raw_scores(TURNS)
+    assert (np.exp(scores).sum(axis=1) < 1).all()
+
+
+def test_other_label_tokens_are_another_calibration_and_prior(loaded):
+    model, encoder = loaded
+    options = ScoringOptions(SEVERAL_FORMS, (0.0,) * 3)
+    assert "label_tokens" not in options.raw_settings()  # calibrations fitted before it stay valid
+    assert replace(options, label_tokens="distinct").raw_settings()["label_tokens"] == "distinct"
+    priors = [
+        label_prior(FastLabelScorer(model, encoder, SEVERAL_FORMS, label_tokens=which), "model", TASK.null_prompts(2))
+        for which in ("all", "distinct")
+    ]
+    assert len(stored_priors()) == 2 and np.abs(priors[0] - priors[1]).max() > 0.1
+
+
 # ------------------------------------------------------------------------------------------------- prior and its cache
 
 
 def test_the_prior_is_the_mean_raw_score_of_the_null_prompts(loaded):
     model, encoder = loaded
-    turns = null_prompts(4)
+    turns = TASK.null_prompts(4)
     prior = label_prior(FastLabelScorer(model, encoder, SEVERAL_FORMS), "model", turns)
     wanted = plain_scores(model, encoder, turns, SEVERAL_FORMS, "max").mean(axis=0)
     np.testing.assert_allclose(prior, wanted, atol=1e-4)
@@ -259,7 +350,7 @@ def test_the_prior_is_the_mean_raw_score_of_the_null_prompts(loaded):
 
 def test_a_stored_prior_is_used_and_a_damaged_one_is_computed_again(loaded):
     model, encoder = loaded
-    scorer, turns = FastLabelScorer(model, encoder, ONE_TOKEN), null_prompts(2)
+    scorer, turns = FastLabelScorer(model, encoder, ONE_TOKEN), TASK.null_prompts(2)
     true = label_prior(scorer, "model", turns)
     (path,) = stored_priors()
     path.write_text(json.dumps({"prior": {"Good": 1.0, "Standard": 2.0, "Bad": 3.0}}))

@@ -13,15 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
-from conftest import RESPONSE_FIELDS, assert_error
+from conftest import CREDIT_TEXT, RESPONSE_FIELDS, assert_error
 from fastapi.testclient import TestClient
 
 import serve_creditmix
 from common import InputError
 from distil.serving import guard
-from distil.serving.app import EXAMPLE, create_app
+from distil.serving.app import create_app
 from distil.serving.engine import VARIANTS
 from distil.serving.metrics import Metrics, log_json_lines
+from distil.tasks import task_of
 from distil.testing import TinyEngine
 from distil.workarounds import impatient_protocol
 from serve_creditmix import bound_socket, build_parser, engine_options
@@ -44,10 +45,10 @@ def client():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_has_its_endpoint(client, variant):
-    reply = client.post(f"/infer/{variant}", json={"features": EXAMPLE})
+    reply = client.post(f"/infer/{variant}", json={"features": CREDIT_TEXT})
     assert reply.status_code == 200
     assert list(reply.json()) == RESPONSE_FIELDS and reply.json()["model_name"] == variant
-    results = client.post(f"/infer/{variant}/batch", json={"features": [EXAMPLE, "Age: 3"]}).json()["results"]
+    results = client.post(f"/infer/{variant}/batch", json={"features": [CREDIT_TEXT, "Age: 3"]}).json()["results"]
     assert [list(result) for result in results] == [RESPONSE_FIELDS] * 2
 
 
@@ -66,6 +67,18 @@ def test_each_variant_has_its_endpoint(client, variant):
         (b'{"features": " \\n "}', 422, "invalid"),
         (b'{"features": "\\ud800"}', 422, "invalid"),
         (b'{"features": "x", "more": 1}', 422, "invalid"),
+        (b'{"fields": {}}', 422, "invalid"),
+        (b'{"fields": {"Age": NaN}}', 422, "invalid"),
+        (b'{"fields": {"Age": [1]}}', 422, "invalid"),
+        (b'{"fields": {"Age": {"a": 1}}}', 422, "invalid"),
+        (b'{"fields": {"Age": "\\ud800"}}', 422, "invalid"),
+        (b'{"fields": {"\\ud800": 1}}', 422, "invalid"),
+        (b'{"fields": {"x: 1, Age": 50}}', 422, "invalid"),  # would become another field
+        (b'{"fields": {"Note": "' + b"x" * 2000 + b'"}}', 422, "invalid"),
+        (b'{"fields": {"Age": 23}, "features": "Age: 23"}', 422, "invalid"),
+        (b'{"fields": "Age: 23"}', 422, "invalid"),
+        (b'{"fields": [{"Age": 23}]}', 422, "invalid"),
+        (b'{"fields": {"Age": 1' + b"0" * 5000 + b"}}", 400, "not_json"),
         (b'{"features": "' + b"x" * 2001 + b'"}', 422, "invalid"),
         (b'{"features": "' + b"x" * 1_000_001 + b'"}', 413, "too_large"),
         (b"[" * 100_000, 400, "not_json"),
@@ -80,6 +93,47 @@ def test_bad_bodies_get_one_error_shape(client, body, status, code):
 @pytest.mark.parametrize("features", [[], ["x"] * 257, ["x", ""], ["x", 3], "x", None])
 def test_bad_batches_are_refused_whole(client, features):
     assert_error(client.post("/infer/kd/batch", json={"features": features}), 422, "invalid")
+
+
+@pytest.mark.parametrize(
+    "body", [{"fields": []}, {"fields": [{}]}, {"fields": {"Age": 1}}, {"fields": [{"Age": 1}] * 257}, {}]
+)
+def test_bad_batches_of_fields_are_refused_whole(client, body):
+    assert_error(client.post("/infer/kd/batch", json=body), 422, "invalid")
+
+
+def test_rows_reach_the_engine_as_they_were_sent():
+    """Values of fields keep their kinds: 1 is not true."""
+    rows = []
+
+    class Listening(TinyEngine):
+        async def score(self, variant, features):
+            rows.append(features)
+            return await super().score(variant, features)
+
+    values = {"Age": 23, "Occupation": "Lawyer, Age: 50", "Annual Income": 19.5, "x": True, "y": None}
+    with client_of(Listening()) as client:
+        for path, body in (("", {"fields": values}), ("/batch", {"fields": [values]}), ("", {"features": "Age: 1"})):
+            assert client.post(f"/infer/sft{path}", json=body).status_code == 200
+    assert rows == [[values], [values], ["Age: 1"]]
+    assert [type(value) for value in rows[0][0].values()] == [int, str, float, bool, type(None)]
+
+
+TEXT_TASK = {"name": "topics", "instruction": "Give the topic.", "labels": ["sport", "arts"], "label_column": "topic"}
+TEXT_TASK = task_of(TEXT_TASK | {"text_column": "text"}, "test")
+
+
+def test_the_task_is_described_and_bounds_requests(client):
+    own = client.get("/task").json()
+    assert own["labels"] == ["Good", "Standard", "Bad"] and own["max_features"] == 2000
+    assert own["fields"][0] == {"name": "Age", "kind": "number", "range": [1, 110]}
+    assert own["fields"][1] == {"name": "Occupation", "kind": "word"} and own["text_column"] is None
+    with TestClient(create_app(TinyEngine(), Metrics(), task=TEXT_TASK)) as client:
+        text = client.get("/task").json()
+        assert (text["name"], text["fields"], text["text_column"]) == ("topics", [], "text")
+        assert client.get("/openapi.json").json()["info"]["title"] == "topics"
+        for letters, status in ((20_000, 200), (20_001, 422)):
+            assert client.post("/infer/sft", json={"features": "x" * letters}).status_code == status
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
@@ -178,12 +232,14 @@ def test_the_request_id_is_the_callers_or_a_new_one(client):
 
 def test_a_key_is_asked_for_where_one_is_set():
     with client_of(TinyEngine(), key="s3cret-ü") as client:
-        body = {"features": EXAMPLE}
+        body = {"features": CREDIT_TEXT}
         for header in (None, "Bearer wrong", "s3cret-ü", "Basic s3cret-ü", "Bearer ", "Bearer s3cret-ü x"):
             headers = {"authorization": header.encode()} if header else {}
             for reply in (
                 client.post("/infer/sft", json=body, headers=headers),
+                client.post("/table", content=b"Age\n1\n", headers=headers),
                 client.get("/metrics", headers=headers),
+                client.get("/task", headers=headers),
             ):
                 assert_error(reply, 401, "unauthorized")
                 assert reply.headers["www-authenticate"] == "Bearer"
@@ -389,7 +445,7 @@ def test_importing_the_module_builds_nothing():
 
 def test_metrics_and_log(capsys, client):
     log_json_lines()
-    client.post("/infer/sft", json={"features": EXAMPLE})
+    client.post("/infer/sft", json={"features": CREDIT_TEXT})
     client.post("/infer/sft", json={"features": ""})
     client.post("/infer/kd/batch", json={"features": ["a", "b"]})
     text = client.get("/metrics").text
@@ -410,24 +466,24 @@ def test_metrics_and_log(capsys, client):
 def test_features_are_logged_only_when_asked_for(capsys):
     with client_of(TinyEngine(), log_features=True) as client:
         log_json_lines()
-        client.post("/infer/sft", json={"features": EXAMPLE})
+        client.post("/infer/sft", json={"features": CREDIT_TEXT})
     assert "Scientist" in capsys.readouterr().err
 
 
-def test_every_example_of_the_openapi_document_works(client):
-    document = client.get("/openapi.json").json()
-    tried = 0
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            body = None
-            if "requestBody" in operation:
-                schema = operation["requestBody"]["content"]["application/json"]["schema"]
-                schema = document["components"]["schemas"][schema["$ref"].split("/")[-1]]
-                body = {name: field["examples"][0] for name, field in schema["properties"].items()}
-            reply = client.request(method, path, json=body)
-            assert reply.status_code == 200, (path, reply.text)
-            tried += 1
-    assert tried == 2 * len(VARIANTS) + 4
+@pytest.mark.parametrize("task", [None, TEXT_TASK])
+def test_every_example_of_the_openapi_document_works(task):
+    with TestClient(create_app(TinyEngine(), Metrics(), task=task)) as client:
+        document = client.get("/openapi.json").json()
+        tried = 0
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+                bodies = [example["value"] for example in content.get("examples", {"": {"value": None}}).values()]
+                for body in bodies if path != "/table" else []:
+                    reply = client.request(method, path, json=body)
+                    assert reply.status_code == 200, (path, reply.text)
+                    tried += 1
+    assert tried == 2 * 2 * len(VARIANTS) + 5
 
 
 def test_page_and_docs_ask_no_other_host(client):

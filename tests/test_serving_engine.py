@@ -20,16 +20,17 @@ from fastapi.testclient import TestClient
 from common import InputError, add_adapters
 from distil import scoring
 from distil.creditmix.model import CreditModel
-from distil.creditmix.rows import LABELS
 from distil.models import model_fingerprint, resolve
 from distil.scoring import FastLabelScorer
 from distil.serving.app import create_app
 from distil.serving.engine import VARIANTS, Engine, EngineOptions, Refusal
 from distil.serving.metrics import Metrics
+from distil.tasks import default_task
 from distil.testing import load_named, save_adapter
 from serve_creditmix import build_parser, engine_options
 
 pytestmark = pytest.mark.usefixtures("own_server_log")
+LABELS = default_task().labels
 
 
 @pytest.fixture(scope="module")
@@ -481,6 +482,83 @@ def test_features_that_are_doubtful_get_notes_under_extra(model_dir, folders):
     assert other.startswith("Wage is not a field (Age, ")
     message = assert_error(reply, 422, "repeated_field")["message"]
     assert message == "features[1]: Age occurs twice in one feature string; keep one"
+
+
+def test_fields_are_answered_as_their_feature_string(model_dir, folders):
+    """Values are text or numbers, by name or nearly; what is no field is named, and a value never becomes one."""
+    values = {"Age": 23, "annual_income": "19,114.12", "Occupation": "Lawyer, Age: 50", "Wage": 3.5, "Debt": None}
+    text = "Age: 23, Occupation: Lawyer, Age 50, Annual Income: 19100"
+    with TestClient(create_app(Engine(arguments(model_dir, folders)), Metrics())) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        one = client.post("/infer/sft", json={"fields": values}).json()
+        batch = client.post("/infer/sft/batch", json={"fields": [{"Age": 23}, values]}).json()["results"]
+        plain = client.post("/infer/sft", json={"features": text}).json()
+        extra = client.post("/infer/sft", json={"features": f"{text}, Wage: 3.5, Debt: "}).json()
+        twice = client.post("/infer/sft/batch", json={"fields": [{"Age": 1}, {"Age": 23, " age": 50}]})
+    assert_same_answers([one, batch[1]], [extra, extra])
+    assert [note.partition(" (")[0] for note in one["extra"]["notes"]] == [
+        "Wage is not a field",
+        "Debt is not a field",
+    ]
+    assert "extra" not in plain and "extra" not in batch[0]
+    message = assert_error(twice, 422, "repeated_field")["message"]
+    assert message == "fields[1]: Age occurs twice in one feature string; keep one"
+
+
+TOPICS = {"name": "topics", "instruction": "Give the topic.", "label_column": "topic", "text_column": "text"}
+TOPICS |= {"labels": ["sport", "the arts", "the economy"]}
+
+
+def of_task(folder: Path, source: str, task: dict) -> str:
+    """Return a copy of an adapter that belongs to a task."""
+    copied = shutil.copytree(source, folder)
+    (copied / "task.json").write_text(json.dumps(task))
+    return str(copied)
+
+
+def test_the_adapters_task_is_the_servers(model_dir, folders, tmp_path):
+    options = arguments(model_dir, {"kd": of_task(tmp_path / "kd", folders["kd"], TOPICS)})
+    with TestClient(create_app(Engine(options), Metrics(), task=options.scoring.task)) as client:
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        bodies = {"features": "Who won?"}, {"fields": {"text": "Who won?"}}, {"fields": {"Text": "Who won?", "id": 7}}
+        one, *others = [client.post("/infer/kd", json=body).json() for body in bodies]
+        wrong = client.post("/infer/kd", json={"fields": {"id": 7}})
+        empty = client.post("/infer/kd/batch", json={"fields": [{"text": "a"}, {"text": " "}]})
+        hint = client.post("/infer/sft", json=bodies[0]).json()["error"]["hint"]
+    assert list(one["probabilities"]) == TOPICS["labels"] and others == [one, one]
+    assert assert_error(wrong, 422, "invalid")["message"] == "fields: one field text is needed, found id"
+    assert assert_error(empty, 422, "invalid")["message"] == "fields[1]: empty"
+    assert hint == "the server was started with --sft none"
+
+
+def test_adapters_of_different_tasks_are_refused_at_the_start(model_dir, folders, tmp_path):
+    sft = of_task(tmp_path / "sft", folders["sft"], TOPICS)
+    kd = of_task(tmp_path / "kd", folders["kd"], TOPICS | {"labels": ["sport", "arts"]})
+    with pytest.raises(InputError, match=r"was trained for another task .*labels"):
+        arguments(model_dir, {"sft": sft, "kd": kd})
+    (other := tmp_path / "other.json").write_text(json.dumps(TOPICS | {"instruction": "Topic?"}))
+    with pytest.raises(InputError, match=r"was trained for another task than --task .*instruction"):
+        arguments(model_dir, {"sft": sft}, "--task", str(other))
+
+
+def test_default_folders_follow_the_task(model_dir, folders, tmp_path, monkeypatch):
+    """That of --task (or $CREDITMIX_TASK), or of an adapter that is given; a base alone serves any task."""
+    (path := tmp_path / "topics.json").write_text(json.dumps(TOPICS))
+
+    def options(*flags: str) -> EngineOptions:
+        return engine_options(build_parser().parse_args(["--base", model_dir, *flags]))
+
+    alone = options("--task", str(path))
+    assert set(alone.refs) == {"base"} and list(alone.scoring.labels) == TOPICS["labels"]
+    missing = Engine(alone).missing()
+    assert missing["kd"] == ("python kd_train.py --student BASE --save_dir runs/topics_kd --data data/topics_kd.jsonl")
+    of_task(Path("runs/topics_kd"), folders["kd"], TOPICS)
+    shutil.copytree(folders["dpo"], "runs/creditmix_dpo")
+    monkeypatch.setenv("CREDITMIX_TASK", str(path))
+    assert set(options().refs) == {"base", "kd"}
+    monkeypatch.delenv("CREDITMIX_TASK")
+    assert set(options().refs) == {"base", "dpo"} and options().scoring.task == default_task()
+    assert set(options("--sft", of_task(tmp_path / "own", folders["sft"], TOPICS)).refs) == {"base", "sft", "kd"}
 
 
 def test_a_stop_answers_the_batch_that_is_running(model_dir, folders, monkeypatch):

@@ -24,10 +24,12 @@ import infer_idp
 import kd_prepare
 import sft_train
 from common import InputError, PromptEncoder, lora_config
-from distil.creditmix.rows import LABELS, creditmix_prompt
 from distil.files import file_sha256, read_jsonl
 from distil.models import EMBEDDED_MODEL, embedded_model_dir
+from distil.tasks import default_task
 from distil.testing import ROOT, load_named
+
+TASK = default_task()
 
 pytestmark = pytest.mark.slow
 DATA = ROOT / "data" / "creditmix_dataset.json"
@@ -64,7 +66,7 @@ def trained(work, data_folder) -> Path:
 
 def test_prepared_rows_are_balanced(data_folder):
     rows = read_jsonl(data_folder / "creditmix_sft.jsonl", ("input", "output"))
-    assert sorted(row["output"] for row in rows) == sorted(40 * LABELS)
+    assert sorted(row["output"] for row in rows) == sorted(40 * TASK.labels)
 
 
 def test_training(trained, data_folder):
@@ -84,11 +86,11 @@ def test_classification(trained, capsys):
     names = ["model_name", "prediction", "scores", "raw_scores", "prior", "probabilities", "top2_margin"]
     assert list(response) == names
     assert response["model_name"] == str(trained)
-    for label in LABELS:
+    for label in TASK.labels:
         difference = response["raw_scores"][label] - response["prior"][label]
         assert response["scores"][label] == pytest.approx(difference, abs=2e-6)
         assert response["raw_scores"][label] < 0
-    assert response["prediction"] == max(LABELS, key=response["scores"].get)
+    assert response["prediction"] == max(TASK.labels, key=response["scores"].get)
     assert math.fsum(response["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     second, best = sorted(response["scores"].values())[-2:]
     assert response["top2_margin"] == pytest.approx(best - second, abs=2e-6)
@@ -111,7 +113,7 @@ def test_evaluation(trained, work, capsys, monkeypatch):
 def test_labels_are_single_tokens():
     _, tokenizer = load_named(EMBEDDED_MODEL)
     encoder = PromptEncoder(tokenizer)
-    assert [len(encoder.label(label)) for label in LABELS] == [1, 1, 1]
+    assert [len(encoder.label(label)) for label in TASK.labels] == [1, 1, 1]
     assert tokenizer.decode(encoder.completion("Good")) == "Good<|im_end|>"
 
 
@@ -124,7 +126,7 @@ def test_gradients_are_the_same_after_an_evaluation():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start, which would leave A without a gradient
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.01
-    ids = torch.tensor([PromptEncoder(tokenizer).prompt(creditmix_prompt(CREDIT_TEXT))])
+    ids = torch.tensor([PromptEncoder(tokenizer).prompt(TASK.prompt(CREDIT_TEXT))])
 
     def gradients():
         model.train().zero_grad()
@@ -181,10 +183,10 @@ def test_a_teacher_over_http_and_the_gate_that_calls_it_weak(data_folder, embedd
     source, output = tmp_path / "prompts.jsonl", tmp_path / "kd.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--teacher_url", teacher_url, "--teacher_model", str(embedded), "--input", str(source)]
-    argv += ["--output", str(output), "--labels", ",".join(LABELS), "--max_new_tokens", "8", "--concurrency", "2"]
+    argv += ["--output", str(output), "--labels", ",".join(TASK.labels), "--max_new_tokens", "8", "--concurrency", "2"]
     assert kd_prepare.main(argv) == 0
     captured = capsys.readouterr()
     assert "WARNING: the teacher is weaker than" in captured.err  # an untrained small model knows nothing of credit
     written = read_jsonl(output, ("input", "teacher_output"))
-    assert written and all(row["teacher_output"].strip("*\"'. ").startswith(LABELS) for row in written)
+    assert written and all(row["teacher_output"].strip("*\"'. ").startswith(TASK.labels) for row in written)
     assert all("label_probs" not in row for row in written)  # this server sends no log-probabilities, though requested

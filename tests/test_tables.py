@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from common import InputError
-from distil.tables import json_rows, match_labels, nearest, read_table, readings
+from distil.tables import json_rows, match_labels, nearest, read_cells, read_table, readings
 
 COLUMNS = {"Amount Due": "number", "Word": "text", "Key": "id"}
 CSV = "Key,Word,Amount_Due,Other\n007,Bäcker,1234.5,x\n8,,12,y\n"
@@ -62,6 +62,12 @@ FORMS = {
     "a.jsonl": OBJECTS.encode(),
     "a.json": ("[" + OBJECTS.strip().replace("\n", ",") + "]").encode(),
     "json.txt": OBJECTS.encode(),
+    "json_bom.txt": b"\xef\xbb\xbf" + OBJECTS.encode(),
+    "quoted_header.csv": b'"Key";"Word";"Amount_Due"\n"007";"B\xc3\xa4cker";"1234.5"\n"8";"";"12"\n',
+    "trailing.csv": CSV.replace("\n", ",\n").encode(),
+    "blank_header.csv": CSV.replace("Amount_Due", " AMOUNT due ").encode(),
+    "windows.csv.gz": gzip.compress(CSV.encode("cp1252")),
+    "sep_utf16.csv": ("sep=;\r\n" + CSV.replace(",", ";")).encode("utf-16"),
 }
 
 
@@ -71,7 +77,8 @@ def test_every_form_gives_the_same_cells(tmp_path, name):
     table = read_table(tmp_path / name, COLUMNS, notes=(notes := Counter()))
     assert list(table) == list(COLUMNS) and [(a, b, str(c)) for a, b, c in cells(table)] == CELLS
     noted = {"semicolons.csv": ["column Amount Due: numbers with a decimal comma"]}
-    noted |= {"windows.csv": ["file: not UTF-8, read as cp1252 (Windows), which makes words such as Bäcker"]}
+    windows = ["file: not UTF-8, read as cp1252 (Windows), which makes words such as Bäcker"]
+    noted |= {"windows.csv": windows, "windows.csv.gz": windows}
     assert list(notes) == noted.get(name, [])
 
 
@@ -87,6 +94,23 @@ def test_excel_ids_beyond_15_digits_show_that_digits_are_lost(tmp_path):
     frame = pd.DataFrame({"key": [1234567890123456, 17, 123456789012345], "word": "x", "amount due": 1})
     (tmp_path / "a.xlsx").write_bytes(excel(frame))
     assert list(read_table(tmp_path / "a.xlsx", COLUMNS)["Key"]) == ["1.23456789012346E+15", 17, 123456789012345]
+
+
+def test_all_cells_of_any_file_under_its_header(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\nKey;a,b;c,d\n007;1,5;\n;;\n8;x;y\n")
+    table = read_cells(tmp_path / "a.csv", Counter())
+    assert list(table) == ["Key", "a,b", "c,d"] and cells(table) == [("007", "1,5", ""), ("8", "x", "y")]
+    (tmp_path / "a.xlsx").write_bytes(excel(FRAME))
+    assert cells(read_cells(tmp_path / "a.xlsx", Counter())) == [("007", "Bäcker", "1234.5"), ("8", "", "12")]
+    (tmp_path / "a.csv").write_text("a,a\n1,2\n")
+    with pytest.raises(InputError, match="column a occurs twice; keep one"):
+        read_cells(tmp_path / "a.csv", Counter())
+
+
+def test_equal_rows_are_counted(tmp_path):
+    (tmp_path / "a.csv").write_text(CSV + "8,,12,y\n8,,12,z\n")
+    assert len(read_table(tmp_path / "a.csv", COLUMNS, notes=(notes := Counter()))) == 4
+    assert notes == {"row equal to an earlier one in all columns: kept": 1}
 
 
 BAD = {

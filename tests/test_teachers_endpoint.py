@@ -15,10 +15,12 @@ import pytest
 from conftest import answer_in_turn, ask_endpoint, change_replies, gold_rows, read_lines, write_lines
 
 from common import InputError
-from distil.creditmix.rows import LABELS
+from distil.tasks import default_task
 from distil.teachers.answers import PROMPT_VERSION, RATIONALE, label_of
 from distil.teachers.endpoint import HttpTeacher, seconds_of
 from distil.testing import ROOT
+
+TASK = default_task()
 
 FAULTS = ("429", "500", "503", "drop", "half json", "half body", "empty")
 
@@ -33,7 +35,7 @@ def test_an_unreliable_endpoint_answers_every_prompt_once(here, endpoint):
     written = read_lines("kd.jsonl")
     assert [row["input"] for row in written] == [row["input"] for row in rows]  # in order, whatever came first
     for row in written:
-        assert row["teacher_output"] == LABELS[len(row["input"]) % 3] and "label_probs" not in row
+        assert row["teacher_output"] == TASK.labels[len(row["input"]) % 3] and "label_probs" not in row
         assert row["teacher"] == {"name": "m", "prompt": str(PROMPT_VERSION)}
     assert sorted(path.name for path in here.iterdir()) == ["in.jsonl", "kd.jsonl", "kd_prepared.json"]
 
@@ -297,5 +299,5 @@ def test_a_reason_is_requested_from_the_teacher_alone(here, endpoint):
     assert all(body["messages"][-1]["content"].endswith(RATIONALE) for body in server.requests)
     for row, sent in zip(read_lines("kd.jsonl"), rows, strict=True):
         assert row["input"] == sent["input"]
-        assert label_of(row["teacher_output"], LABELS) and "because of the debt" in row["teacher_output"]
+        assert label_of(row["teacher_output"], TASK.labels) and "because of the debt" in row["teacher_output"]
         assert row["teacher"]["prompt"] == "1, for a reason"

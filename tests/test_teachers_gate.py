@@ -8,9 +8,11 @@ import pytest
 from conftest import answer_in_turn, ask_endpoint, change_replies, gold_rows, read_lines, write_lines
 
 from common import InputError
-from distil.creditmix.rows import LABELS
+from distil.tasks import default_task
 from distil.teachers.answers import Prompts
 from distil.teachers.gate import checked_rows
+
+LABELS = default_task().labels
 
 
 def test_only_a_weak_teacher_gets_a_warning(here, endpoint, capsys):

@@ -10,13 +10,15 @@ from conftest import FLOAT32, gold_rows, read_lines, write_lines
 
 import kd_prepare
 from common import InputError, PromptEncoder
-from distil.creditmix.rows import LABELS
 from distil.models import LoadOptions, resolve
 from distil.scoring import FastLabelScorer
+from distil.tasks import default_task
 from distil.teachers import local
 from distil.teachers.answers import TeacherOptions
 from distil.teachers.local import ModelTeacher
 from distil.testing import load_named, save_adapter
+
+TASK = default_task()
 
 
 def ask(teacher: str, *flags: object, output: str = "kd.jsonl") -> list[dict]:
@@ -29,7 +31,7 @@ def ask(teacher: str, *flags: object, output: str = "kd.jsonl") -> list[dict]:
 def label_scorer(model_dir: str, quantization: str = "none") -> FastLabelScorer:
     """Return a scorer of the CreditMix labels in alphabetical order."""
     model, tokenizer = load_named(model_dir, quantization, "float32")
-    forms = {name: [name] for name in sorted(LABELS)}
+    forms = {name: [name] for name in sorted(TASK.labels)}
     return FastLabelScorer(model, PromptEncoder(tokenizer), forms, batch_size=16)
 
 
@@ -37,7 +39,7 @@ def test_a_model_answers_label_tasks_by_calibrated_likelihood(here, model_dir):
     rows = gold_rows(9)
     write_lines("in.jsonl", rows)
     answers = ask(model_dir, "--batch_size", 4, "--calibration", "batch")
-    names = sorted(LABELS)
+    names = sorted(TASK.labels)
     raw = label_scorer(model_dir).raw_scores([row["input"] for row in rows])
     logits = raw - raw.mean(axis=0)
     wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -49,7 +51,7 @@ def test_a_model_answers_label_tasks_by_calibrated_likelihood(here, model_dir):
 
 def test_auto_takes_the_calibration_with_the_lower_nll(here, model_dir, tmp_path, capsys):
     """Without gold answers a base is, an adapter is not, and nothing is by the mean of a few prompts."""
-    rows, names = gold_rows(40), sorted(LABELS)
+    rows, names = gold_rows(40), sorted(TASK.labels)
     raw = label_scorer(model_dir).raw_scores([row["input"] for row in rows])
     adapter = save_adapter(tmp_path / "adapter", model_dir)
 
@@ -73,7 +75,7 @@ def test_auto_takes_the_calibration_with_the_lower_nll(here, model_dir, tmp_path
 
 
 def test_a_model_in_nf4_is_a_teacher(here, model_dir):
-    rows, names = gold_rows(6), sorted(LABELS)
+    rows, names = gold_rows(6), sorted(TASK.labels)
     write_lines("in.jsonl", rows)
     probabilities = {}
     for quantization in ("nf4", "none"):

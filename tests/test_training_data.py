@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import METHODS, refused, row_of, run_json, write_lines
 from datasets import Dataset
 
 import common
+import kd_train
 from common import InputError, PromptEncoder
 from distil import files, splits
 from distil.files import file_sha256
@@ -88,13 +90,73 @@ def test_rows_without_a_field_are_refused_by_line(method, tmp_path, model_dir):
         ([{"Good": "0.5", "Bad": 0.5}], "row 1.*not probabilities"),
         ([{"Good": 1.0}], "row 1"),
         ([[0.5, 0.5]], "row 1"),
-        ([{"Good": 0.5, "Good enough": 0.5}], "first token"),
     ],
 )
 def test_label_probs_that_cannot_be_used_are_refused(probs, expected, tmp_path, model_dir):
     rows = [row_of("kd") | ({} if p is None else {"label_probs": p}) for p in probs]
     message = refused("kd", rows, tmp_path, model_dir)
     assert re.search(expected, message), message
+
+
+class Spelt:
+    """An encoder of one token a letter, with 0 at the end of a turn; capital letters have the tokens of small ones."""
+
+    def label(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text.lower()]
+
+    def completion(self, text: str) -> list[int]:
+        return [*self.label(text), 0]
+
+
+def test_nodes_of_labels_along_answers_by_hand():
+    a, b, c, x = map(ord, "abcx")
+    encoder, labels, probabilities = Spelt(), ["a", "ab", "acb", "xa", "xab"], [0.5, 0.25, 0.125, 0.125, 0.0]
+    trie = data.label_trie(encoder, labels)
+    start = (0, [a, x], [0.875, 0.125])
+    second = (1, [0, b, c], [0.5 / 0.875, 0.25 / 0.875, 0.125 / 0.875])
+    nodes = {
+        "a": [start, second],
+        "ab": [start, second],  # after "ab" and after "ac" there is one way to continue
+        "acb": [start, second],
+        "xa": [start, (2, [0, b], [1.0, 0.0])],
+        "xab": [start, (2, [0, b], [1.0, 0.0])],
+        "ac": [start, second],  # stops short of a label
+        "a. b": [start, second],  # a label and a reason
+        "b": [start],
+        "": [start],
+    }
+    for answer, expected in nodes.items():
+        assert data.answer_nodes(trie, encoder.completion(answer), probabilities) == expected, answer
+    # The teacher gives nothing to what begins with x: which of these it would take is not known.
+    none = [0.5, 0.25, 0.25, 0.0, 0.0]
+    assert data.answer_nodes(trie, encoder.completion("xa"), none) == [(0, [a, x], [1.0, 0.0])]
+    # All labels begin alike: the first token is no choice.
+    assert data.answer_nodes(data.label_trie(encoder, ["xa", "xb"]), [x, a, 0], [0.9, 0.1]) == [
+        (1, [a, b], [0.9, 0.1])
+    ]
+    with pytest.raises(InputError, match="labels 'a' and 'A' have the same tokens; rename one in label_probs"):
+        data.label_trie(encoder, ["a", "b", "A"])
+
+
+def test_batches_with_nodes_of_labels():
+    rows = [([5, 6, 7], [8, 9, 0]), ([5], [8, 0]), ([5, 6], [4, 0])]
+    dataset = Dataset.from_list([{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in rows])
+    nodes = {"node_positions": [[0, 1], [0], []], "child_ids": [[[8, 3, 4], [9, 2]], [[8, 3, 4]], []]}
+    nodes["child_probs"] = [[[0.5, 0.25, 0.25], [0.75, 0.25]], [[1.0, 0.0, 0.0]], []]
+    for name, column in nodes.items():
+        dataset = dataset.add_column(name, column)
+    batch = data.completion_collator(1)(list(dataset))
+    assert batch["nodes"].tolist() == [0, 1, 3]
+    assert batch["child_ids"].tolist() == [[8, 3, 4], [9, 2, -1], [8, 3, 4]]
+    assert batch["child_probs"].tolist() == [[0.5, 0.25, 0.25], [0.75, 0.25, 0], [1.0, 0, 0]]
+    for rows in ([1, 2], [2, 1]):  # the order of the rows decides where an answer starts
+        assert data.completion_collator(1)([dataset[i] for i in rows])["nodes"].tolist() == [0 if rows[0] == 1 else 2]
+    empty = data.completion_collator(1)([dataset[2]])  # no row follows any label
+    assert [len(empty[name]) for name in ("nodes", "child_ids", "child_probs")] == [0, 0, 0]
+    logits = torch.zeros(2, 10, requires_grad=True)
+    value = kd_train.distillation_loss_sum(logits, empty | {"labels": torch.tensor([4, 0])}, 1.0, 1.0)
+    value.backward()
+    assert value == 0 and logits.grad.count_nonzero() == 0
 
 
 def test_a_pair_without_contrast_is_refused(tmp_path, model_dir):

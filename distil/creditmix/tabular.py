@@ -1,4 +1,4 @@
-"""Tabular models of CreditMix rows: gradient boosting (ceiling and teacher), logistic regression, baselines."""
+"""Tabular models of a task's rows: gradient boosting (ceiling and teacher), logistic regression, baselines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from common import InputError
-from distil.creditmix.rows import CREDIT_FIELDS, LABELS, PLAUSIBLE, UNKNOWN, CreditRow, parse_features
+from distil.creditmix.rows import CreditRow
+from distil.creditmix.text import group_folds, text_teacher
+from distil.features import UNKNOWN
+from distil.tasks import Task, default_task
 
 if TYPE_CHECKING:
     import numpy as np
 
-BASELINES = ["majority", "logistic regression", "tabular teacher", "gradient boosting"]  # `metrics.baselines`
+TABLE_BASELINES = ["majority", "logistic regression", "tabular teacher", "gradient boosting"]  # `metrics.baselines`
+TEXT_BASELINES = ["majority", "tf-idf"]
+SAME_CUSTOMER = ("Occupation", "Annual Income")  # rows with the same are mostly one customer's
 # The settings of the published ceiling, then two with more regularisation. The first overfits where few labels are
 # known: with 1,508 of the embedded rows its cross-fitted NLL is 1.16, that of the last 0.64.
 BOOSTING_SETTINGS = (
@@ -22,14 +27,21 @@ BOOSTING_SETTINGS = (
 )
 
 
-def tabular_features(features: Sequence[str]) -> Any:
-    """Return feature strings [N] as a DataFrame: numbers as float (Unknown: NaN), words as category."""
+def baseline_names(task: Task) -> list[str]:
+    """Return the names of a task's baselines; the last is the strongest of them."""
+    return TEXT_BASELINES if task.text_column else TABLE_BASELINES
+
+
+def tabular_features(features: Sequence[str], task: Task) -> Any:
+    """Return feature strings [N] of a table task as a DataFrame: numbers as float (Unknown: NaN), words as category.
+    What is no field of the task is a number where most of its values are."""
     import pandas as pd
 
-    frame = pd.DataFrame([parse_features(text) or {"text": text} for text in features])
+    frame = pd.DataFrame([task.parse(text) or {"text": text} for text in features])
     for column in frame:
         numbers = pd.to_numeric(frame[column], errors="coerce")
-        is_number = column in PLAUSIBLE or numbers.notna().mean() > 0.5
+        field = task.by_name.get(column)
+        is_number = field.kind == "number" if field else numbers.notna().mean() > 0.5
         words = frame[column].fillna(UNKNOWN)
         rare = ~words.isin(words.value_counts().index[:200])  # gradient boosting takes 255 categories at most
         frame[column] = numbers.astype(float) if is_number else words.mask(rare, "other").astype("category")
@@ -64,67 +76,89 @@ def chosen_boosting(
     frame: Any, answers: np.ndarray, groups: Sequence[str], weights: np.ndarray, seed: int
 ) -> tuple[Any, np.ndarray]:
     """Return (model, not yet fitted, and its cross-fitted probabilities [rows, labels]) of the BOOSTING_SETTINGS with
-    the lowest NLL of the answers [rows] of other `groups` (customers), in 5 folds. Raises InputError for too few."""
+    the lowest NLL of the answers [rows] of other `groups` (customers), in 5 folds."""
     from sklearn.metrics import log_loss
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.model_selection import cross_val_predict
     from threadpoolctl import threadpool_limits
 
-    for k, label in enumerate(LABELS):
-        customers = len({group for group, answer in zip(groups, answers, strict=True) if answer == k})
-        if customers < 5:
-            need = "at least 5 of each label are needed for cross-fitting (six in ten customers are for training)"
-            raise InputError(f"{customers} training customers are {label}; {need}")
     tried = []
-    how = {"groups": groups, "method": "predict_proba", "params": {"sample_weight": weights}}
+    how = {"cv": group_folds(answers, groups, seed), "method": "predict_proba", "params": {"sample_weight": weights}}
     for settings in BOOSTING_SETTINGS:
-        model, folds = gradient_boosting(seed, settings), StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+        model = gradient_boosting(seed, settings)
         with threadpool_limits(1):  # threads that wait for each other take minutes next to other work
-            probabilities = cross_val_predict(model, frame, answers, cv=folds, **how)
+            probabilities = cross_val_predict(model, frame, answers, **how)
         tried.append((log_loss(answers, probabilities, sample_weight=weights), model, probabilities))
     return min(tried, key=lambda one: one[0])[1:]
 
 
-def tabular_teacher(rows: Sequence[CreditRow], labelled: Sequence[bool], seed: int) -> np.ndarray:
-    """Return class probabilities [rows, labels] by gradient boosting under equal class weights.
+def check_groups(groups: Sequence[str], answers: np.ndarray, task: Task) -> None:
+    """Raise InputError where a label has too few groups (customers) for five folds. answers: label indices [rows]."""
+    owned: list[set[str]] = [set() for _ in task.labels]
+    for group, answer in zip(groups, answers, strict=True):
+        owned[answer].add(group)
+    counts = [len(customers) for customers in owned]
+    if (fewest := min(counts)) < 5:
+        need = (
+            "at least 5 of each label are needed for cross-fitting; give more rows, or take the label out of the task"
+        )
+        raise InputError(f"{fewest} training customers are {task.labels[counts.index(fewest)]}; {need}")
+
+
+def tabular_teacher(rows: Sequence[CreditRow], labelled: Sequence[bool], seed: int, task: Task) -> np.ndarray:
+    """Return class probabilities [rows, labels] by gradient boosting, or for texts TF-IDF with logistic regression;
+    under equal class weights where the task is balanced.
     Each row's model never saw its customer: cross-fitted over the `labelled` rows, and one model of all of these for
     the others, whose labels are not used. Raises InputError where there are too few customers for five folds."""
     import numpy as np
     from sklearn.utils.class_weight import compute_sample_weight
     from threadpoolctl import threadpool_limits
 
-    seen = np.flatnonzero(labelled)
+    seen, others = (np.flatnonzero(np.asarray(labelled, dtype=bool) == known) for known in (True, False))
     if not len(seen):
         raise InputError("no training row has a label that may be used; raise --gold_share, or give more rows")
     groups = [rows[i].customer for i in seen]
-    answers = np.array([LABELS.index(rows[i].label) for i in seen])
-    frame = tabular_features([row.features for row in rows])
-    weights = compute_sample_weight("balanced", answers)
-    probabilities = np.empty((len(rows), len(LABELS)))
+    answers = np.array([task.labels.index(rows[i].label) for i in seen])
+    check_groups(groups, answers, task)
+    weights = compute_sample_weight("balanced" if task.balanced else None, answers)
+    probabilities = np.empty((len(rows), len(task.labels)))
+    if task.text_column:
+        texts = [[rows[i].features for i in part] for part in (seen, others)]
+        probabilities[seen], probabilities[others] = text_teacher(texts[0], answers, groups, weights, texts[1], seed)
+        return probabilities
+    frame = tabular_features([row.features for row in rows], task)
     model, probabilities[seen] = chosen_boosting(frame.iloc[seen], answers, groups, weights, seed)
-    if len(others := np.flatnonzero(~np.asarray(labelled, dtype=bool))):
+    if len(others):
         with threadpool_limits(1):
             model.fit(frame.iloc[seen], answers, sample_weight=weights)
         probabilities[others] = model.predict_proba(frame.iloc[others])
     return probabilities
 
 
-def simple_baselines(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Return the accuracies that a teacher has to exceed: of the most frequent answer and, for CreditMix prompts, of
-    cross-validated logistic regression, with rows of one occupation and income, mostly one customer's, in one fold."""
+def simple_baselines(prompts: Sequence[str], answers: Sequence[str], task: Task | None = None) -> dict[str, float]:
+    """Return the accuracies that a teacher has to exceed: of the most frequent answer and, for prompts of a table task
+    (None: CreditMix), of cross-validated logistic regression on the feature string, their last line. Rows of one
+    occupation and income, mostly one customer's, are in one fold; of tasks without these fields, equal rows."""
+    import numpy as np
     from sklearn.metrics import accuracy_score
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.model_selection import cross_val_predict
 
-    counts = Counter(answers)
+    task, counts = task or default_task(), Counter(answers)
     result = {"majority": max(counts.values()) / len(answers)}
     features = [prompt.rpartition("\n")[2] for prompt in prompts]
-    fields = [parse_features(text) or {} for text in features]
-    if all(row.keys() & CREDIT_FIELDS for row in fields) and min(counts.values()) >= 5 and len(counts) > 1:
-        same = ("Occupation", "Annual Income")
-        customers = [" ".join(row.get(name, "") for name in same).strip() or str(row) for row in fields]
+    fields = [_fields(text, task) for text in features]
+    if all(row.keys() & task.by_name for row in fields) and min(counts.values()) >= 5 and len(counts) > 1:
+        customers = [" ".join(row.get(name, "") for name in SAME_CUSTOMER).strip() or str(row) for row in fields]
         if len(set(customers)) >= 5:
-            frame, folds = tabular_features(features), StratifiedGroupKFold(5, shuffle=True, random_state=0)
-            parts = list(folds.split(frame, answers, customers))
+            frame, parts = tabular_features(features, task), group_folds(np.array(answers), customers, 0)
             if all(len({answers[i] for i in train}) > 1 for train, _ in parts):  # one label alone teaches nothing
                 predicted = cross_val_predict(logistic_regression(), frame, list(answers), cv=parts)
                 result["logistic regression"] = accuracy_score(answers, predicted)
     return result
+
+
+def _fields(text: str, task: Task) -> dict[str, str]:
+    """Return the fields of a feature string; none of other text."""
+    try:
+        return task.parse(text) or {}
+    except InputError:  # a name that occurs twice, as in a dialogue
+        return {}

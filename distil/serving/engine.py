@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,9 @@ from typing import Any
 
 from common import InputError
 from distil.calibration import fitted_calibration, unfitted_note
-from distil.creditmix.model import CreditModel
-from distil.creditmix.rows import creditmix_prompt, doubts
+from distil.creditmix.model import CreditModel, CreditOptions
 from distil.models import ModelRef, adapter_config, check_model_name, check_shareable, resolve, same_base, use_note
-from distil.scoring import ScoringOptions
+from distil.tasks import Task, default_task
 
 VARIANTS = ("base", "sft", "kd", "dpo")
 LOG = logging.getLogger("serve_creditmix")
@@ -36,11 +35,12 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """refs: {variant: model}, the base among them; disabled: variants that the flags switch off; scoring: a fixed
-    batch size; gather_ms: wait for more rows of a batch; queue_rows: rows without an answer yet; timeout: seconds."""
+    """refs: {variant: model}, the base among them; disabled: variants that the flags switch off; scoring: with the
+    task and a fixed batch size; gather_ms: wait for more rows of a batch; queue_rows: rows without an answer yet;
+    timeout: seconds."""
 
     refs: dict[str, ModelRef]
-    scoring: ScoringOptions
+    scoring: CreditOptions
     disabled: tuple[str, ...] = ()
     gather_ms: float = 3.0
     queue_rows: int = 1024
@@ -57,37 +57,40 @@ class Row:
     enqueued: float = field(default_factory=time.monotonic)
 
 
-def default_folder(variant: str) -> str:
-    """Return where the trainers of this project save a variant."""
-    return f"runs/creditmix_{variant}"
+def default_folder(variant: str, task: str) -> str:
+    """Return where the trainers of this project save a variant of a task, by the task's name."""
+    return f"runs/{task}_{variant}"
 
 
-def resolve_variants(base: str, folders: dict[str, str]) -> dict[str, ModelRef]:
-    """Return {variant: model} of the base and of the adapters that exist. folders: {variant: folder or 'none'}.
-    Raises InputError for an adapter of another base, and for a folder without one that is not the default."""
+def resolve_variants(base: str, folders: dict[str, str | None], task: str) -> dict[str, ModelRef]:
+    """Return {variant: model} of the base and of the adapters that exist. folders: {variant: folder, 'none', or None
+    for the default of the task}. Raises InputError for an adapter of another base, and for a folder without one that
+    is not the default."""
     refs = {"base": resolve(base)}
-    for variant, folder in folders.items():
+    for variant in folders:
+        folder = folders[variant] or default_folder(variant, task)
         config = adapter_config(folder) if folder != "none" else None
         if config and not same_base(owner := config["base_model_name_or_path"], base):
             raise InputError(f"--{variant} {folder}: belongs to {owner}, not to --base {base}")
         if config:
             refs[variant] = resolve(folder)
             check_shareable(folder)
-        elif folder not in ("none", default_folder(variant)):
+        elif folder not in ("none", default_folder(variant, task)):
             if (Path(folder) / "checkpoints").is_dir():
                 check_model_name(folder)  # reports that the run did not finish
             raise InputError(f"--{variant} {folder}: no adapter there; 'none' leaves this endpoint without one")
     return refs
 
 
-def training_commands(base: str, variants: Sequence[str]) -> dict[str, str]:
+def training_commands(base: str, variants: Sequence[str], task: Task) -> dict[str, str]:
     """Return the command that trains each of these variants."""
     base = "BASE" if Path(base).exists() else base  # answers must not hold paths
-    sft, kd, dpo = map(default_folder, VARIANTS[1:])
+    sft, kd, dpo = (default_folder(variant, task.name) for variant in VARIANTS[1:])
+    data = {v: "" if task == default_task() else f" --data data/{task.name}_{v}.jsonl" for v in VARIANTS[1:]}
     new = f"--student {base} --save_dir"
     commands = {"sft": f"python sft_train.py {new} {sft}", "kd": f"python kd_train.py {new} {kd}"}
     commands["dpo"] = f"python dpo_train.py --adapter {sft} --save_dir {dpo} --max_steps 60"
-    return {variant: commands[variant] for variant in variants}
+    return {variant: commands[variant] + data[variant] for variant in variants}
 
 
 def with_notes(response: dict, notes: list[str]) -> dict:
@@ -108,7 +111,9 @@ class Engine:
             for event, note in (("not calibrated", unfitted), ("other quantization", other)):
                 if note:
                     LOG.warning(event, extra={"fields": {"variant": variant, "hint": note}})
-        self._missing = training_commands(self.base, [name for name in VARIANTS if name not in options.refs])
+        self.task = options.scoring.task
+        absent = [name for name in VARIANTS if name not in options.refs]
+        self._missing = training_commands(self.base, absent, self.task)
         self.models: dict[str, CreditModel] = {}
         self.description: dict[str, dict] = {}
         self.failure: str | None = None
@@ -152,8 +157,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------- in the event loop
 
-    async def score(self, variant: str, features: Sequence[str]) -> list[dict]:
-        """Return the response of each feature string, in order. Raises Refusal for the complete request."""
+    async def score(self, variant: str, features: Sequence[str | Mapping[str, Any]]) -> list[dict]:
+        """Return the response of each row, in order: a feature string, or {field: value}.
+        Raises Refusal for the complete request."""
         if self.failure:
             raise Refusal(503, self.failure, "no model is running", "the server's log has the reason")
         if command := self.missing().get(variant):
@@ -239,19 +245,28 @@ class Engine:
 
     # -------------------------------------------------------------------------------------- in the tokenizer's thread
 
-    def _encode(self, variant: str, features: Sequence[str]) -> tuple[list[list[int]], list[list[str]]]:
-        """Return the token ids of each feature string's prompt, and what of it is doubtful. Raises Refusal for one
-        that is too long, or has a field twice."""
+    def _encode(
+        self, variant: str, rows: Sequence[str | Mapping[str, Any]]
+    ) -> tuple[list[list[int]], list[list[str]]]:
+        """Return the token ids of each row's prompt, and what of it is doubtful. Raises Refusal for a row that is
+        empty, too long, or has a field twice."""
         model, prompts, notes = self.models[variant], [], []
-        for number, text in enumerate(features):
-            where = f"features[{number}]" if len(features) > 1 else "features"
+        for number, row in enumerate(rows):
+            where = "features" if isinstance(row, str) else "fields"
+            where += f"[{number}]" if len(rows) > 1 else ""
+            try:
+                text = row if isinstance(row, str) else self.task.features(row)
+            except InputError as error:
+                raise Refusal(422, "invalid", f"{where}: {error}", "see GET /task for the fields") from None
+            if not text.strip():
+                raise Refusal(422, "invalid", f"{where}: empty")
             try:
                 prompts.append(model.prompt(text, found := Counter()))
             except InputError as error:
                 raise Refusal(422, "repeated_field", f"{where}: {error}", "give each field once") from None
             if not model.scorer.fits(prompts[-1]):
                 raise Refusal(422, "too_long", f"{where} has more tokens than the model's context", "shorten it")
-            notes.append(doubts(found))
+            notes.append(self.task.doubts(found))
         return prompts, notes
 
     # ------------------------------------------------------------------------------------------ in the worker thread
@@ -261,7 +276,7 @@ class Engine:
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         models = CreditModel.load_variants(self.options.refs, self.options.scoring)
         scorer = models["base"].scorer
-        turns = [creditmix_prompt("Age: 1")] * len(models)
+        turns = self.task.shared_turns[:1] * len(models)
         scorer.raw_scores(turns, adapters=[model.adapter for model in models.values()])
         scorer.raw_scores(turns[:1], adapters=[models["base"].adapter])
         for variant, model in models.items():

@@ -10,16 +10,24 @@ import logging
 import re
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distil.tasks import Task
 
 API_KEY = "CREDITMIX_API_KEY"
-MAX_BODY = 1_000_000  # bytes; a full batch of the longest feature strings has 512,000 if all letters are ASCII
-MAX_FEATURES, MAX_BATCH = 2000, 256  # characters of a feature string, rows of a batch request
+MAX_BODY = 1_000_000  # bytes; a full batch of the longest CreditMix strings has 512,000 if all letters are ASCII
+MAX_BATCH = 256  # rows of a batch request
 MAX_UNREAD = 64_000_000  # bytes of a refused body that are read, so that its sender sees the answer
 BODY_SECONDS = 10  # for a client to send its body
 OPEN_PATHS = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")  # no key needed
 OPEN_FOLDER = "/static-offline-docs/"  # assets of /docs
 LOG = logging.getLogger("serve_creditmix")
+
+
+def max_features(task: Task) -> int:
+    """Return how many characters a feature string may have: 2,000, more for free text or above 20 fields."""
+    return 20_000 if task.text_column else max(2000, 100 * len(task.fields))
 
 
 def error_body(code: str, message: str, hint: str = "") -> dict:

@@ -6,6 +6,7 @@ where the teacher's probabilities can be read, and with "left_out", the reason w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import sys
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 RATIONALE = "Answer with the label first, then give the reason in one short sentence."
 PROMPT_VERSION = 1  # of RATIONALE and SYSTEM_PROMPT; stored with every answer
 GOLD_FIELDS = ("output", "chosen", "answer")
+GUESSED_LABELS = 10  # more different gold answers are free text, unless --labels or a task has them as labels
 CUT = "cut off at --max_new_tokens"
+MARKS = "*\"'`#-_ \n"  # an answer may open with them
+DENIED = r"not|no|never|\w+n't|cannot|below|above|than"  # words that take a label back
 FEW_PROMPTS = 32  # the mean score of fewer prompts depends more on them than on the model
 MIN_SHARE = 1e-4  # of a label that is not among an endpoint's most probable tokens
 
@@ -45,6 +49,7 @@ class TeacherOptions:
     output: str = ""
     overwrite: bool = False
     labels: tuple[str, ...] = ()
+    label_tokens: str = "all"
     rationale: bool = False
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -103,8 +108,9 @@ def is_http(url: str) -> bool:
         return False
 
 
-def read_prompts(path: str, labels: str | None) -> Prompts:
-    """Return the prompts of a JSONL file. labels: --labels, or else up to 10 gold answers. Raises InputError."""
+def read_prompts(path: str, labels: str | None, task_labels: Sequence[str] = ()) -> Prompts:
+    """Return the prompts of a JSONL file. labels: --labels, or else task_labels, those of the task that the file was
+    prepared for, or else up to GUESSED_LABELS gold answers. Raises InputError."""
     rows = read_jsonl(path, ("input|prompt",))
     texts = [row.get("input", row.get("prompt")) for row in rows]
     gold = [next((row[name] for name in GOLD_FIELDS if isinstance(row.get(name), str)), None) for row in rows]
@@ -117,8 +123,11 @@ def read_prompts(path: str, labels: str | None) -> Prompts:
         if len(names) < 2 or len(set(names)) < len(names) or not all(names):
             raise InputError(f"--labels {labels}: at least two labels are needed, each once")
         return Prompts(texts, gold, tasks, names)
+    if task_labels:
+        return Prompts(texts, gold, tasks, list(task_labels))
     names = sorted({answer for answer in gold if answer is not None})
-    is_label_task = 2 <= len(names) <= 10 and len(names) < len(texts) and all(len(name) <= 40 for name in names)
+    few = 2 <= len(names) <= min(GUESSED_LABELS, len(texts) - 1)
+    is_label_task = few and all(len(name) <= 40 for name in names)
     return Prompts(texts, gold, tasks, names if is_label_task else [])
 
 
@@ -133,6 +142,7 @@ def answer_file(ref: ModelRef | None, options: TeacherOptions, **more: Any) -> A
         query = hashlib.sha256(urlsplit(url).query.encode()).hexdigest()[:4]
         settings |= {"teacher_url": shown_url(url), "teacher_query": query}
     settings |= {name: getattr(options, name) for name in names} | {"labels": list(options.labels), **more}
+    settings["label_tokens"] = options.label_tokens
     settings |= {"quantization": options.load.quantization, "compute_dtype": options.load.compute_dtype}
     if ref:
         settings |= {"model": model_fingerprint(ref), **conditions(options.load.compute_dtype)}
@@ -149,26 +159,41 @@ def collect_answers(file: AnswerFile, turns: Sequence[str], name: str, start: Ca
 
 
 def _after_thoughts(answer: str) -> str:
-    """Return the answer after its <think> part, without the marks of Markdown and quotes that it opens with."""
-    return answer.rpartition("</think>")[2].lstrip("*\"'`#-_ \n")
+    """Return the answer after its <think> part."""
+    return answer.rpartition("</think>")[2].lstrip()
+
+
+@functools.lru_cache(maxsize=8)
+def _label_patterns(labels: tuple[str, ...]) -> tuple[dict[str, str | None], re.Pattern, re.Pattern, re.Pattern]:
+    """Return {casefolded label: label, or None of several}, and patterns of casefolded text: a label at the start; the
+    longest label that starts at a word, letters not taken; what takes a label back that comes before it."""
+    by_text: dict[str, str | None] = {}
+    for label in labels:
+        by_text[label.casefold()] = None if label.casefold() in by_text else label
+    # The longest first, since "card" may begin "card lost". Marks are skipped one by one, since "-1" may be a label.
+    words = "|".join(re.escape(text) for text in sorted(by_text, key=len, reverse=True))
+    start = rf"[{re.escape(MARKS)}\s]*?({words})(?!\w)"
+    unsure = rf"[\s,/|]*(or\b|and\b)?\s*(?<!\w)({words})(?!\w)|\s*\?|\s+(\w+\s+)?({DENIED})\b"
+    return by_text, re.compile(start), re.compile(rf"(?<!\w)(?=({words})(?!\w))"), re.compile(unsure)
 
 
 def label_of(answer: str, labels: Sequence[str]) -> str | None:
     """Return the label that an answer begins with, or else the only one in it.
     None where there is no such label, and where the answer repeats the choice ("Good, Standard or Bad") or denies its
-    label ("not good")."""
-    text = _after_thoughts(answer).casefold()
-    word = {label: rf"(?<!\w){re.escape(label.casefold())}(?!\w)" for label in labels}
-    first = [label for label in labels if re.match(word[label], text)]
-    matches = first or [label for label in labels if re.search(word[label], text)]
-    longest = max(matches, key=len, default="")
-    if not matches or not all(label in longest for label in matches):
-        return None
-    denied = r"not|no|never|\w+n't|cannot|below|above|than"
-    if first:
-        unsure = rf"[\s,/|]*(or\b|and\b)?\s*({'|'.join(word.values())})|\s*\?|\s+(\w+\s+)?({denied})\b"
-        return None if re.match(unsure, text[len(longest) :]) else longest
-    return None if re.search(rf"\b({denied})\s+(\w+\s+){{0,5}}{word[longest]}", text) else longest
+    label ("not good"). A label that is part of a longer one ("card" in "virtual card") does not count."""
+    if (text := _after_thoughts(answer)).strip() in labels:
+        return text.strip()
+    text, (by_text, start, inside, unsure) = text.casefold(), _label_patterns(tuple(labels))
+    if first := start.match(text):
+        return None if unsure.match(text, first.end()) else by_text[first[1]]
+    found, end, text = set(), 0, text.lstrip(MARKS)
+    for match in inside.finditer(text):
+        if match.end(1) > end:
+            end = match.end(1)
+            if re.search(rf"\b({DENIED})\s+(\w+\s+){{0,5}}\Z", text[: match.start()]):
+                return None
+            found.add(match[1])
+    return by_text[found.pop()] if len(found) == 1 else None
 
 
 def label_first(answer: str, label: str, rationale: bool) -> str:
@@ -176,7 +201,8 @@ def label_first(answer: str, label: str, rationale: bool) -> str:
     if not rationale:
         return label
     text = _after_thoughts(answer)
-    return text if text.startswith(label) else f"{label}. {text}"
+    bare = text.lstrip(MARKS)
+    return next((words for words in (text, bare) if words.startswith(label)), f"{label}. {bare}")
 
 
 def answer_of_probabilities(labels: Sequence[str], probabilities: np.ndarray) -> dict[str, Any]:

@@ -218,16 +218,19 @@ class HttpTeacher:
 
 def label_probabilities(choice: Any, labels: Sequence[str]) -> dict[str, float]:
     """Return {label: probability} from a choice's log-probabilities of its first token.
-    Empty where there are none (some endpoints accept the request and send none) or labels have less than half."""
+    Empty where there are none (some endpoints accept the request and send none), labels have less than half, or a
+    token that several labels begin with has more than a few percent: what they share cannot be told apart."""
     first = (getattr(choice.logprobs, "content", None) or [None])[0]
-    mass = dict.fromkeys(labels, 0.0)
+    mass, shared = dict.fromkeys(labels, 0.0), 0.0
     for token in (first.top_logprobs or []) if labels and first else []:
         text = token.token.strip().casefold()
         starts = [label for label in labels if text and label.casefold().startswith(text)]
-        if len(starts) == 1:  # a token that two labels begin with belongs to neither
+        if len(starts) == 1:
             mass[starts[0]] += math.exp(token.logprob)
+        elif starts:
+            shared += math.exp(token.logprob)
     total = sum(mass.values())
-    return {label: p / total for label, p in mass.items()} if total >= 0.5 else {}
+    return {label: p / total for label, p in mass.items()} if total >= 0.5 and shared < 0.05 else {}
 
 
 def seconds_of(retry_after: str) -> float:

@@ -10,24 +10,33 @@ from typing import Any
 from distil.codegen.judge import code_scores
 from distil.creditmix.tabular import simple_baselines
 from distil.files import parse_json
+from distil.tasks import Task
 from distil.teachers.answers import PROMPT_VERSION, Prompts, label_first, label_of
 
 TEST_SECONDS = 5.0  # for an answer's code and the row's tests
+MOST_SHOWN = 20  # labels up to which each has a line in the gate's report
 FEW_WITHOUT = 0.1  # share of the answers that may lack label_probs before those of all others are dropped
 
 
 def gate(
-    predictions: Sequence[str | None], gold: Sequence[str | None], labels: Sequence[str], prompts: Sequence[str]
+    predictions: Sequence[str | None],
+    gold: Sequence[str | None],
+    labels: Sequence[str],
+    prompts: Sequence[str],
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Print and return how often the teacher's labels are right, and warn of a teacher that is worse than a baseline:
-    the majority and, for CreditMix prompts, a logistic regression on the same rows. gold: at least one is known."""
+    the majority and, for prompts of a table task, a logistic regression on the same rows. gold: at least one is known;
+    task: of the prompts, None where it is not known."""
     from sklearn.metrics import accuracy_score, classification_report
 
     checked = [i for i, answer in enumerate(gold) if answer is not None]
     truth = [gold[i] for i in checked]
     predicted = [predictions[i] or "(none)" for i in checked]
-    scores = {"teacher": accuracy_score(truth, predicted)} | simple_baselines([prompts[i] for i in checked], truth)
-    print(classification_report(truth, predicted, labels=list(labels), digits=4, zero_division=0))
+    simple = simple_baselines([prompts[i] for i in checked], truth, task)
+    scores = {"teacher": accuracy_score(truth, predicted)} | simple
+    if len(labels) <= MOST_SHOWN:
+        print(classification_report(truth, predicted, labels=list(labels), digits=4, zero_division=0))
     for name, accuracy in scores.items():
         print(f"{name:<20} accuracy {accuracy:.4f} on {len(checked)} rows with a gold answer")
     if better := [name for name, accuracy in scores.items() if accuracy > scores["teacher"]]:
@@ -56,10 +65,16 @@ def right_answers(predictions: Sequence[str | None], prompts: Prompts) -> list[b
 
 
 def checked_rows(
-    prompts: Prompts, answers: Sequence[dict[str, Any]], name: str, rationale: bool, keep: str, min_confidence: float
+    prompts: Prompts,
+    answers: Sequence[dict[str, Any]],
+    name: str,
+    rationale: bool,
+    keep: str,
+    min_confidence: float,
+    task: Task | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return (training rows, report of the gate) of a teacher's answers, and print what is left out and why.
-    name: of the teacher; keep: --filter."""
+    name: of the teacher; keep: --filter; task: of the prompts, None where it is not known."""
     labels, empty = prompts.labels, {"left_out": "is empty"}  # the trainer would refuse an empty answer
     answers = [a if a["teacher_output"].strip() else empty | a for a in answers]
     texts = [answer["teacher_output"] for answer in answers]
@@ -76,7 +91,7 @@ def checked_rows(
     if not checked:
         print("no gold answers: the teacher cannot be checked before training", file=sys.stderr)
     elif labels:
-        report = gate(predictions, prompts.gold, labels, prompts.texts)
+        report = gate(predictions, prompts.gold, labels, prompts.texts, task)
     else:
         what = "passes its tests" if any(prompts.tasks) else "is the gold answer"
         print(f"the teacher's answer {what} in {sum(checked)} of {len(checked)} rows")

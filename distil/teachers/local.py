@@ -38,7 +38,8 @@ class ModelTeacher:
     def scorer(self, labels: Sequence[str]) -> FastLabelScorer:
         """Return the scorer of a task with these labels."""
         forms = {label: [label] for label in labels}
-        return FastLabelScorer(self.model, self.encoder, forms, batch_size=self.options.batch_size)
+        how = {"batch_size": self.options.batch_size, "label_tokens": self.options.label_tokens}
+        return FastLabelScorer(self.model, self.encoder, forms, **how)
 
     def answers(self, prompts: dict[int, str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (number, answer) of each user turn, the longest first. Raises InputError for one that is too long."""

@@ -16,6 +16,7 @@ from distil.idp.documents import expected_of
 from distil.idp.schema import broken_rule, checked_validator
 from distil.idp.values import count_fields, f1_of_all
 from distil.models import ModelRef
+from distil.tasks import MOST_LABELS
 from distil.teachers.answers import TeacherOptions, answer_file, collect_answers
 from distil.teachers.local import ModelTeacher
 
@@ -31,11 +32,17 @@ class PairOptions(TeacherOptions):
     seconds: float = 5.0
 
 
-def label_pairs(rows: Sequence[dict], ref: ModelRef, options: PairOptions) -> list[tuple[str, str]]:
-    """Return (right label, the student's most likely wrong one) of each row. Raises InputError."""
-    labels = sorted({row["output"] for row in rows})
-    if not 2 <= len(labels) <= 10:
-        raise InputError(f"{options.input}: {len(labels)} different outputs; label tasks have 2 to 10")
+def label_pairs(
+    rows: Sequence[dict], ref: ModelRef, options: PairOptions, labels: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """Return (right label, the student's most likely wrong one) of each row. labels: of the task; none: the rows'
+    outputs. Raises InputError for outputs that are no labels and for other than 2 to MOST_LABELS of them."""
+    labels, outputs = list(labels), sorted({row["output"] for row in rows})
+    if labels and (other := [output for output in outputs if output not in labels]):
+        raise InputError(f"{options.input}: output {other[0]!r} is not a label of its task: {', '.join(labels)}")
+    labels = labels or outputs
+    if not 2 <= len(labels) <= MOST_LABELS:
+        raise InputError(f"{options.input}: {len(labels)} different outputs; label tasks have 2 to {MOST_LABELS}")
     scores = ModelTeacher(ref, options).scorer(labels).raw_scores([row["input"] for row in rows], ref.name)
     for row, row_scores in zip(rows, scores, strict=True):
         row_scores[labels.index(row["output"])] = -float("inf")

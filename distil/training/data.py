@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from common import InputError, PromptEncoder
@@ -16,6 +17,9 @@ from distil.support import check_tokens
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+
+Trie = dict[tuple[int, ...], dict[int, list[int]]]  # {tokens so far: {next token: indices of the labels below it}}
+NODE_COLUMNS = ("node_positions", "child_ids", "child_probs")
 
 
 @dataclass(frozen=True)
@@ -129,12 +133,45 @@ def label_probabilities(data: TrainingData) -> tuple[list[str], list[list[float]
     return labels, probabilities
 
 
-def first_tokens(encoder: PromptEncoder, labels: list[str]) -> list[int]:
-    """Return the first token id of each label, where KD compares them. Raises InputError where two labels share it."""
-    ids = [encoder.label(label)[0] for label in labels]
-    if len(set(ids)) < len(ids):
-        raise InputError(f"labels {labels} do not differ in their first token; leave label_probs out of the data")
-    return ids
+def label_trie(encoder: PromptEncoder, labels: Sequence[str]) -> Trie:
+    """Return the trie of the labels' tokens. They end with the end-of-turn token, so that a label that begins another
+    one has a branch of its own. Raises InputError for labels with the same tokens and as `PromptEncoder.label`."""
+    trie: Trie = {}
+    for index, label in enumerate(labels):
+        ids = encoder.label(label) + encoder.completion(label)[-1:]
+        for length, token in enumerate(ids):
+            trie.setdefault(tuple(ids[:length]), {}).setdefault(token, []).append(index)
+        if len(same := trie[tuple(ids[:-1])][ids[-1]]) > 1:
+            one, other = (labels[i] for i in same)
+            raise InputError(f"labels {one!r} and {other!r} have the same tokens; rename one in label_probs")
+    return trie
+
+
+def answer_nodes(trie: Trie, answer: Sequence[int], probabilities: Sequence[float]) -> list[tuple[int, list, list]]:
+    """Return (position in the answer, token ids and probabilities of the children) of the nodes with several children,
+    as far as the answer's token ids follow the trie. A child has the sum of the `probabilities` [labels] below it,
+    divided by the node's own sum. Below a node that the teacher gives nothing its choice is unknown: none is there."""
+    nodes, mass = [], 1.0
+    for position, token in enumerate(answer):
+        children = trie.get(tuple(answer[:position]), {})
+        sums = {child: sum(probabilities[index] for index in below) for child, below in children.items()}
+        if mass and len(children) > 1:
+            nodes.append((position, list(sums), [child_sum / mass for child_sum in sums.values()]))
+        mass = sums.get(token, 0.0)
+    return nodes
+
+
+def with_label_nodes(
+    dataset: Dataset, encoder: PromptEncoder, labels: Sequence[str], probabilities: Sequence[Sequence[float]]
+) -> Dataset:
+    """Return a completion dataset with each row's `answer_nodes` in NODE_COLUMNS. probabilities: [rows, labels].
+    Raises InputError as `label_trie`."""
+    trie = label_trie(encoder, labels)
+    answers = ([token for token in row if token != -100] for row in dataset["labels"])
+    rows = [answer_nodes(trie, *row) for row in zip(answers, probabilities, strict=True)]
+    for i, name in enumerate(NODE_COLUMNS):
+        dataset = dataset.add_column(name, [[node[i] for node in nodes] for nodes in rows])
+    return dataset
 
 
 def row_sizes(dataset: Dataset) -> RowSizes:
@@ -146,7 +183,9 @@ def row_sizes(dataset: Dataset) -> RowSizes:
 
 
 def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    """Return a function that makes right-padded batches: under causal attention no real token sees the padding."""
+    """Return a function that makes right-padded batches: under causal attention no real token sees the padding.
+    Rows with NODE_COLUMNS add the nodes of all rows: nodes [nodes], where each is among the batch's supervised tokens,
+    row after row; child_ids, padded with -1, and child_probs [nodes, children]."""
     import torch
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -157,8 +196,13 @@ def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, t
         ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
         batch = {"input_ids": padded(ids, pad_token_id), "labels": padded(labels, -100)}
         batch["attention_mask"] = padded([[1] * len(row) for row in ids], 0)
-        if "label_probs" in examples[0]:
-            batch["label_probs"] = torch.tensor([example["label_probs"] for example in examples])
+        if NODE_COLUMNS[0] in examples[0]:
+            starts = accumulate((sum(label != -100 for label in row) for row in labels), initial=0)
+            rows = [zip(*(example[name] for name in NODE_COLUMNS), strict=True) for example in examples]
+            nodes = [(start + i, *children) for start, row in zip(starts, rows, strict=False) for i, *children in row]
+            batch["nodes"] = torch.tensor([node[0] for node in nodes], dtype=torch.long)
+            batch["child_ids"] = padded([node[1] for node in nodes] or [[-1]], -1)[: len(nodes)]
+            batch["child_probs"] = padded([node[2] for node in nodes] or [[0.0]], 0.0)[: len(nodes)]
         return batch
 
     return collate

@@ -75,8 +75,7 @@ class CompletionTrainer(SFTTrainer):
         shared = shared_columns(inputs["input_ids"], most)
         inner = self.accelerator.unwrap_model(model)
         logits = supervised_logits(model, inner, inputs["input_ids"], keep, shared).float()
-        batch = {"labels": labels[:, 1:][keep[:, :-1]], "starts": counts.cumsum(dim=0) - counts}
-        batch["label_probs"] = inputs.get("label_probs")
+        batch = {**inputs, "labels": labels[:, 1:][keep[:, :-1]]}
         items = counts.sum() if num_items_in_batch is None else num_items_in_batch
         loss = self._loss_sum(logits, batch) / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

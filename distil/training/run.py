@@ -22,6 +22,7 @@ from distil import runs, workarounds
 from distil.files import write_json
 from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import print_note, rank_and_world
+from distil.tasks import TASK_FILE, Task, shared_task, task_of
 from distil.training.data import RowSizes, TrainingData
 from distil.training.flags import TrainOptions
 from distil.training.memory import check_memory, fit_to_memory
@@ -35,6 +36,7 @@ def plan_and_train(
 ) -> int:
     """Fit the options to the memory, then train and save the adapter, or print the plan (--dry_run); return the exit
     status. build(options, model, tokenizer): returns the trainer. Raises InputError where the run cannot fit."""
+    task_of_run(ref, data)
     options, estimate = fit_to_memory(ref, options, sizes)
     if options.dry_run:
         return print_plan(options, ref, data, sizes, estimate)
@@ -155,7 +157,7 @@ def train_and_save(
         all_steps = f"all {steps} steps are warm-up (--warmup_steps {options.warmup_steps})"
         print_note(f"{all_steps}: the learning rate never reaches {options.learning_rate:g}")
     wait()  # of several processes the first removes what is old or half written; the others look when it has
-    settings = run_settings(options, ref, data)
+    settings, task = run_settings(options, ref, data), task_of_run(ref, data)
     facts = run_facts(method, options, ref, data)  # of the model that was loaded: its files may change meanwhile
     if options.resume:
         runs.check_settings(save_dir, settings)
@@ -186,7 +188,7 @@ def train_and_save(
     run = facts | {"metrics": metrics, "wall_seconds": seconds}
     run["resumed_from"] = checkpoint and Path(checkpoint).name
     run["memory"] = memory | {"estimated_gb": round(estimate["total"], 2)}
-    write_run(trainer, save_dir, run, history)
+    write_run(trainer, save_dir, run, history, task)
     files = f"{save_dir}: adapter, tokenizer, run.json and training_curve.png written"
     peak = f"peak memory {memory['peak_gb']:.2f} GB ({memory['device']})"
     print(f"{files}; {metrics['steps']} steps in {seconds / 60:.1f} min, {peak}", file=sys.stderr)
@@ -202,7 +204,15 @@ def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingD
     return facts | {"processes": rank_and_world()[1]}
 
 
-def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[dict]) -> None:
+def task_of_run(ref: ModelRef, data: TrainingData) -> Task | None:
+    """Return the label task that the adapter is trained for, from the note of its data, or else from the model that
+    training starts from; None for another task. Raises InputError where an adapter to continue from has another."""
+    noted = data.note.get("task")
+    task = task_of(noted, f"the note of {data.file}") if noted else None
+    return shared_task([ref], task, data.file) if ref.adapter or not task else task
+
+
+def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[dict], task: Task | None) -> None:
     """Write the run's files next to its checkpoints, move them into place, run.json last, remove the checkpoints."""
     done = save_dir / "checkpoints" / "done"
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -213,7 +223,9 @@ def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[d
     write_json(done / "training_curve.json", history)
     plot_curve(done / "training_curve.png", history, f"{save_dir.name} ({run['method']})")
     write_json(done / "run.json", run)
-    for name in ("run.json", "calibration.json"):  # of the run that this one replaces
+    if task:
+        write_json(done / TASK_FILE, task.record)
+    for name in ("run.json", "calibration.json", TASK_FILE):  # of the run that this one replaces
         (save_dir / name).unlink(missing_ok=True)
     for path in sorted(done.iterdir(), key=lambda path: path.name == "run.json"):
         path.replace(save_dir / path.name)  # needs no room on a full disk

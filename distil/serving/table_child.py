@@ -1,0 +1,155 @@
+"""Turn an uploaded table into rows for the page; runs as a short-lived process that `uploads` starts.
+
+What strangers send may be built to fill the memory (a small .xlsx, .gz or .parquet can expand a thousandfold) or to
+crash a parser written in C. So this process limits its own memory and time, and it holds no model and no key.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import InputError
+from distil.sheets import cell_text, json_rows
+from distil.tables import Table, name_key, nearest
+from distil.tasks import Task, task_of
+
+MAX_ROWS = 1000
+MAX_EXPANDED = 64_000_000  # bytes of a compressed file after decompression
+MAX_CELLS = 8_000_000  # characters of all cells, which go back to the page
+MEMORY = 2 << 30  # bytes of address space, of which libraries take a quarter
+LARGER = "infer_creditmix.py --input reads larger files"
+
+
+def check_expanded(path: Path) -> None:
+    """Check what a file says of its size after decompression, before a library reads it. Raises InputError."""
+    data, size, rows = path.read_bytes(), 0, 0
+    try:
+        if data[:2] == b"\x1f\x8b":
+            size = len(zlib.decompressobj(31).decompress(data, MAX_EXPANDED + 1))
+        elif data[:4] == b"PK\x03\x04":
+            with zipfile.ZipFile(path) as parts:  # reads no part beyond the size stated here
+                size = sum(part.file_size for part in parts.infolist())
+        elif data[:4] == b"PAR1":
+            from pyarrow import parquet
+
+            about = parquet.read_metadata(path)
+            groups = [about.row_group(number) for number in range(about.num_row_groups)]
+            size, rows = sum(group.total_byte_size for group in groups), about.num_rows
+    except Exception as error:  # of many types, by libraries that meet a damaged file
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(f"{path}: damaged, or not what its first bytes say it is ({reason})") from None
+    if size > MAX_EXPANDED:
+        raise InputError(f"{path}: has more than {MAX_EXPANDED / 1e6:g} MB when decompressed; {LARGER}")
+    check_rows(path, rows)
+
+
+def check_rows(path: Path, rows: int) -> None:
+    """Raise InputError where a table has more rows than the page takes."""
+    if rows > MAX_ROWS:
+        raise InputError(f"{path}: has {rows:,} rows; the page takes {MAX_ROWS:,}. {LARGER}")
+
+
+def cell_of(value: Any) -> str:
+    """Return a cell as text, lists and objects as JSON."""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else cell_text(value)
+
+
+def open_table(
+    path: Path, task: Task, decimal: str | None, notes: Counter
+) -> tuple[Table, Callable[[Sequence[Any], dict[str, Any]], str]]:
+    """Return a table, and what makes the feature string of a row from its cells and its values by column: from a
+    column `features` (of JSON objects also `question` or `fields`), else from the columns of the task.
+    Raises InputError."""
+    objects = json_rows(path)
+    header = Table(path, {}, None, Counter(), objects).header
+    keys = [name_key(cell) for cell in header]
+    complete = [name for name in ("features", *("question", "fields") * (objects is not None)) if name in keys]
+    wanted = task.feature_columns
+    if complete and not {name_key(name) for name in wanted} & set(complete):
+        places = [keys.index(name) for name in complete]
+
+        def features(cells: Sequence[Any], values: dict[str, Any]) -> str:
+            value = next((cells[place] for place in places if cells[place] is not None), "")
+            return task.features(value) if isinstance(value, dict) else cell_of(value)
+
+        return Table(path, {}, None, notes, objects), features
+    columns = {name: kind for name, kind in wanted.items() if any(nearest(cell, (name,)) for cell in header)}
+    table = Table(path, columns or wanted, decimal, notes, objects)  # without any it raises
+    for name in [name for name in wanted if name not in columns]:
+        notes[f"column {name} missing: Unknown in all rows"] += 1
+    names = {field.column: field.name for field in task.fields}
+    return table, lambda cells, values: task.features({names.get(name, name): v for name, v in values.items()})
+
+
+def table_rows(path: Path, task: Task, decimal: str | None, most: int) -> dict[str, Any]:
+    """Return what the page needs of a table: "header" and "cells" as they are, the "lines" and "features" of rows,
+    "problems" (why a row cannot be scored, by its number) and "notes" on what was assumed. most: characters of a
+    feature string. Raises InputError."""
+    check_expanded(path)
+    notes: Counter[str] = Counter()
+    table, features_of = open_table(path, task, decimal, notes)
+    check_rows(path, table.count)
+    if not table.count:
+        raise InputError(f"{path}: has no rows")
+    added = ["prediction", *(f"p_{label}" for label in task.labels), "top2_margin", "refer", "error", "notes"]
+    if clash := {name.casefold() for name in added} & {name.strip().casefold() for name in table.header}:
+        fix = "rename or remove it (a file that was scored before has such columns)"
+        raise InputError(f"{path}: column {', '.join(sorted(clash))} would be there twice in the output; {fix}")
+    answer: dict[str, Any] = {"header": table.header, "cells": [], "lines": [], "features": []}
+    problems, letters = {}, 0
+    for number, (line, cells, values) in enumerate(table):
+        text = problem = ""
+        try:
+            text = features_of(cells, values)
+            problem = "" if task.canonical(text) else "no features"
+        except InputError as error:
+            problem = str(error)
+        if problem := f"longer than {most} characters" if len(text) > most else problem:
+            problems[number] = problem
+        row = [cell_of(cell) for cell in cells]
+        if (letters := letters + sum(map(len, row))) > MAX_CELLS:
+            raise InputError(f"{path}: its cells have more than {MAX_CELLS / 1e6:g} million characters; {LARGER}")
+        for name, value in (("cells", row), ("lines", int(line)), ("features", "" if problem else text)):
+            answer[name].append(value)
+    said = [note if count == 1 else f"{note} ({count})" for note, count in notes.items()]
+    return answer | {"problems": problems, "notes": said}
+
+
+def limit_itself(seconds: float) -> None:
+    """Limit memory, time and written bytes of this process."""
+    whole = max(1, round(seconds))
+    limits = {"RLIMIT_AS": MEMORY, "RLIMIT_CPU": whole, "RLIMIT_CORE": 0, "RLIMIT_FSIZE": MAX_EXPANDED}
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+
+
+def main() -> int:
+    """Answer the job on standard input with one JSON object: that of `table_rows`, or {"code", "message"}."""
+    job = json.load(sys.stdin)
+    limit_itself(job["seconds"])
+    path = Path(job["path"])
+    try:
+        answer = table_rows(path, task_of(job["task"], "task"), job["decimal"], job["most"])
+        text = json.dumps(answer)
+    except (InputError, MemoryError) as error:
+        large = isinstance(error, MemoryError) or "MemoryError" in str(error) or "malloc" in str(error)
+        message = f"needs too much memory; {LARGER}" if large else str(error)
+        message = message.removeprefix(f"{path}: ").replace(str(path), job["name"])
+        message = message.replace("--decimal", "decimal mark")  # a choice on the page
+        code = "two_readings" if "two readings" in message else "not_read"
+        print(json.dumps({"code": code, "message": f"{job['name']}: {message}"}))
+        return 3
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
