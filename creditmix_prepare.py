@@ -24,7 +24,7 @@ from typing import Any
 
 from distil import cli
 from distil.cli import InputError
-from distil.creditmix.draft import draft_task, write_draft
+from distil.creditmix.draft import draft_task, task_lines, write_draft
 from distil.creditmix.rows import CreditRow, note_anonymous, read_rows, sample_rows
 from distil.creditmix.tabular import tabular_teacher
 from distil.files import check_folder
@@ -115,14 +115,13 @@ def write_task(args: argparse.Namespace) -> int:
     name = re.sub(r"[^a-z0-9]+", "_", Path(args.src).name.partition(".")[0].lower()).strip("_")[:40] or "task"
     task, guesses = draft_task(args.src, name, args.label_column, args.group_column, args.decimal)
     write_draft(args.init_task, task)
-    for field in task.fields:
-        limits = f"{field.range[0]:g} to {field.range[1]:g}, {field.digits} digits" if field.kind == "number" else ""
-        print(f"{field.name:<30} {field.kind:<8} {limits}".rstrip())
-    print(f"text in column {task.text_column}\n" * bool(task.text_column) + f"{len(task.labels)} labels")
+    print(*task_lines(task), sep="\n")
     print("guessed, look at these:")
     for guess in guesses:
         print(f"- {guess}")
-    print(f"wrote {args.init_task}; then: creditmix_prepare.py --task {args.init_task} --src {args.src} --outdir DIR")
+    decimal = f" --decimal {args.decimal}" if args.decimal else ""
+    then = f"python creditmix_prepare.py --task {args.init_task} --src {args.src}{decimal} --outdir DIR"
+    print(f"wrote {args.init_task}; then: {then}")
     return 0
 
 
@@ -145,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     for text, count in notes.most_common():
         print(f"found {count:>8} x {text}")
     note_anonymous(rows, task)
+    if protected := ", ".join(field.name for field in task.fields if field.protected):
+        print(f"note: prompts have what the law may protect: {protected}", file=sys.stderr)
     show_counts("rows with a label", rows, task.labels)
     seed = args.split_seed
     for split in ("train", "calibration", "validation"):

@@ -55,7 +55,7 @@ class Field:
 class RowFormat:
     """The part of a task that decides its prompts.
 
-    missing: marks of a missing value beside empty cells; fields: of a table task, empty for a text task, which has a
+    missing: marks of a missing value besides empty cells; fields: of a table task, empty for a text task, which has a
     text_column."""
 
     instruction: str
@@ -96,7 +96,7 @@ class RowFormat:
         number = float(bare.replace(",", ""))
         low, high = field.range if field else (-math.inf, math.inf)
         if not low <= number <= high or not math.isfinite(number):
-            note(f"{name}: outside {low:g}..{high:g} -> {UNKNOWN}")
+            note(f"{name}: outside {low:,.10g}..{high:,.10g} -> {UNKNOWN}")
             return UNKNOWN
         if bare != text:
             note(f"{name}: stray {text[0] if text[0] in '_$€£' else text[-1]} removed")

@@ -1,7 +1,7 @@
 """Labels of several tokens as one tree of tokens, whose inner nodes run with the prompt in one forward.
 
 Each node sees the prompt and its own ancestors, and has the position that it would have in its label (tree attention:
-Miao et al. 2023, SpecInfer, section 4). Without the tree, each such label takes a forward of its own.
+Miao et al. 2023, SpecInfer, section 4). Without the tree, each such label takes a separate forward.
 """
 
 from __future__ import annotations

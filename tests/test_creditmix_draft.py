@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FLOAT32, PLAIN, read_lines, run_json
+from conftest import FLOAT32, PLAIN, read_lines
 
 import creditmix_prepare
 import eval_creditmix
@@ -122,12 +123,12 @@ def test_ranges_are_wide_and_round(tmp_path):
 
 
 def test_marks_of_missing_values_do_not_make_words_of_numbers(tmp_path):
-    for mark in ("?", "NA", "", "none"):
+    for mark in ("?", " ?", "NA", "", "none"):
         assert column(tmp_path, [*range(20), mark])[0].kind == "number"
     field, guesses = column(tmp_path, [*range(20), "k.A.", "k.A.", "k.A."])
     assert field.kind == "number" and "that are not numbers will be Unknown (k.A.)" in guesses
     assert column(tmp_path, ["own", "rent", "none"])[0].kind == "word"
-    path = write_table(tmp_path / "m.csv", ["x", "y"], [["?", "a"], ["3", "b"], ["-", "a"], ["4", "NA"]] * 5)
+    path = write_table(tmp_path / "m.csv", ["x", "y"], [[" ?", "a"], ["3", "b"], ["-", "a"], ["4", "NA"]] * 5)
     task, guesses = draft(path, "y")
     assert task.missing == ("-", "?", "NA") and task.labels == ("a", "b") and "NA (5 rows), read as missing" in guesses
 
@@ -137,13 +138,8 @@ def test_columns_that_say_nothing_are_left_out(tmp_path):
     header = ["id", "CustomerID", "constant", "empty", "", "amount_paid", "y"]
     task, guesses = draft(write_table(tmp_path / "t.csv", header, rows), "y")
     assert [field.name for field in task.fields] == ["amount paid"]
-    for text in (
-        "id (another value in each row)",
-        "constant (one value in all rows)",
-        "empty (empty)",
-        "without a name",
-    ):
-        assert f"left out: {text}" in guesses or text in guesses
+    for text in ("id (another value", "constant (one value", "empty (empty)", "a column without a name"):
+        assert f"left out: {text}" in guesses
     assert "CustomerID (an id with 60 values" in guesses
     task, _ = draft(str(tmp_path / "t.csv"), "y", "customer id")
     assert task.group_column == "CustomerID"
@@ -200,11 +196,11 @@ QUICK = [*FLOAT32, "--max_steps", "2", "--batch_size", "4", "--grad_accum", "1",
 
 
 def run_through(
-    data: str, label: str, trainer: Any, model_dir: str, rest: list[str], edits: dict | None = None
-) -> Task:
+    data: str, label: str, trainer: Any, model_dir: str, group: tuple = (), edits: dict | None = None
+) -> tuple[Task, list[dict[str, str]]]:
     """Draft a task, prepare, train two steps, evaluate with --fit and score five rows of the table; check what each
-    writes, and return the task. edits: of the task file."""
-    assert creditmix_prepare.main(["--init_task", "task.json", "--src", data, "--label_column", label, *rest]) == 0
+    writes, and return the task and the scored rows. edits: of the task file."""
+    assert creditmix_prepare.main(["--init_task", "task.json", "--src", data, "--label_column", label, *group]) == 0
     record = json.loads(Path("task.json").read_text()) | (edits or {})
     Path("task.json").write_text(json.dumps(record))
     task = task_of(record, "task.json")
@@ -215,33 +211,30 @@ def run_through(
     flags = ["--student", model_dir, "--data", f"made/{task.name}_{part}.jsonl", "--save_dir", "run", *QUICK]
     assert trainer.main(flags) == 0
     assert task_of(json.loads(Path("run/task.json").read_text()), "run") == task
-    assert run_json(Path("run"))["base_model"] == model_dir
     few = ["--fit_per_class", "5", "--val_per_class", "5", "--bootstrap", "20", "--report_dir", "report"]
-    assert (
-        eval_creditmix.main(["--model_dir", "run", "--data", data, "--fit", "--calibration", "auto", *PLAIN, *few])
-        == 0
-    )
+    few += ["--fit", "--calibration", "auto", *PLAIN]
+    assert eval_creditmix.main(["--model_dir", "run", "--data", data, *few]) == 0
     (model,) = json.loads(Path("report/metrics.json").read_text())["models"]
     assert 0 <= model["accuracy"] <= 1 and model["nll"] > 0
     assert list(json.loads(Path("run/calibration.json").read_text())["bias"]) == list(task.labels)
-    lines = Path(data).read_bytes().splitlines(keepends=True)[:6]
-    Path("few.csv").write_bytes(b"".join(lines))
-    assert infer_creditmix.main(["--model_dir", "run", "--input", "few.csv", "--output", "scored.csv", *FLOAT32]) == 0
-    scored = list(csv.DictReader(Path("scored.csv").open(encoding="utf-8")))
+    Path("few.csv").write_bytes(b"".join(Path(data).read_bytes().splitlines(keepends=True)[:6]))
+    assert infer_creditmix.main(["--model_dir", "run", "--input", "few.csv", "--output", "scored.csv", *PLAIN]) == 0
+    with open("scored.csv", encoding="utf-8") as file:
+        scored = list(csv.DictReader(file))
     assert len(scored) == 5
     for row in scored:
-        probabilities = {name: float(row[f"p_{name}"]) for name in task.labels}
-        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3) and row["prediction"] in task.labels
-    return task
+        assert sum(float(row[f"p_{name}"]) for name in task.labels) == pytest.approx(1, abs=1e-3)
+        assert row["prediction"] in task.labels
+    return task, scored
 
 
 def test_two_labels_of_the_example_table_by_kd(here, examples, model_dir):
     """The table is scored as it is in the file: cp1252, semicolons, decimal commas."""
     data = here / "loans.csv"
     data.write_bytes(b"".join((examples / "loans.csv").read_bytes().splitlines(keepends=True)[:401]))
-    task = run_through(str(data), "Outcome", kd_train, model_dir, ["--group_column", "Applicant_ID"])
+    group = ("--group_column", "Applicant_ID")
+    task, (first, *_) = run_through(str(data), "Outcome", kd_train, model_dir, group)
     assert task.labels == ("bad", "good")
-    (first, *_) = csv.DictReader(Path("scored.csv").open(encoding="utf-8"))
     assert (first["Applicant_ID"], first["Monthly_Income"], first["Occupation"]) == ("A0001", "2.067,16", "Driver")
 
 
@@ -250,13 +243,12 @@ def test_three_mapped_labels_by_sft(here, model_dir):
     rows = [[rng.randint(1, 900), rng.choice(["red", "blue"]), i % 3] for i in range(240)]
     data = write_table(here / "three.csv", ["amount", "colour", "grade"], rows)
     edits = {"labels": ["low", "middle", "high"], "label_map": {"0": "low", "1": "middle", "2": "high"}}
-    task = run_through(data, "grade", sft_train, model_dir, [], edits | {"balanced": True})
-    assert task.balanced and len({row["input"].partition("\n")[0] for row in read_lines("made/three_sft.jsonl")}) == 1
+    run_through(data, "grade", sft_train, model_dir, edits=edits | {"balanced": True})
+    assert len(set(Counter(row["output"] for row in read_lines("made/three_sft.jsonl")).values())) == 1
 
 
 def test_77_labels_of_texts_by_sft(here, model_dir):
-    rng = random.Random(1)
-    rows = [[f"topic {i % 77} {rng.choice('abcdefgh')} {i}", f"about_topic_{i % 77}"] for i in range(77 * 10)]
+    rows = [[f"topic {i % 77} row {i}", f"about_topic_{i % 77}"] for i in range(77 * 16)]
     data = write_table(here / "topics.csv", ["text", "topic"], rows)
-    task = run_through(data, "topic", sft_train, model_dir, [])
+    task, _ = run_through(data, "topic", sft_train, model_dir)
     assert len(task.labels) == 77 and task.instruction == "Give the topic of this text."

@@ -395,7 +395,7 @@ def test_csv_with_an_odd_row_keeps_the_fields_apart(tmp_path):
         "Age: Unknown, Occupation: Doctor, retired, Annual Income: Unknown, Outstanding Debt: Unknown, "
         "Credit Utilization Ratio: Unknown, Payment Behaviour: Low_spent_Small_value_payments"
     )
-    assert notes["Annual Income: outside 0..1e+06 -> Unknown"] == 1
+    assert notes["Annual Income: outside 0..1,000,000 -> Unknown"] == 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from distil.tasks import default_task
 from distil.testing import ROOT
 
 README = ROOT / "README.md"
@@ -159,6 +160,14 @@ def test_architecture_names_are_defined_in_the_linked_files():
         source = (ROOT / "docs" / path).read_text(encoding="utf-8")
         for name in re.findall(r"\w+", names):
             assert re.search(rf"(?m)^\s*(?:def|class) {name}\b|^{name}\b.*=", source), f"{path}: {name}"
+
+
+def test_your_data_explains_every_key_of_a_task_file():
+    section = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8").partition("## The task file")[2]
+    rows = re.findall(r"(?m)^\| (`[^|]+) \| ([^|]+) \|$", section.partition("\n## ")[0])
+    assert {key for keys, _ in rows for key in re.findall(r"`(\w+)`", keys)} == set(default_task().record)
+    (own,) = [meaning for keys, meaning in rows if keys == "`fields`"]
+    assert re.findall(r"`(\w+)`", own) == list(default_task().record["fields"][0])
 
 
 def test_every_page_can_be_reached_from_the_readme():

@@ -269,7 +269,7 @@ def test_distinct_beginnings_are_the_hand_written_ones():
     )
     assert distinct_beginnings(list(forms), end) == list(wanted)
     assert distinct_beginnings([[1, 2]], end) == [[1]]
-    assert distinct_beginnings([[1], [1]], end) == [[1, end], [1, end]]  # told by nothing
+    assert distinct_beginnings([[1], [1]], end) == [[1, end], [1, end]]  # equal forms
 
 
 def test_a_tree_has_each_beginning_once():

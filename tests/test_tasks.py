@@ -166,7 +166,7 @@ def test_the_task_goes_with_data_and_adapter(tmp_path, monkeypatch, model_dir, c
     how = ["--student", model_dir, "--max_steps", "1", "--batch_size", "2", "--quantization", "none"]
     assert sft_train.main([*how, "--data", "out/loans_sft.jsonl", "--save_dir", "sft"]) == 0
     assert model_task(resolve("sft")) == LOANS == chosen_task([resolve("sft")], None)
-    # Answers and pairs of a model: the labels are the task's, and go on into their notes.
+    # Answers and pairs of a model: the labels are the task's, which their notes carry.
     local = ["--quantization", "none", "--input", "out/loans_sft.jsonl"]
     assert kd_prepare.main(["--teacher", "sft", *local, "--output", "kd2.jsonl"]) == 0
     assert set(read_lines("kd2.jsonl")[0]["label_probs"]) == {"low", "high"}

@@ -40,7 +40,7 @@ def draft_task(
             raise InputError(f"{path}: --{flag}_column {column}: no such column; found {', '.join(table)[:900]}")
         named[flag] = found
     guesses = [f"{text} ({count} x)" for text, count in notes.items()]
-    missing = sorted({cell for column in table for cell in table[column].unique() if cell in MARKS})
+    missing = sorted({cell.strip() for column in table for cell in table[column].unique()} & set(MARKS))
     labels, label_map, instruction_labels = _labels(path, table[named["label"]], missing, guesses)
     fields = []
     for column in table:
@@ -88,9 +88,8 @@ def _labels(path: str, column: Any, missing: Sequence[str], guesses: list[str]) 
         of[label_map.get(text, spelt[text.casefold()])] += count
     rare = [f"{label} ({of[label]})" for label in labels if of[label] < 50]
     if rare:
-        guesses.append(
-            f"labels with few rows, of which 5 or more are needed for training: {', '.join(rare[:8])}{' ...' if len(rare) > 8 else ''}"
-        )
+        shown = ", ".join(rare[:8]) + " ..." * (len(rare) > 8)
+        guesses.append(f"labels with few rows, of which 5 or more are needed for training: {shown}")
     shown = f": {', '.join(labels[:-1])} or {labels[-1]}" if len(labels) <= LISTED_LABELS else ""
     return labels, label_map, shown
 

@@ -94,7 +94,8 @@ def read_rows(path: str | Path, task: Task, decimal: str | None = None) -> tuple
         except (ValueError, InputError) as error:
             raise InputError(f"{path}: {place}: {error}") from None
     known = {label: label for label in task.labels} | dict(task.label_map)
-    labels = match_labels(path, (answer for *_, answer in raw), known, notes)
+    answers = ("" if answer.strip() in task.missing and answer not in known else answer for *_, answer in raw)
+    labels = match_labels(path, answers, known, notes)
     raw = [(customer or features, features, label) for (customer, features, _), label in zip(raw, labels, strict=True)]
     for customer, _, label in raw:
         labels_of[customer] |= {label} - {None}
@@ -145,8 +146,8 @@ def sample_rows(rows: Sequence[CreditRow], task: Task, per_class: int | None, se
         return balanced_sample(rows, task.labels, per_class or max(1, fewest), seed)
     if not rows:
         raise InputError("no row is in this part of the split; give more rows, or another --split_seed")
-    sample, taken = random.Random(seed).sample(rows, len(rows)), Counter()
-    kept = []
+    sample, taken, kept = list(rows), Counter(), []
+    random.Random(seed).shuffle(sample)
     for row in sample:
         taken[row.label] += 1
         if not per_class or taken[row.label] <= per_class:

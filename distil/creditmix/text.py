@@ -62,7 +62,7 @@ def group_folds(answers: np.ndarray, groups: Sequence[str], seed: int) -> list[t
 
     alone = len(set(groups)) == len(groups)  # then the search for groups that fit together takes minutes for nothing
     kind = StratifiedKFold if alone else StratifiedGroupKFold
-    return list(kind(5, shuffle=True, random_state=seed).split(answers, answers, groups))
+    return list(kind(5, shuffle=True, random_state=seed).split(answers, answers, None if alone else groups))
 
 
 def text_teacher(

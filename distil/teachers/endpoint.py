@@ -219,7 +219,7 @@ class HttpTeacher:
 def label_probabilities(choice: Any, labels: Sequence[str]) -> dict[str, float]:
     """Return {label: probability} from a choice's log-probabilities of its first token.
     Empty where there are none (some endpoints accept the request and send none), labels have less than half, or a
-    token that several labels begin with has more than a few percent: what they share cannot be told apart."""
+    token that several labels begin with has more than a few percent: it does not distinguish them."""
     first = (getattr(choice.logprobs, "content", None) or [None])[0]
     mass, shared = dict.fromkeys(labels, 0.0), 0.0
     for token in (first.top_logprobs or []) if labels and first else []:

@@ -135,7 +135,7 @@ def label_probabilities(data: TrainingData) -> tuple[list[str], list[list[float]
 
 def label_trie(encoder: PromptEncoder, labels: Sequence[str]) -> Trie:
     """Return the trie of the labels' tokens. They end with the end-of-turn token, so that a label that begins another
-    one has a branch of its own. Raises InputError for labels with the same tokens and as `PromptEncoder.label`."""
+    one has a separate branch. Raises InputError for labels with the same tokens and as `PromptEncoder.label`."""
     trie: Trie = {}
     for index, label in enumerate(labels):
         ids = encoder.label(label) + encoder.completion(label)[-1:]
