@@ -89,14 +89,14 @@ def main(argv: list[str] | None = None) -> int:
     unused |= {"only with several models or --baselines": [] if several else ["reference"]}
     cli.check_at_least_one(vars(args), "val_per_class", "fit_per_class", "bootstrap")
     cli.refuse_unused(parser, argv, unused | cli.unused_scoring(vars(args), args.fit))
-    task = chosen_task(refs := [resolve(name) for name in args.model_dir], args.task)
-    names = args.model_dir + (baseline_names(task) if args.baselines else [])
-    check_flags(args, names, task)
 
     from distil.creditmix import metrics, report
     from distil.creditmix.evaluation import EvalOptions, check_training, draw_samples, evaluate_model, usable
 
     with cli.report_folder(args.report_dir):
+        task = chosen_task(refs := [resolve(name) for name in args.model_dir], args.task)
+        names = args.model_dir + (baseline_names(task) if args.baselines else [])
+        check_flags(args, names, task)
         method = args.calibration or ("fitted" if args.fit else "auto")
         scoring = replace(credit_options(vars(args), task), calibration=method)
         (rows, _), sha256 = hashed(args.data, lambda: read_rows(args.data, task, args.decimal))
