@@ -165,6 +165,8 @@ def _field(record: Any, place: str, missing: Sequence[str]) -> Field:
         raise InputError(f"{place} ({name}): digits is a whole number from 1 to 12")
     if type(record.get("protected", False)) is not bool:
         raise InputError(f"{place} ({name}): protected is true or false")
+    if record.get("kind") != "number":  # the kind was changed in a draft, whose other keys mean nothing then
+        return Field(**{key: value for key, value in record.items() if key not in ("range", "digits")})
     return Field(**record | ({"range": tuple(ends)} if ends is not None else {}))
 
 

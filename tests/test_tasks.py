@@ -16,7 +16,7 @@ import kd_prepare
 import sft_train
 from common import InputError
 from distil.creditmix.rows import read_rows, sample_rows
-from distil.features import canonical_number
+from distil.features import Field, canonical_number
 from distil.models import resolve
 from distil.splits import split_of
 from distil.tasks import chosen_task, default_task, model_task, read_task, task_of
@@ -84,6 +84,12 @@ def test_a_wrong_task_file_is_one_clear_error(tmp_path, changes, says):
         read_task(tmp_path / "task.json")
     assert says in str(error.value) and str(error.value).startswith(str(tmp_path / "task.json"))
     assert "\n" not in str(error.value)
+
+
+def test_what_only_a_number_has_does_not_count_for_other_kinds():
+    """The kind of a drafted field is changed by hand: the task stays equal to the copy that data and adapters carry."""
+    task = task_of(changed_record(fields=[RECORD["fields"][0] | {"kind": "word"}]), "t")
+    assert task_of(task.record, "t") == task and task.fields == (Field("amount", "credit_amount"),)
 
 
 def test_digits():
