@@ -128,6 +128,8 @@ def task_of(record: Any, place: str) -> Task:
     need(isinstance(own_map, dict) and all(x in labels for x in own_map.values()), '"label_map": {text: label}')
     clash = [x for x in own_map if any(x.casefold() == y.casefold() and own_map[x] != y for y in labels)]
     need(not clash, f'"label_map": {clash[:1]} is itself a label')
+    twice = [x for x in own_map for y in own_map if x.casefold() == y.casefold() and own_map[x] != own_map[y]]
+    need(not twice, f'"label_map": {twice[:2]} differ in case alone, but not in their label')
     missing = record["missing"]
     need(isinstance(missing, list) and all(isinstance(x, str) for x in missing), '"missing": a list of texts')
     listed = record["fields"]

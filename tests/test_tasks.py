@@ -61,6 +61,7 @@ def test_the_record_of_a_task_is_its_file():
         ({"labels": ["low", 1]}, '"labels": 2 to 100 texts'),
         ({"label_map": {"paid": "none"}}, '"label_map"'),
         ({"label_map": {"LOW": "high"}}, "is itself a label"),
+        ({"label_map": {"ok": "low", "OK": "high"}}, "differ in case alone"),
         ({"instruction": " "}, '"instruction"'),
         ({"text_column": "remark"}, 'either "fields" or one "text_column"'),
         ({"fields": []}, 'either "fields" or one "text_column"'),
