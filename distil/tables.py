@@ -51,15 +51,16 @@ def is_missing(text: str) -> bool:
 
 
 def match_labels(
-    path: str | Path, texts: Iterable[str], labels: Mapping[str, str], notes: Counter
+    path: str | Path, texts: Iterable[str], labels: Mapping[str, str], notes: Counter, missing: Sequence[str] = ()
 ) -> list[str | None]:
     """Return the label of each text, None where it is missing. labels: {text: label}, matched in any case; those taken
-    in another case are counted in notes. Raises InputError that lists all unknown labels with their counts."""
+    in another case are counted in notes. missing: further marks of a missing label. Raises InputError that lists all
+    unknown labels with their counts."""
     by_key, known, unknown = {text.casefold(): label for text, label in labels.items()}, [], Counter()
     for text in (text.strip() for text in texts):
         label = by_key.get(text.casefold())
         known.append(label)
-        if label is None and not is_missing(text):
+        if label is None and text not in missing and not is_missing(text):
             unknown[text] += 1
         elif label is not None and text not in labels:
             notes[f"label {text}: read as {label}"] += 1

@@ -161,6 +161,14 @@ def test_rows_of_a_task(tmp_path):
     assert Counter(row.label for row in sample_rows(rows, LOANS, 10, 1)) == {"low": 10, "high": 10}
 
 
+def test_a_missing_mark_of_the_task_is_no_label_and_no_group(tmp_path):
+    task = task_of(changed_record(missing=["?"], group_column="owner"), "loans")
+    (tmp_path / "a.csv").write_text("owner,credit_amount,purpose,remark,status\n?,1,car,a,low\n?,2,tv,b,high\n7,3,,c,?\n")
+    rows, notes = read_rows(tmp_path / "a.csv", task)
+    assert [row.customer == row.features for row in rows] == [True, True]
+    assert notes["label _: row dropped"] == 1
+
+
 def test_the_task_goes_with_data_and_adapter(tmp_path, monkeypatch, model_dir, capsys):
     monkeypatch.chdir(tmp_path)
     task_file, table = loans(tmp_path)

@@ -90,12 +90,12 @@ def read_rows(path: str | Path, task: Task, decimal: str | None = None) -> tuple
     source = _raw_table(path, task, objects, decimal, notes) if as_table else _raw_json(path, objects)
     for place, name, question, answer in source:
         try:
-            raw.append((customer_id(name), task.canonical(question, notes), answer))
+            name = "" if name in task.missing else customer_id(name)
+            raw.append((name, task.canonical(question, notes), answer))
         except (ValueError, InputError) as error:
             raise InputError(f"{path}: {place}: {error}") from None
     known = {label: label for label in task.labels} | dict(task.label_map)
-    answers = ("" if answer.strip() in task.missing and answer not in known else answer for *_, answer in raw)
-    labels = match_labels(path, answers, known, notes)
+    labels = match_labels(path, (answer for *_, answer in raw), known, notes, task.missing)
     raw = [(customer or features, features, label) for (customer, features, _), label in zip(raw, labels, strict=True)]
     for customer, _, label in raw:
         labels_of[customer] |= {label} - {None}
