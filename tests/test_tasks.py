@@ -169,6 +169,16 @@ def test_a_missing_mark_of_the_task_is_no_label_and_no_group(tmp_path):
     assert notes["label _: row dropped"] == 1
 
 
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
+def test_columns_named_question_and_answer_belong_to_the_task(tmp_path, kind):
+    task = task_of(TEXTS.record | {"text_column": "question", "label_column": "answer", "group_column": "user"}, "t")
+    rows = [{"question": f"why {i}", "answer": "ab"[i % 2], "user": "u"} for i in range(4)]
+    text = "\n".join(map(json.dumps, rows)) if kind == "jsonl" else json.dumps(rows)
+    text = "question,answer,user\n" + "".join(f"{','.join(x.values())}\n" for x in rows) if kind == "csv" else text
+    (tmp_path / f"a.{kind}").write_text(text)
+    assert [row.customer for row in read_rows(tmp_path / f"a.{kind}", task)[0]] == ["u"] * 4
+
+
 def test_the_task_goes_with_data_and_adapter(tmp_path, monkeypatch, model_dir, capsys):
     monkeypatch.chdir(tmp_path)
     task_file, table = loans(tmp_path)

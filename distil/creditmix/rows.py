@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from common import InputError
-from distil.tables import is_missing, json_rows, match_labels, read_table
+from distil.tables import is_missing, json_rows, match_labels, name_key, read_table
 from distil.tasks import Task
 
+PAIR = ("question", "answer")  # of JSON rows that have their feature string
 _NUMBER_ID = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 
 
@@ -77,16 +78,16 @@ def _raw_json(path: Path, objects: list) -> Iterator[tuple[str, Any, str, str]]:
 
 def read_rows(path: str | Path, task: Task, decimal: str | None = None) -> tuple[list[CreditRow], Counter]:
     """Return cleaned, labelled rows of a raw file, and counts of what was cleaned or assumed.
-    The file is a table with the task's columns as `read_table` takes it, or JSON of {"question", "answer"}. decimal:
-    "," or ".", the mark of decimals where a column of a table leaves it open. An unknown label (`_`) is filled from
+    The file is a table with the task's columns as `read_table` takes it, or JSON of PAIR where it has no such column.
+    decimal: "," or ".", the mark of decimals where a column of a table leaves it open. An unknown label (`_`) is filled from
     the customer's other rows where they agree, else the row is dropped. A row without a customer id counts as one
     customer, keyed by its canonical text. Raises InputError (file, row)."""
     path, notes, raw, rows = Path(path), Counter(), [], []
     labels_of: dict[str, set[str]] = defaultdict(set)
-    objects = json_rows(path, ("question", "answer"))
-    as_table = objects is None or (
-        objects and all(isinstance(o, dict) and not {"question", "answer"} & set(o) for o in objects)
-    )
+    own = {name_key(column) for column in task.columns} & set(PAIR)
+    objects = json_rows(path, () if own else PAIR)
+    as_table = objects is None or own
+    as_table = as_table or (objects and all(isinstance(o, dict) and not set(PAIR) & set(o) for o in objects))
     source = _raw_table(path, task, objects, decimal, notes) if as_table else _raw_json(path, objects)
     for place, name, question, answer in source:
         try:
