@@ -502,7 +502,7 @@ def test_unknown_labels_are_listed_with_their_counts(tmp_path):
         read_rows(tmp_path / "x.csv", TASK)
 
 
-@pytest.mark.parametrize("name", ["1.23457E+11", "1.2e+11", "1E+12"])
+@pytest.mark.parametrize("name", ["1.23457E+11", "1.2e+11", "1E+12", '"1,23457E+11"'])
 def test_ids_that_a_spreadsheet_shortened_are_refused(tmp_path, name):
     (tmp_path / "x.csv").write_text(changed(CSV_LINES, Customer_ID=name))
     with pytest.raises(InputError, match=r"x\.csv: row 2: the customer id .* has lost digits in a spreadsheet"):

@@ -42,13 +42,13 @@ def customer_id(value: Any) -> str:
     text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf").strip()  # without marks of no width
     if is_missing(text):
         return ""
+    short = re.fullmatch(r"[+-]?[0-9](?:[.,]([0-9]*))?[eE]\+([0-9]+)", text)  # 1.23457E+11
+    if short and len(short[1] or "") < int(short[2]):
+        raise ValueError(f"the customer id {text} has lost digits in a spreadsheet; store the ids as text there")
     if not _NUMBER_ID.fullmatch(text):
         return text
     if re.fullmatch("[+-]?[0-9]+", text):
         return str(int(text)) if len(text) < 400 else text
-    short = re.fullmatch(r"[+-]?[0-9](?:\.([0-9]*))?[eE]\+([0-9]+)", text)  # 1.23457E+11
-    if short and len(short[1] or "") < int(short[2]):
-        raise ValueError(f"the customer id {text} has lost digits in a spreadsheet; store the ids as text there")
     if abs(number := float(text)) < 2**53:
         return str(int(number)) if number.is_integer() else repr(number)
     if "." in text or "e+" in text.casefold():  # not the likes of '12e45', which may be hexadecimal
