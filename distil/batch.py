@@ -107,7 +107,7 @@ def parse_object(line: str) -> tuple[dict, bool]:
     if any("\ud800" <= sign <= "\udfff" for sign in line):  # what `_lines` makes of bytes that are not UTF-8
         return failed_line({}, "not_utf8", "the line is not UTF-8 text"), False
     try:
-        row = parse_json(line)
+        row = parse_json(line, unique=True)
     except ValueError as error:
         reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
         return failed_line({}, "not_json", f"the line is not JSON: {reason}"[:300]), False

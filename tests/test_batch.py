@@ -17,6 +17,8 @@ def test_a_number_read_as_infinity_is_refused_and_never_written(tmp_path):
     row, text = parse_line('{"document": "x", "id": 1e999}', ("document",))
     assert text is None and "1e999 is too large" in row["error"]["message"]
     assert parse_line('{"document": "x", "id": 1e308}', ("document",))[1] == "x"
+    row, text = parse_line('{"document": "x", "fields": {"Age": 23, "Age": 50}}', ("document",))
+    assert text is None and '"Age" occurs twice' in row["error"]["message"]
     (tmp_path / "in.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="not JSON compliant"):
         work = [{"score": float("inf")}]
