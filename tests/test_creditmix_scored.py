@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import read_lines
 
 from common import InputError
 from distil import batch
@@ -204,6 +205,17 @@ def test_fields_are_as_good_as_a_feature_string(here):
     assert [rows.parsed(line)[0].get("error", {}).get("code") for line in rows] == [
         *[None, None, "no_features", "bad_fields", "no_features", None]
     ]
+
+
+def test_jsonl_of_columns_is_a_table(here, capsys):
+    Path("in.jsonl").write_text('{"AGE": 23, "Occupation": "Lawyer", "Annual_Income": "19,5"}\n\n{"x": 1, "AGE": 5}\n')
+    assert [text.split(", Out")[0] for text in texts_of("in.jsonl", output="out.jsonl")] == [
+        "Age: 23, Occupation: Lawyer, Annual Income: 19.5",
+        "Age: 5, Occupation: , Annual Income: ",
+    ]
+    assert score(rows_of("in.jsonl", "out.jsonl"), "out.jsonl") == 0
+    assert read_lines("out.jsonl")[1] == {"x": 1, "AGE": 5} | RESPONSE
+    assert "Annual_Income: numbers with a decimal comma" in capsys.readouterr().err
 
 
 def test_jsonl_becomes_a_table(here):

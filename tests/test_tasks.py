@@ -163,7 +163,9 @@ def test_rows_of_a_task(tmp_path):
 
 def test_a_missing_mark_of_the_task_is_no_label_and_no_group(tmp_path):
     task = task_of(changed_record(missing=["?"], group_column="owner"), "loans")
-    (tmp_path / "a.csv").write_text("owner,credit_amount,purpose,remark,status\n?,1,car,a,low\n?,2,tv,b,high\n7,3,,c,?\n")
+    (tmp_path / "a.csv").write_text(
+        "owner,credit_amount,purpose,remark,status\n?,1,car,a,low\n?,2,tv,b,high\n7,3,,c,?\n"
+    )
     rows, notes = read_rows(tmp_path / "a.csv", task)
     assert [row.customer == row.features for row in rows] == [True, True]
     assert notes["label _: row dropped"] == 1

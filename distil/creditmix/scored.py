@@ -48,9 +48,9 @@ class RowsToScore(Lines):
     def open(self) -> None:
         """Read what decides how rows are read: columns, notation of numbers. Raises InputError."""
         as_json = is_json(self.path)
-        if as_json and self.path.suffix.lower() != ".jsonl" and self._is_list():
-            self.objects = json_rows(self.path)
         named = {*self._fields, "fields"}
+        if as_json and self._is_table(named):
+            self.objects = json_rows(self.path)
         lines = as_json and self.objects is None
         lines = lines or any(isinstance(one, dict) and named & one.keys() for one in self.objects or [])
         if lines:
@@ -68,9 +68,14 @@ class RowsToScore(Lines):
         if not lines or self.write:
             self._check_names()
 
-    def _is_list(self) -> bool:
-        with open(self.path, encoding="utf-8-sig", errors="replace") as text:
-            return text.read(1000).lstrip().startswith("[")
+    def _is_table(self, named: set[str]) -> bool:
+        """Return whether JSON is a list, or JSONL whose first object has columns of the task and none of `named`."""
+        with open(self.path, encoding="utf-8-sig", errors="surrogateescape") as text:
+            first = next((line.strip() for line in text if line.strip()), "")
+        if first.startswith("["):
+            return self.path.suffix.lower() != ".jsonl"
+        own, (row, _) = tuple(self.task.feature_columns), parse_object(first)
+        return not named & row.keys() and any(nearest(name, own) for name in row)
 
     def _open_table(self, notes: Counter) -> None:
         """Open a table with the task's columns, as far as it has them, or else with a column of feature strings."""
