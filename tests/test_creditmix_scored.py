@@ -226,6 +226,9 @@ def test_jsonl_becomes_a_table(here):
     assert lines[0][:5] == ["1", '{"Age": 23, "Annual_Income": 19114.12}', "", "", "Good"]
     assert lines[1][:5] == ["2", "", "Age: 5", '{"a": [1]}', "Good"]
     assert lines[3][:5] == [""] * 5 and lines[3][-1].startswith("not_json: the line is not JSON")
+    for name in ("out.tsv", "out.jsonl.gz"):
+        with pytest.raises(InputError, match=r"--output: a name with \.jsonl, \.csv"):
+            rows_of("in.jsonl", name)
     with pytest.raises(InputError, match="--decimal: only for tables"):
         rows_of("in.jsonl", decimal=",")
 

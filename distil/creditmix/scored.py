@@ -19,7 +19,7 @@ from typing import Any
 from common import InputError
 from distil.batch import Lines, failed_line, named_text, parse_object
 from distil.processes import print_note
-from distil.sheets import cell_text, is_json, json_rows
+from distil.sheets import TABLE_SUFFIXES, cell_text, is_json, json_rows
 from distil.tables import Table, name_key, nearest
 from distil.tasks import Task
 
@@ -37,7 +37,7 @@ class RowsToScore(Lines):
         self.task, self.decimal = task, decimal
         self.table: Table | None = None
         self.write = next((write for end, write in WRITERS.items() if output.name.lower().endswith(end)), None)
-        self.known = bool(self.write) or output.suffix.lower() == ".jsonl"
+        self.suffix = output.suffix.lower()
         self.probabilities = {label: f"p_{label}" for label in task.labels}
         self.added = ["prediction", *self.probabilities.values(), "top2_margin", *["refer"] * refer]
         self.objects: list | None = None  # of a JSON list
@@ -61,8 +61,8 @@ class RowsToScore(Lines):
                 print_note(f"{self.path}: {note}")
             if not self.table.count:
                 raise InputError(f"{self.path}: no rows below the header")
-            if not self.known:
-                raise InputError(f"--output: a name with {', '.join(['.jsonl', *WRITERS])} is needed, for its form")
+        if not self.write and self.suffix != ".jsonl" and (self.table or self.suffix in TABLE_SUFFIXES):
+            raise InputError(f"--output: a name with {', '.join(['.jsonl', *WRITERS])} is needed, for its form")
         if self.write is _write_excel and (self.table.count if self.table else sum(1 for _ in self)) >= EXCEL_ROWS:
             raise InputError(f"{self.path}: an Excel sheet holds {EXCEL_ROWS - 1} rows; write .csv or .parquet")
         if not lines or self.write:
