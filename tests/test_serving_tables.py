@@ -18,6 +18,7 @@ from conftest import assert_error
 from fastapi.testclient import TestClient
 from pyarrow import parquet
 
+from distil.creditmix.scored import RowsToScore
 from distil.serving import table_child, uploads
 from distil.serving.app import create_app
 from distil.serving.engine import Refusal
@@ -104,12 +105,18 @@ def test_each_kind_of_file_is_read(name, tmp_path):
     ("body", "name", "features"),
     [
         (b"features,x\nAmount: 3,y\n", "a.csv", ["Amount: 3"]),
+        (b"features,amount_eur\nAmount: 3,7\n", "a.csv", ["Amount: 7"]),
+        (b'{"features": "Amount: 3", "amount_eur": 7}', "a.jsonl", ["Amount: 3"]),
         (b'{"features": "Amount: 3"}\n{"question": "Amount: 4"}\n', "a.jsonl", ["Amount: 3", "Amount: 4"]),
         (b'[{"fields": {"Amount": 3, "Purpose": "a, Amount: 7"}}]', "a.json", ["Amount: 3, Purpose: a, Amount 7"]),
     ],
 )
 def test_complete_feature_strings_are_taken_as_they_are(body, name, features, tmp_path):
+    """The same of several texts is taken as by infer_creditmix.py."""
     assert rows_of(tmp_path, body, name)["features"] == features
+    source = RowsToScore(tmp_path / name, tmp_path / "out.csv", LOAN, None, False)
+    source.open()
+    assert [source.parsed(row)[1] for row in source] == features
 
 
 def test_nested_values_of_a_parquet_file_are_cells_as_json(tmp_path):

@@ -65,15 +65,17 @@ def cell_of(value: Any) -> str:
 def open_table(
     path: Path, task: Task, decimal: str | None, notes: Counter
 ) -> tuple[Table, Callable[[Sequence[Any], dict[str, Any]], str]]:
-    """Return a table, and what makes the feature string of a row from its cells and its values by column: from a
-    column `features` (of JSON objects also `question` or `fields`), else from the columns of the task.
-    Raises InputError."""
+    """Return a table, and what makes the feature string of a row from its cells and its values by column, as
+    infer_creditmix.py: from the columns of the task, or else from a column `features` (of JSON objects first from
+    `features`, `question` or `fields`). Raises InputError."""
     objects = json_rows(path)
     header = Table(path, {}, None, Counter(), objects).header
     keys = [name_key(cell) for cell in header]
     complete = [name for name in ("features", *("question", "fields") * (objects is not None)) if name in keys]
     wanted = task.feature_columns
-    if complete and not {name_key(name) for name in wanted} & set(complete):
+    columns = {name: kind for name, kind in wanted.items() if any(nearest(cell, (name,)) for cell in header)}
+    first = columns if objects is None else {name_key(name) for name in wanted} & set(complete)
+    if complete and not first:
         places = [keys.index(name) for name in complete]
 
         def features(cells: Sequence[Any], values: dict[str, Any]) -> str:
@@ -81,7 +83,6 @@ def open_table(
             return task.features(value) if isinstance(value, dict) else cell_of(value)
 
         return Table(path, {}, None, notes, objects), features
-    columns = {name: kind for name, kind in wanted.items() if any(nearest(cell, (name,)) for cell in header)}
     table = Table(path, columns or wanted, decimal, notes, objects)  # without any it raises
     for name in [name for name in wanted if name not in columns]:
         notes[f"column {name} missing: Unknown in all rows"] += 1
