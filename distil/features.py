@@ -145,11 +145,12 @@ class RowFormat:
             if notes is not None:
                 notes.update(f"{name} {self._other_field}" for name in pairs if name not in self.by_name)
             pairs = {name: pairs.get(name, UNKNOWN) for name in self.by_name} | pairs
-        elif notes is not None:
+        values = {name: self.clean_value(name, value, notes) for name, value in (pairs or {}).items()}
+        if notes is not None and all(values.get(name, UNKNOWN) == UNKNOWN for name in self.by_name):
             notes[self._no_field] += 1
         if pairs is None:
             return _NUMBER.sub(_short, text.strip())
-        return ", ".join(f"{name}: {self.clean_value(name, value, notes)}" for name, value in pairs.items())
+        return ", ".join(f"{name}: {value}" for name, value in values.items())
 
     def features(self, values: Mapping[str, Any]) -> str:
         """Return the feature string, not yet canonical, of {field name or column: text or number}: a row of a table.
@@ -199,7 +200,7 @@ class RowFormat:
 
     @property
     def _no_field(self) -> str:
-        return f"the text has no field of {self._names}"
+        return f"the text has no field of {self._names} with a value"
 
     @property
     def _other_field(self) -> str:

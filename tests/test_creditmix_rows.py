@@ -154,7 +154,10 @@ def test_a_long_run_of_blanks_costs_no_more_than_other_text():
     assert time.process_time() - start < 2  # it took minutes where the separator could begin with blanks
 
 
-@pytest.mark.parametrize(("text", "named"), [("Age: 30", True), ("hello", False), ("Height: 3", False), ("", False)])
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("Age: 30", True), ("hello", False), ("Height: 3", False), ("", False), ("Age: , Occupation: _", False)],
+)
 def test_a_text_without_a_known_field_is_noted(text, named):
     notes = Counter()
     TASK.canonical(text, notes)
