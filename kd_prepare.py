@@ -23,7 +23,7 @@ from distil.files import InputError, hashed, hold, write_jsonl
 from distil.models import resolve
 from distil.processes import gather, only_one, rank_and_world
 from distil.splits import Provenance, check_note, joined, note_preparation, provenance, recorded, unchanged_preparation
-from distil.tasks import Task, chosen_task, data_task
+from distil.tasks import Task, chosen_task, data_task, shared_task
 from distil.teachers import answers as asking
 from distil.teachers.endpoint import HttpTeacher
 from distil.teachers.gate import checked_rows
@@ -150,6 +150,7 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
         scored = {"label_tokens": task.label_tokens} if task else {}
         options = asking.teacher_options(vars(args) | scored, sha256, labels=prompts.labels)
         ref = resolve(args.teacher) if args.teacher else None  # it may not change from here on
+        task = shared_task([ref], task, args.input) if ref and task else task
         note = unchanged_preparation(args.input, options.input_sha256) | ({"task": task.record} if task else {})
         # What an endpoint's model was trained on cannot be seen: evaluation says so.
         unseen = {"file": f"the teacher {args.teacher_model} at {(url := asking.shown_url(args.teacher_url or ''))}"}

@@ -88,7 +88,7 @@ def test_a_wrong_task_file_is_one_clear_error(tmp_path, changes, says):
 
 
 def test_what_only_a_number_has_does_not_count_for_other_kinds():
-    """The kind of a drafted field is changed by hand: the task stays equal to the copy that data and adapters carry."""
+    """The kind of a drafted field is changed by hand: the task stays equal to the copies of data and adapters."""
     task = task_of(changed_record(fields=[RECORD["fields"][0] | {"kind": "word"}]), "t")
     assert task_of(task.record, "t") == task and task.fields == (Field("amount", "credit_amount"),)
 
@@ -208,6 +208,8 @@ def test_the_task_goes_with_data_and_adapter(tmp_path, monkeypatch, model_dir, c
     with pytest.raises(InputError, match="was prepared for another task than --task other"):
         kd_prepare.main(["--teacher", "sft", *local, "--task", "other.json", "--output", "kd3.jsonl"])
     assert creditmix_prepare.main(["--task", "other.json", "--src", table, "--outdir", "other"]) == 0
+    with pytest.raises(InputError, match=r"sft: was trained for another task than other/loans_sft\.jsonl has"):
+        kd_prepare.main(["--teacher", "sft", *local[:3], "other/loans_sft.jsonl", "--output", "kd3.jsonl"])
     with pytest.raises(InputError, match=r"sft: was trained for another task than other/loans_dpo\.jsonl has"):
         dpo_train.main(["--adapter", "sft", "--data", "other/loans_dpo.jsonl", "--save_dir", "dpo", *how[2:]])
     # A task of another name may be next to it, and data of no task leaves no task behind.
