@@ -19,7 +19,7 @@ from common import InputError, PromptEncoder, dtype_name
 from distil.cli import add_task_flag, new_parser, run_script
 from distil.files import cache_dir
 from distil.models import DEFAULT_STUDENT, resolve
-from distil.tasks import Task, chosen_task
+from distil.tasks import chosen_task
 from distil.workarounds import quiet_libraries
 
 NEEDED_DISK_GB, NEEDED_MEMORY_GB, NEEDED_GPU_GB = 10, 8, 7.5
@@ -108,12 +108,13 @@ def check_model(student: str) -> str:
     return student
 
 
-def check_labels(student: str, task: Task | None = None) -> str:
-    """Check that the text before a label does not change its tokens, and count them. Raises InputError."""
+def check_labels(student: str, task_file: str | None = None) -> str:
+    """Check that the text before a label of --task, or else of the student's own task, does not change its tokens, and
+    count them. Raises InputError."""
     from distil.training.data import load_tokenizer
 
-    task = task or chosen_task([], None)
-    encoder = PromptEncoder(load_tokenizer(resolve(student).path))
+    task = chosen_task([ref := resolve(student)], task_file)
+    encoder = PromptEncoder(load_tokenizer(ref.path))
     tokens = [len(encoder.label(label)) for label in task.labels]
     shown = ", ".join(task.labels[:10]) + ", ..." * (len(task.labels) > 10)
     return f"{shown}: {'one stable token each' if max(tokens) == 1 else f'stable, 1 to {max(tokens)} tokens'}"
@@ -132,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     ran = problems = 0
-    more = {check_labels: {"task": chosen_task([], args.task)}}
+    chosen_task([], args.task)  # a wrong file is no problem of the machine
+    more = {check_labels: {"task_file": args.task}}
     for check in CHECKS:
         ran, name = ran + 1, check.__name__.removeprefix("check_")
         try:

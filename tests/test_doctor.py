@@ -119,6 +119,9 @@ def test_labels_of_another_task(lines, tmp_path, model_dir):
     (tmp_path / "task.json").write_text(json.dumps(record))
     status, checks = lines(model_dir, "--task", str(tmp_path / "task.json"))
     assert status == 0 and re.search("Good, Qqqzzz 77x, Bad: stable, 1 to [0-9]+ tokens", checks["labels"])
+    shutil.copytree(model_dir, tmp_path / "model")
+    shutil.copy(tmp_path / "task.json", tmp_path / "model")
+    assert "Qqqzzz 77x" in lines(str(tmp_path / "model"))[1]["labels"]  # the student's own
 
 
 def test_a_model_that_is_not_supported(lines, tmp_path, model_dir):
