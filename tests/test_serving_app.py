@@ -68,6 +68,7 @@ def test_each_variant_has_its_endpoint(client, variant):
         (b'{"features": "\\ud800"}', 422, "invalid"),
         (b'{"features": "x", "more": 1}', 422, "invalid"),
         (b'{"fields": {}}', 422, "invalid"),
+        (b'{"fields": {"Age": 23, "Age": 50}}', 422, "repeated_field"),
         (b'{"fields": {"Age": NaN}}', 422, "invalid"),
         (b'{"fields": {"Age": [1]}}', 422, "invalid"),
         (b'{"fields": {"Age": {"a": 1}}}', 422, "invalid"),

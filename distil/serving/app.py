@@ -4,6 +4,7 @@ Imported only when a server starts, since FastAPI and Pydantic take a second to 
 # No `from __future__ import annotations` here: FastAPI reads the annotations of functions inside create_app.
 import contextlib
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from starlette.exceptions import HTTPException
 
 from distil.features import UNKNOWN, canonical_number
+from distil.files import parse_json
 from distil.serving.engine import VARIANTS, Refusal
 from distil.serving.guard import MAX_BATCH, MAX_BODY, Guard, error_body, max_features
 from distil.serving.metrics import Metrics
@@ -262,6 +264,11 @@ def create_app(
     post = functools.partial(app.post, responses=ERRORS, dependencies=keyed, response_model_exclude_unset=True)
 
     async def answer(request: Request, variant: str, rows: list) -> list[dict]:
+        body = await request.body()
+        try:
+            parse_json(body.decode(json.detect_encoding(body)), unique=True)
+        except ValueError as error:  # the last value would be taken
+            raise Refusal(422, "repeated_field", str(error), "give each field once") from None
         if log_features:
             request.state.log = {"features": rows}
         results = await engine.score(variant, rows)
