@@ -59,6 +59,7 @@ FORMS = {
     "a.xlsx": lambda: excel(FRAME),
     "excel.csv": lambda: excel(FRAME),  # by content, not by name
     "a.parquet": TYPED.to_parquet(),
+    "bytes.parquet": TYPED.assign(word=TYPED["word"].str.encode("utf-8")).to_parquet(),  # of older writers
     "a.jsonl": OBJECTS.encode(),
     "a.json": ("[" + OBJECTS.strip().replace("\n", ",") + "]").encode(),
     "json.txt": OBJECTS.encode(),
