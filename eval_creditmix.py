@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             if options.fit and (ref.adapter or not options.keep_base):
                 check_writable(calibration_path(ref))
             if not options.fit and options.scoring.calibration not in ("none", "contextual"):
-                check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share)
+                check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share, task.split)
         validation, calibration, train = draw_samples(rows, options)
         note_rows(args, task, validation)
         customers = len({row.customer for row in calibration})

@@ -204,10 +204,12 @@ def read_fitted(ref: ModelRef, options: ScoringOptions) -> dict | None:
     return stored
 
 
-def check_fitted(ref: ModelRef, split_seed: int, data_sha256: str, gold_share: float, notes: bool = True) -> None:
+def check_fitted(
+    ref: ModelRef, split_seed: int, data_sha256: str, gold_share: float, split: list, notes: bool = True
+) -> None:
     """Raise InputError for a stored calibration fitted under another split; print a note where it was fitted on other
-    rows or with labels that --gold_share excludes. data_sha256: of the rows that the model is measured on; notes:
-    whether to print these."""
+    rows or with labels that --gold_share excludes. data_sha256: of the rows that the model is measured on; split: of
+    their task; notes: whether to print these."""
     path = calibration_path(ref)
     stored = read_json(path) if path.is_file() else None
     if stored is None:
@@ -217,6 +219,9 @@ def check_fitted(ref: ModelRef, split_seed: int, data_sha256: str, gold_share: f
         raise InputError(f"{path}: says not on which rows it was fitted; fit again with eval_creditmix.py --fit")
     if (fitted := fitted_on.get("split_seed")) != split_seed:
         other = f"fitted with --split_seed {fitted}, evaluated with {split_seed}: its rows may be validation rows"
+        raise InputError(f"{path}: {other}; fit again with --fit, or use --calibration contextual")
+    if (fitted := fitted_on.get("split", split)) != split:  # of a base, which has no task
+        other = f"fitted with group_column and validation_share {fitted}, not {split}: its rows may be validation rows"
         raise InputError(f"{path}: {other}; fit again with --fit, or use --calibration contextual")
     if notes and fitted_on.get("data_sha256") != data_sha256:
         print_note(f"{path} was fitted on rows of {fitted_on.get('data')}, not of --data")

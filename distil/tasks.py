@@ -81,6 +81,11 @@ class Task(RowFormat):
             | ({self.group_column: "id"} if self.group_column else {})
         )
 
+    @property
+    def split(self) -> list:
+        """Return what decides the part of the split that a row is in, besides the split seed."""
+        return [self.group_column, self.validation_share]
+
     def part_of(self, group: str, split_seed: int = 0) -> str:
         """Return the part of the split that rows of this group are in, as `split_of`."""
         return split_of(group, split_seed, self.validation_share)

@@ -15,6 +15,7 @@ from scipy.special import softmax
 
 import infer_creditmix
 from common import Calibration, InputError
+from distil import calibration
 from distil.calibration import (
     calibration_path,
     candidates,
@@ -234,6 +235,7 @@ def test_fit_writes_a_calibration_that_eval_and_infer_then_use(here, capsys, cre
     rows, _ = read_rows(credit_file, default_task())
     pool = Counter(row.label for row in rows if split_of(row.customer) == "calibration")
     assert stored["fitted_on"]["rows"] == 3 * min(pool.values())
+    assert stored["fitted_on"]["split"] == default_task().split
 
     after = infer_one(capsys, own)
     scores = np.array([after["scores"][label] for label in LABELS])
@@ -246,6 +248,17 @@ def test_fit_writes_a_calibration_that_eval_and_infer_then_use(here, capsys, cre
     assert infer_one(capsys, own, "--calibration", "contextual") == before
     again = evaluate_json(capsys, own, credit_file)["models"][0]
     assert again["calibration"] == "fitted" and again["nll"] == pytest.approx(fitted["nll"], abs=1e-6)
+
+
+def test_a_calibration_of_another_split_of_the_rows_is_refused(tmp_path, monkeypatch):
+    """A base model has no task: two tasks with other parts of the same rows would share its calibration."""
+    monkeypatch.setattr(calibration, "calibration_path", lambda ref: tmp_path / "calibration.json")
+    fitted_on = {"split_seed": 0, "data_sha256": "x", "split": [None, 0.2]}
+    (tmp_path / "calibration.json").write_text(json.dumps({"fitted_on": fitted_on}))
+    calibration.check_fitted(None, 0, "x", 1.0, [None, 0.2])
+    for split in ([None, 0.3], ["owner", 0.2]):
+        with pytest.raises(InputError, match="its rows may be validation rows; fit again"):
+            calibration.check_fitted(None, 0, "x", 1.0, split)
 
 
 def test_the_calibration_with_the_lowest_nll_is_stored_and_used(here, capsys, credit_adapter, credit_file):

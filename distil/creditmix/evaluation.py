@@ -118,6 +118,7 @@ def fit(model: CreditModel, ref: ModelRef, rows: list[CreditRow], options: EvalO
     if ref.adapter or not options.keep_base:
         digest = hashlib.sha256(json.dumps([[row.features, row.label] for row in rows]).encode()).hexdigest()
         fitted_on = {"rows": len(rows), "sha256": digest, "data": options.data, "data_sha256": options.data_sha256}
+        fitted_on |= {"split": options.task.split}
         fitted_on |= {"split_seed": options.split_seed, "bias": options.fit_bias, "gold_share": options.gold_share}
         path = calibrations.write_fitted(ref, model.fingerprint, chosen, nll, options.scoring, fitted_on)
         print(f"wrote {path}", file=sys.stderr)
@@ -137,7 +138,8 @@ def evaluate_model(ref: ModelRef, rows: list[CreditRow], fit_rows: list[CreditRo
     else:
         model = CreditModel.load(ref, options.scoring)
         if model.calibration.method not in ("none", "contextual"):  # another run may have written it since the start
-            calibrations.check_fitted(ref, options.split_seed, options.data_sha256, options.gold_share, notes=False)
+            split = options.split_seed, options.data_sha256, options.gold_share, options.task.split
+            calibrations.check_fitted(ref, *split, notes=False)
         methods = {"none": calibrations.uncalibrated(len(options.task.labels))}
     raw = model.raw_scores([row.features for row in rows], ref.name)
     used = model.calibration
