@@ -171,6 +171,14 @@ def test_a_missing_mark_of_the_task_is_no_label_and_no_group(tmp_path):
     assert notes["label _: row dropped"] == 1
 
 
+def test_the_command_after_a_draft_has_the_decimal_mark(tmp_path, capsys):
+    table = tmp_path / "a.csv"
+    table.write_text("amount;y\n" + "".join(f"1.{100 + i};{'ab'[i % 2]}\n" for i in range(20)))
+    draft = ["--init_task", tmp_path / "t.json", "--src", table, "--label_column", "y", "--decimal", ","]
+    assert creditmix_prepare.main([*map(str, draft)]) == 0
+    assert f"--src {table} --decimal , --outdir DIR" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
 def test_columns_named_question_and_answer_belong_to_the_task(tmp_path, kind):
     task = task_of(TEXTS.record | {"text_column": "question", "label_column": "answer", "group_column": "user"}, "t")
