@@ -163,8 +163,8 @@ WRONG = {
         "sft_train.py: error: plain: is a file, a folder is needed",
     ),
     "a CSV where JSONL is needed": (
-        ["infer_creditmix.py", "--model_dir", "m", "--input", "open.csv", "--output", "out.jsonl"],
-        "infer_creditmix.py: error: open.csv: JSONL is needed, one object a line",
+        ["infer_codegen.py", "--model_dir", "m", "--input", "open.csv", "--output", "out.jsonl"],
+        "infer_codegen.py: error: open.csv: JSONL is needed, one object a line",
     ),
     "a document that is not there": (
         ["infer_idp.py", "--model_dir", "m", "--document", "invoice.txt"],

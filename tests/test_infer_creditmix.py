@@ -473,7 +473,7 @@ def test_a_task_file_says_what_is_scored(here, capsys, model_dir):
         (["--features", "x", "--null_prompts", "8"], "--null_prompts 8: 1 to 7 are available"),
         (["--features", "x", "--overwrite"], "--overwrite: only with --output"),
         (["--features", "x", "--aggregate", "mean"], "--aggregate: only with --verbalizers"),
-        (["--features", "x", "--batch_size", "0"], "--batch_size 0: at least 1"),
+        (["--features", "x", "--batch_size", "0"], "--batch_size: only with --input"),
         (["--features", "x", "--verbalizers", "missing.json"], r"missing\.json: no such file"),
         (["--features", "word " * 400], "a text has [0-9]+ tokens; the model's context is 512: shorten it"),
         (
