@@ -145,6 +145,13 @@ def test_fields_are_read_by_their_kind():
     assert len(frame["Purpose"].cat.categories) == 201 and np.isnan(frame["Sum"].iloc[-1])
 
 
+def test_a_field_may_have_no_value_in_the_rows_of_a_fold():
+    """Row 3 has the only sum that the teacher may see: in one fold no row has any."""
+    sums = [7 if n in (3, 50) else "Unknown" for n in range(60)]
+    rows = [CreditRow(str(n), f"Sum: {one}, Grade: {n % 3}", LOANS.labels[n % 2]) for n, one in enumerate(sums)]
+    assert tabular_teacher(rows, np.arange(60) != 50, 0, LOANS).sum(axis=1) == pytest.approx(1)
+
+
 def test_the_teacher_of_an_unbalanced_task_has_its_class_proportions():
     rng = np.random.default_rng(0)
     rows = [CreditRow(str(n), f"Sum: {n % 7}", "yes" if rng.random() < 0.8 else "no") for n in range(400)]
