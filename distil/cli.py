@@ -180,7 +180,7 @@ def label_numbers(text: str | None, flag: str, labels: Sequence[str]) -> dict[st
     """Parse 'Standard=0.3,Bad=-0.1' to {'Standard': 0.3, 'Bad': -0.1}. Raises InputError."""
     pairs = {}
     for part in text.split(",") if text else []:
-        label, _, number = part.partition("=")
+        label, _, number = part.rpartition("=")  # a label may be <=50K
         label = label.strip()
         try:
             pairs[label] = float(number)

@@ -19,7 +19,7 @@ import eval_idp
 import kd_prepare
 import sft_train
 from common import InputError
-from distil.cli import new_parser, refuse_unused, run_script
+from distil.cli import label_numbers, new_parser, refuse_unused, run_script
 from distil.teachers import tabular
 from distil.testing import ROOT, credit_rows, run_cli
 
@@ -395,3 +395,7 @@ def test_help_needs_no_package(script):
     """So that a script started outside the environment can say that it is outside."""
     done = subprocess.run([sys.executable, "-S", str(ROOT / script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--debug" in done.stdout, done.stderr
+
+
+def test_a_label_may_have_an_equals_sign():
+    assert label_numbers("<=50K=0.5,>50K=-1", "--bias", ["<=50K", ">50K"]) == {"<=50K": 0.5, ">50K": -1.0}
