@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         check_flags(args)
         prompts, sha256, task = None, "", chosen_task([], args.task)
         if args.teacher != TABULAR:
-            task = data_task(args.input, args.task)
+            refs = [resolve(args.teacher)] if args.teacher else []
+            task = shared_task(refs, data_task(args.input, args.task), args.input)
             labels = task.labels if task else ()
             prompts, sha256 = hashed(args.input, lambda: asking.read_prompts(args.input, args.labels, labels))
         cli.refuse_unused(parser, argv, unused_flags(args, prompts is None or bool(prompts.labels)))

@@ -17,12 +17,26 @@ from conftest import FLOAT32, HOLD, all_files, ask_endpoint, gold_rows, other_pr
 
 import kd_prepare
 from common import InputError
-from distil.tasks import default_task
+from distil.files import write_json
+from distil.tasks import TASK_FILE, default_task
 from distil.teachers import answers, local
 from distil.teachers.answers import shown_url
 from distil.testing import ROOT, credit_rows, save_adapter
 
 TASK = default_task()
+
+
+def test_a_teacher_of_another_task_is_refused(here, credit_adapter):
+    """Its own task is that of prompts without one: with its labels, also where the prompts have no answers."""
+    teacher, other = shutil.copytree(credit_adapter, here / "teacher"), here / "other.json"
+    write_json(other, TASK.record | {"label_tokens": "distinct"})
+    write_json(teacher / TASK_FILE, TASK.record)
+    write_lines("in.jsonl", [{"input": row["input"]} for row in gold_rows(3)])
+    flags = ["--teacher", str(teacher), *FLOAT32, "--input", "in.jsonl", "--output", "kd.jsonl"]
+    with pytest.raises(InputError, match=r"teacher: was trained for another task .* differ in label_tokens"):
+        kd_prepare.main([*flags, "--task", str(other)])
+    assert kd_prepare.main(flags) == 0
+    assert [tuple(row["label_probs"]) for row in read_lines("kd.jsonl")] == [TASK.labels] * 3
 
 
 def test_answered_prompts_are_not_sent_again(here, endpoint, capsys):
