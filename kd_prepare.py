@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
             refs = [resolve(args.teacher)] if args.teacher else []
             task = shared_task(refs, data_task(args.input, args.task), args.input)
             labels = task.labels if task else ()
+            if args.labels and task:
+                raise InputError(f"--labels: the prompts are of the task {task.name}, which has labels; leave it out")
             prompts, sha256 = hashed(args.input, lambda: asking.read_prompts(args.input, args.labels, labels))
         cli.refuse_unused(parser, argv, unused_flags(args, prompts is None or bool(prompts.labels)))
         return write_answers(args, prompts, sha256, task)

@@ -109,9 +109,10 @@ class TreeScorer(LabelScorer):
             return None
         trie, config = trie_of(tuple(map(tuple, self.form_ids))), self.body.config.get_text_config()
         sizes = [getattr(config, name, None) for name in WINDOWS]
+        longest, deepest = max(map(len, rows)), 1 + max(trie.depths)
         # A node's distance from a token is not that in its label, so all of them stay within the smallest window.
-        most = min([self.context, *(size for size in sizes if isinstance(size, int) and size > 0)])
-        return trie if max(map(len, rows)) + len(trie.tokens) <= most else None
+        most = min((size for size in sizes if isinstance(size, int) and size > 0), default=longest + len(trie.tokens))
+        return trie if longest + len(trie.tokens) <= most and longest + deepest <= self.context else None
 
     def _tree_log_probs(self, trie: Trie, rows: list[list[int]], adapters: list[str | None]) -> np.ndarray:
         """Return log-probabilities [rows, edges]."""
@@ -132,7 +133,7 @@ class TreeScorer(LabelScorer):
         trie, gaps = self._tree(rows), [0.0]
         if trie is None:
             self.trees = False  # also for rows that are shorter
-            return True
+            return self.plain or not any(ids[1:] for ids in self.form_ids) or len(self.form_ids) < 2
         try:
             log_probs = self._tree_log_probs(trie, rows, **how)
             for path in (max(trie.paths, key=len), max(trie.paths, key=lambda path: trie.parents[path[-1]])):

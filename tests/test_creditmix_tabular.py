@@ -17,6 +17,7 @@ from distil.creditmix.tabular import (
     tabular_features,
     tabular_teacher,
 )
+from distil.creditmix.text import group_folds
 from distil.tasks import default_task, task_of
 from distil.testing import ROOT
 
@@ -96,7 +97,7 @@ def test_few_labels_get_a_teacher_with_more_regularisation():
     answers = rng.integers(0, 3, 400)
     features = [f"Age: {rng.integers(18, 80)}, Outstanding Debt: {500 * a + rng.integers(0, 3000)}" for a in answers]
     frame, groups, weights = tabular_features(features, TASK), [str(n // 2) for n in range(400)], np.ones(400)
-    model, probabilities = chosen_boosting(frame, answers, groups, weights, 0)
+    model, probabilities = chosen_boosting(frame, answers, group_folds(answers, groups, 0, True), weights, 0)
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     with threadpool_limits(1):
         published = cross_val_predict(

@@ -78,8 +78,8 @@ def _raw_json(path: Path, objects: list) -> Iterator[tuple[str, Any, str, str]]:
 
 def read_rows(path: str | Path, task: Task, decimal: str | None = None) -> tuple[list[CreditRow], Counter]:
     """Return cleaned, labelled rows of a raw file, and counts of what was cleaned or assumed.
-    The file is a table with the task's columns as `read_table` takes it, or JSON of PAIR where these are not columns
-    of its own. decimal: "," or ".", the mark of decimals that a column of a table leaves open. An unknown label (`_`)
+    The file is a table with the task's columns as `read_table` takes it, or JSON of PAIR where these are not its
+    columns. decimal: "," or ".", the mark of decimals that a column of a table leaves open. An unknown label (`_`)
     is filled from the customer's other rows where they agree, else the row is dropped. A row without a customer id
     counts as one customer, keyed by its canonical text. Raises InputError (file, row)."""
     path, notes, raw, rows = Path(path), Counter(), [], []

@@ -79,16 +79,16 @@ def logistic_regression() -> Any:
 
 
 def chosen_boosting(
-    frame: Any, answers: np.ndarray, groups: Sequence[str], weights: np.ndarray, seed: int
+    frame: Any, answers: np.ndarray, folds: Sequence[tuple], weights: np.ndarray, seed: int
 ) -> tuple[Any, np.ndarray]:
     """Return (model, not yet fitted, and its cross-fitted probabilities [rows, labels]) of the BOOSTING_SETTINGS with
-    the lowest NLL of the answers [rows] of other `groups` (customers), in 5 folds."""
+    the lowest NLL of the answers [rows] in the `folds` of `group_folds`."""
     from sklearn.metrics import log_loss
     from sklearn.model_selection import cross_val_predict
     from threadpoolctl import threadpool_limits
 
     tried = []
-    how = {"cv": group_folds(answers, groups, seed), "method": "predict_proba", "params": {"sample_weight": weights}}
+    how = {"cv": folds, "method": "predict_proba", "params": {"sample_weight": weights}}
     for settings in BOOSTING_SETTINGS:
         model = gradient_boosting(seed, settings)
         with threadpool_limits(1):  # threads that wait for each other take minutes next to other work
@@ -132,7 +132,8 @@ def tabular_teacher(rows: Sequence[CreditRow], labelled: Sequence[bool], seed: i
         probabilities[seen], probabilities[others] = text_teacher(texts[0], answers, groups, weights, texts[1], seed)
         return probabilities
     frame = tabular_features([row.features for row in rows], task)
-    model, probabilities[seen] = chosen_boosting(frame.iloc[seen], answers, groups, weights, seed)
+    folds = group_folds(answers, groups, seed, grouped=task.group_column is not None)
+    model, probabilities[seen] = chosen_boosting(frame.iloc[seen], answers, folds, weights, seed)
     if len(others):
         with threadpool_limits(1):
             model.fit(frame.iloc[seen], answers, sample_weight=weights)
@@ -155,7 +156,8 @@ def simple_baselines(prompts: Sequence[str], answers: Sequence[str], task: Task 
     if all(row.keys() & task.by_name for row in fields) and min(counts.values()) >= 5 and len(counts) > 1:
         customers = [" ".join(row.get(name, "") for name in SAME_CUSTOMER).strip() or str(row) for row in fields]
         if len(set(customers)) >= 5:
-            frame, parts = tabular_features(features, task), group_folds(np.array(answers), customers, 0)
+            frame, grouped = tabular_features(features, task), task.group_column is not None
+            parts = group_folds(np.array(answers), customers, 0, grouped)
             if all(len({answers[i] for i in train}) > 1 for train, _ in parts):  # one label alone teaches nothing
                 predicted = cross_val_predict(logistic_regression(), frame, list(answers), cv=parts)
                 result["logistic regression"] = accuracy_score(answers, predicted)

@@ -56,11 +56,14 @@ def text_probabilities(model: Any, texts: Sequence[str], labels: int) -> np.ndar
     return probabilities
 
 
-def group_folds(answers: np.ndarray, groups: Sequence[str], seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return five folds (row numbers of train, of test) with the labels' proportions; groups are kept whole."""
+def group_folds(
+    answers: np.ndarray, groups: Sequence[str], seed: int, grouped: bool = False
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return five folds (row numbers of train, of test) with the labels' proportions; groups are kept whole.
+    grouped: search for groups that fit together even where each row is one, which takes minutes for many."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    alone = len(set(groups)) == len(groups)  # then the search for groups that fit together takes minutes for nothing
+    alone = not grouped and len(set(groups)) == len(groups)
     kind = StratifiedKFold if alone else StratifiedGroupKFold
     return list(kind(5, shuffle=True, random_state=seed).split(answers, answers, None if alone else groups))
 
