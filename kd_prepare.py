@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -127,12 +128,16 @@ def main(argv: list[str] | None = None) -> int:
         check_flags(args)
         prompts, sha256, task = None, "", chosen_task([], args.task)
         if args.teacher != TABULAR:
-            refs = [resolve(args.teacher)] if args.teacher else []
-            task = shared_task(refs, data_task(args.input, args.task), args.input)
+            if not Path(args.input).is_file():
+                raise InputError(f"{args.input}: no such file")
+            task = data_task(args.input, args.task)
             labels = task.labels if task else ()
-            if args.labels and task:
-                raise InputError(f"--labels: the prompts are of the task {task.name}, which has labels; leave it out")
             prompts, sha256 = hashed(args.input, lambda: asking.read_prompts(args.input, args.labels, labels))
+            task = shared_task([resolve(args.teacher)] if args.teacher else [], task, args.input)
+            if task and not args.labels:
+                prompts = replace(prompts, labels=list(task.labels))
+            elif task and set(prompts.labels) != set(task.labels):
+                raise InputError(f"--labels {args.labels}: the task {task.name} has other labels; leave it out")
         cli.refuse_unused(parser, argv, unused_flags(args, prompts is None or bool(prompts.labels)))
         return write_answers(args, prompts, sha256, task)
 

@@ -175,13 +175,15 @@ def test_a_tree_of_labels_scores_as_a_forward_for_each(encoder, name, labels, la
     wanted = own_scores(model, encoder, texts, forms, label_tokens)
     plain = LabelScorer(model, encoder, forms, "max", 3, label_tokens)
     np.testing.assert_allclose(plain.raw_scores(texts), wanted, atol=1e-4)
+    in_trees = []
     for size, shared in ((1, TURNS), (32, TURNS), (3, ())):
         scorer = FastLabelScorer(model, encoder, forms, batch_size=size, shared_by=shared, label_tokens=label_tokens)
+        in_trees.append(scorer.trees)
         if (name, labels) != ("gemma3_text wide", "many"):  # there it depends on the beginning's length
             assert scorer.trees == (name != "gemma3_text")  # a window of 16 has no place for the nodes
         assert bool(scorer.prefix) == bool(shared)
         np.testing.assert_allclose(scorer.raw_scores(texts), wanted, atol=1e-4)
-    assert "slower" not in capsys.readouterr().err
+    assert "slower" not in capsys.readouterr().err or not all(in_trees)
     if labels == "many":
         return
     config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)

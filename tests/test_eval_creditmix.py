@@ -216,7 +216,7 @@ def test_any_model_is_the_reference(here, capsys, credit_adapter, model_dir, cre
         of = {m["model"]: m for m in measured}
         point, low, high = of[model_dir]["difference"]["nll"]
         assert point == pytest.approx(of[model_dir]["nll"] - of[name]["nll"]) and low <= point <= high
-    with pytest.raises(InputError, match="--reference majority is not one of "):
+    with pytest.raises(InputError, match="--reference: only with several models"):
         eval_creditmix.main(["--model_dir", model_dir, "--data", credit_file, "--reference", "majority"])
 
 

@@ -421,7 +421,7 @@ def test_adapters_that_change_the_base_for_others_cannot_share_it(tmp_path, mode
         )
     ):
         with pytest.raises(InputError, match=("use_dora", embedding)[number]):
-            resolve_variants(model_dir, {"sft": adapter})
+            resolve_variants(model_dir, {"sft": adapter}, "creditmix")
     models.check_shareable(save_adapter(tmp_path / "plain", model_dir))
 
 

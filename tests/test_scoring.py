@@ -328,7 +328,7 @@ def test_distinct_scores_are_probabilities_of_the_labels_beginnings(loaded):
 def test_other_label_tokens_are_another_calibration_and_prior(loaded):
     model, encoder = loaded
     options = ScoringOptions(SEVERAL_FORMS, (0.0,) * 3)
-    assert "label_tokens" not in options.raw_settings()  # calibrations fitted before it stay valid
+    assert options.raw_settings()["label_tokens"] is None  # as in calibrations that were fitted before it
     assert replace(options, label_tokens="distinct").raw_settings()["label_tokens"] == "distinct"
     priors = [
         label_prior(FastLabelScorer(model, encoder, SEVERAL_FORMS, label_tokens=which), "model", TASK.null_prompts(2))
