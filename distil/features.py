@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,10 @@ class RowFormat:
         if self.text_column:
             return {self.text_column: "text"}
         return {field.column: "number" if field.kind == "number" else "text" for field in self.fields}
+
+    def columns_in(self, header: Sequence[str]) -> dict[str, str]:
+        """Return those of `feature_columns` that a table with this header has, in nearly any spelling."""
+        return {c: kind for c, kind in self.feature_columns.items() if any(nearest(cell, (c,)) for cell in header)}
 
     def clean_value(self, name: str, value: str, notes: Counter | None = None) -> str:
         """Return one value in canonical form; `Unknown` where it is marked as missing or not plausible.

@@ -81,7 +81,7 @@ class RowsToScore(Lines):
         """Open a table with the task's columns, as far as it has them, or else with a column of feature strings."""
         wanted = self.task.feature_columns
         header = Table(self.path, {}, None, Counter(), self.objects).header
-        columns = {name: kind for name, kind in wanted.items() if any(nearest(cell, (name,)) for cell in header)}
+        columns = self.task.columns_in(header)
         self._complete = not columns and any(name_key(cell) == FIELDS[0] for cell in header)
         columns = {FIELDS[0]: "text"} if self._complete else columns
         self.table = Table(self.path, columns or wanted, self.decimal, notes, self.objects)  # without any it raises

@@ -18,7 +18,7 @@ from typing import Any
 
 from common import InputError
 from distil.sheets import cell_text, json_rows
-from distil.tables import Table, name_key, nearest
+from distil.tables import Table, name_key
 from distil.tasks import Task, task_of
 
 MAX_ROWS = 1000
@@ -73,7 +73,7 @@ def open_table(
     keys = [name_key(cell) for cell in header]
     complete = [name for name in ("features", *("question", "fields") * (objects is not None)) if name in keys]
     wanted = task.feature_columns
-    columns = {name: kind for name, kind in wanted.items() if any(nearest(cell, (name,)) for cell in header)}
+    columns = task.columns_in(header)
     first = columns if objects is None else {name_key(name) for name in wanted} & set(complete)
     if complete and not first:
         places = [keys.index(name) for name in complete]
