@@ -44,7 +44,8 @@ def test_trainers_share_their_flags():
         action["dest"]: {key for key in action if action[key] != other[key]}
         for action, other in zip(shared["kd"], shared["dpo"], strict=True)
     }
-    assert {name for name, keys in unlike.items() if keys} == {"data", "save_dir", "learning_rate", "batch_size"}
+    only = {"data", "save_dir", "learning_rate", "batch_size", "epochs"}
+    assert {name for name, keys in unlike.items() if keys} == only
     for name, own in OWN.items():
         assert own <= {action.dest for action in actions[name]}
 
@@ -71,11 +72,11 @@ def test_defaults_are_those_of_the_whitepaper():
     assert set(config.target_modules) == projections
 
 
-def options_of(method: str, *flags: str) -> TrainOptions:
+def options_of(method: str, *flags: str, rows: int = 0) -> TrainOptions:
     """Return the options that a trainer makes of flags, for data without a note."""
     script = trainer(method)
     args = script.build_parser().parse_args(list(flags))
-    data = TrainingData(args.data, [], "", {})
+    data = TrainingData(args.data, [{}] * rows, "", {})
     kind = {"sft": TrainOptions, "kd": kd_train.KdOptions, "dpo": dpo_train.DpoOptions}[method]
     return train_options(vars(args), script.SMALL, script.LARGE, ModelRef("m", "m", "m"), data, kind)
 
@@ -85,6 +86,18 @@ def test_defaults_follow_the_size_and_yield_to_flags(monkeypatch):
         monkeypatch.setattr(flags, "parameter_count", lambda path, parameters=parameters: parameters)
         options = options_of("sft", "--batch_size", "5")
         assert {name: getattr(options, name) for name in recipe} == recipe | {"batch_size": 5}
+
+
+def test_a_small_student_repeats_few_rows(monkeypatch):
+    """150 steps, in at most 5 passes, unless a flag says otherwise; pairs are not repeated."""
+    monkeypatch.setattr(flags, "parameter_count", lambda path: 135e6)
+    assert [options_of("kd", rows=rows).epochs for rows in (10_000, 2400, 1000, 40)] == [1, 1, 3, 5]
+    assert [options_of("sft", rows=rows).epochs for rows in (10_000, 1000)] == [2, 3]
+    assert options_of("dpo", rows=40).epochs == 1
+    assert options_of("kd", "--epochs", "1", rows=40).epochs == 1
+    assert options_of("kd", "--batch_size", "auto", rows=1000).epochs == 3
+    monkeypatch.setattr(flags, "parameter_count", lambda path: 3e9)
+    assert options_of("kd", rows=40).epochs == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,6 +17,7 @@ from distil.training.data import TrainingData
 
 Limit = tuple[str, Callable[[float], bool]]
 SMALL_STUDENT = 1e9  # parameters; smaller ones learn well with larger steps
+FEW_STEPS, MOST_EPOCHS = 150, 5  # a small student repeats few rows: one pass of 50 steps teaches next to nothing
 LORA = {"lora_r": 16, "lora_alpha": 32}  # the whitepaper's section 3
 # Limits of flags: what an error says is allowed, and the check.
 AT_LEAST_0: Limit = ("at least 0", lambda value: 0 <= value < math.inf)
@@ -31,6 +32,7 @@ class TrainOptions:
     """Every flag of a trainer under its own name, as run.json records them. Fields without a default depend on the
     student's size. `fit_to_memory` replaces 'auto' by a number. A subclass adds its flags and their LIMITS."""
 
+    REPEATS: ClassVar[bool] = True  # few rows are repeated; not pairs, from which one pass is enough
     LIMITS: ClassVar[dict[str, Limit]] = {
         **dict.fromkeys(("epochs", "max_steps", "learning_rate", "warmup_steps"), AT_LEAST_0),
         **dict.fromkeys(("batch_size", "grad_accum", "max_length", "lora_r", "lora_alpha", "save_steps"), AT_LEAST_1),
@@ -74,7 +76,13 @@ Options = TypeVar("Options", bound=TrainOptions)
 
 
 def add_training_flags(
-    parser: argparse.ArgumentParser, small: dict, large: dict, task: str, rows: str, adapter: bool = True
+    parser: argparse.ArgumentParser,
+    small: dict,
+    large: dict,
+    task: str,
+    rows: str,
+    adapter: bool = True,
+    kind: type[TrainOptions] = TrainOptions,
 ) -> None:
     """Add the flags of a trainer; `train_options` reads them. small, large: recipes by flag, below SMALL_STUDENT
     parameters and above. task: default name of data and run folder. rows: its fields. adapter: add --adapter."""
@@ -95,7 +103,8 @@ def add_training_flags(
     add("--quantization", choices=("nf4", "none"), default="nf4", help="of the frozen base (%(default)s)")
     add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="(%(default)s)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=float, help=f"passes over the data {recipe('epochs')}")
+    few = f"; more for few rows: {FEW_STEPS} steps, at most {MOST_EPOCHS} passes" if kind.REPEATS else ""
+    add("--epochs", type=float, help=f"passes over the data {recipe('epochs')}{few}")
     add("--max_steps", type=int, default=0, help="optimiser steps; 0: by --epochs (%(default)s)")
     add("--learning_rate", type=float, help=f"peak {recipe('learning_rate')}")
     add("--warmup_steps", type=int, default=30, help="steps of rising rate, before linear decay (%(default)s)")
@@ -144,6 +153,9 @@ def train_options(
     if values["batch_size"] == "auto" and values["grad_accum"] is None:
         values["grad_accum"] = recipe["batch_size"] * recipe["grad_accum"]
     values |= {name: value for name, value in recipe.items() if values[name] is None}
+    if flags["epochs"] is None and recipe is small and kind.REPEATS and data.rows:
+        rows_a_step = values["grad_accum"] * (1 if values["batch_size"] == "auto" else values["batch_size"])
+        values["epochs"] = max(values["epochs"], min(math.ceil(FEW_STEPS * rows_a_step / len(data.rows)), MOST_EPOCHS))
     if ref.adapter and Path(ref.adapter).resolve() == Path(values["save_dir"]).resolve():
         problem = f"--save_dir {values['save_dir']} is the --adapter to continue from"
         problems.append(f"{problem}; choose another --save_dir")
