@@ -15,11 +15,11 @@ import functools
 from dataclasses import dataclass, replace
 
 from common import InputError, PromptEncoder
-from distil.cli import new_parser, refuse_unused, run_script
+from distil.cli import refuse_unused, run_script
 from distil.models import resolve_student
 from distil.runs import claimed
 from distil.training.data import RowSizes, TrainingData, load_tokenizer, read_data
-from distil.training.flags import ABOVE_0, AT_LEAST_0, LORA, TrainOptions, add_training_flags, train_options, unused
+from distil.training.flags import ABOVE_0, AT_LEAST_0, LORA, TrainOptions, train_options, training_parser, unused
 
 # The whitepaper's section 3 for large students; measured on smollm2-135m for small ones (docs/recipes.md).
 LARGE = {"epochs": 1.0, "learning_rate": 5e-6, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05} | LORA
@@ -38,8 +38,9 @@ class DpoOptions(TrainOptions):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
-    add_training_flags(parser, SMALL, LARGE, "creditmix_dpo", '{"prompt", "chosen", "rejected"}', kind=DpoOptions)
+    parser = training_parser(
+        __doc__, SMALL, LARGE, "creditmix_dpo", '{"prompt", "chosen", "rejected"}', kind=DpoOptions
+    )
     add = parser.add_argument_group("preference").add_argument
     add("--beta", type=float, default=0.1, help="strength of the pull to the reference, into DPOConfig (%(default)s)")
     weight = "weight of an SFT term on the chosen answers, against likelihood displacement (%(default)s)"

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from common import PromptEncoder
-from distil.cli import new_parser, refuse_unused, run_script
+from distil.cli import refuse_unused, run_script
 from distil.models import resolve_student
 from distil.runs import claimed
 from distil.training.data import completion_dataset, label_probabilities, load_tokenizer, read_data, with_label_nodes
-from distil.training.flags import ABOVE_0, LORA, SHARE, TrainOptions, add_training_flags, train_options, unused
+from distil.training.flags import ABOVE_0, LORA, SHARE, TrainOptions, train_options, training_parser, unused
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,9 @@ class KdOptions(TrainOptions):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
-    add_training_flags(parser, SMALL, LARGE, "creditmix_kd", '{"input", "teacher_output"}, optional "label_probs"')
+    parser = training_parser(
+        __doc__, SMALL, LARGE, "creditmix_kd", '{"input", "teacher_output"}, optional "label_probs"'
+    )
     add = parser.add_argument_group("distillation").add_argument
     add("--kd_alpha", type=float, default=0.9, help="share of KL(teacher || student) in the loss, 0..1 (%(default)s)")
     add("--kd_temperature", type=float, default=1.0, help="softens both, KL times its square (%(default)s)")

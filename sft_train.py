@@ -13,11 +13,11 @@ import argparse
 import functools
 
 from common import PromptEncoder
-from distil.cli import new_parser, refuse_unused, run_script
+from distil.cli import refuse_unused, run_script
 from distil.models import resolve
 from distil.runs import claimed
 from distil.training.data import completion_dataset, load_tokenizer, read_data
-from distil.training.flags import LORA, TrainOptions, add_training_flags, train_options, unused
+from distil.training.flags import LORA, TrainOptions, train_options, training_parser, unused
 
 # The whitepaper's section 3 for large students; measured on smollm2-135m for small ones (docs/recipes.md).
 LARGE = {"epochs": 1.0, "learning_rate": 2e-4, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05} | LORA
@@ -25,9 +25,7 @@ SMALL = {"epochs": 2.0, "learning_rate": 1e-3, "batch_size": 16, "grad_accum": 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
-    add_training_flags(parser, SMALL, LARGE, "creditmix_sft", '{"input", "output"}', adapter=False)
-    return parser
+    return training_parser(__doc__, SMALL, LARGE, "creditmix_sft", '{"input", "output"}', adapter=False)
 
 
 def main(argv: list[str] | None = None) -> int:

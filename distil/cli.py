@@ -83,9 +83,9 @@ def gold_share(text: str) -> float:
     return float(text)
 
 
-def new_parser(doc: str | None) -> argparse.ArgumentParser:
+def new_parser(doc: str | None, kind: type = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Return a parser whose description is a script's module docstring, as it is written, with --debug."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = kind(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")  # `run_script` looks for it
     return parser
 
@@ -98,7 +98,7 @@ def refuse_unused(
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     parser._defaults.clear()
-    given = vars(parser.parse_args(argv))
+    given = vars(argparse.ArgumentParser.parse_args(parser, argv))  # not those of a file, which may be a run's record
     flags = {reason: [f"--{name}" for name in names if name in given] for reason, names in unused.items()}
     if problems := [f"{', '.join(names)}: {reason}" for reason, names in flags.items() if names]:
         raise InputError(f"{'; '.join(problems)}; leave out what has no effect")

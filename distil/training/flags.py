@@ -4,14 +4,17 @@ A trainer has its own flags in a subclass of TrainOptions. Nothing heavy is impo
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from common import InputError
-from distil.cli import number_or_auto, seed_number
+from distil.cli import new_parser, number_or_auto, seed_number
+from distil.files import read_json, read_text
 from distil.models import DEFAULT_STUDENT, LoadOptions, ModelRef, adapter_config, parameter_count
 from distil.training.data import TrainingData
 
@@ -73,19 +76,65 @@ class TrainOptions:
 
 
 Options = TypeVar("Options", bound=TrainOptions)
+# Flags that say what to do with a run folder and not how to train: --config leaves them out of a run.json.
+_OF_THE_FOLDER = ("save_dir", "resume", "overwrite", "dry_run", "debug")
 
 
-def add_training_flags(
-    parser: argparse.ArgumentParser,
+class TrainParser(argparse.ArgumentParser):
+    """A parser of flags of which a file may hold some, `--config FILE`; those of the command line win."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the flags. Raises InputError where the file cannot be read or has a name that is no flag."""
+        args = sys.argv[1:] if args is None else list(args)
+        given = super().parse_args(args, namespace)
+        if file := getattr(given, "config", None):
+            given = super().parse_args(self.from_file(file) + args, namespace)
+        return given
+
+    def from_file(self, file: str) -> list[str]:
+        """Return the flags of a file as a command line has them, so that they are checked alike. A run.json has them
+        under "flags". Null and false stand for a flag that is not given."""
+        values, actions = read_config(file), {action.dest: action for action in self._actions}
+        if "base_model" in values and isinstance(values.get("flags"), dict):
+            values = {name: value for name, value in values["flags"].items() if name not in _OF_THE_FOLDER}
+        argv = []
+        for name, value in values.items():
+            if name not in actions or name in ("help", "config"):
+                near = difflib.get_close_matches(str(name), actions, n=1)
+                raise InputError(f"{file}: {name!r} is no flag of this script{f'; {near[0]!r} is' if near else ''}")
+            switch = actions[name].nargs == 0
+            if isinstance(value, list | dict) or (value is not None and isinstance(value, bool) != switch):
+                raise InputError(f"{file}: {name}: {value!r} is no value of --{name}; quote texts such as on and off")
+            argv += [] if value is None or value is False else [f"--{name}" if switch else f"--{name}={value}"]
+        return argv
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """Return the object in a JSON or (.yaml, .yml) YAML file. Raises InputError."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(read_text(file)) if Path(file).suffix in (".yaml", ".yml") else read_json(file)
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not YAML ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: flags by name are expected, such as epochs: 2, not {type(values).__name__}")
+    return values
+
+
+def training_parser(
+    doc: str | None,
     small: dict,
     large: dict,
     task: str,
     rows: str,
     adapter: bool = True,
     kind: type[TrainOptions] = TrainOptions,
-) -> None:
-    """Add the flags of a trainer; `train_options` reads them. small, large: recipes by flag, below SMALL_STUDENT
-    parameters and above. task: default name of data and run folder. rows: its fields. adapter: add --adapter."""
+) -> TrainParser:
+    """Return a parser with the flags that trainers share; `train_options` reads them. doc: the script's docstring.
+    small, large: recipes by flag, below SMALL_STUDENT parameters and above. task: default name of data and run folder.
+    rows: fields of the data. adapter: add --adapter. kind: the trainer's options."""
+    parser = new_parser(doc, TrainParser)
 
     def recipe(name: str) -> str:
         same = small[name] == large[name]
@@ -120,6 +169,8 @@ def add_training_flags(
     add("--lora_alpha", type=int, help=f"scale is alpha / r {recipe('lora_alpha')}")
     add("--lora_dropout", type=float, help=recipe("lora_dropout"))
     add = parser.add_argument_group("run").add_argument
+    files = "JSON or YAML file of flags by name, or the run.json of an earlier run to repeat it; the command line wins"
+    add("--config", metavar="FILE", help=files)
     add("--seed", type=seed_number, default=0, help="of adapter initialisation, row order and dropout (%(default)s)")
     add("--split_seed", type=int, help="the split the data was prepared with (default: as noted next to it)")
     add("--save_steps", type=int, default=100, help="steps between checkpoints (%(default)s)")
@@ -128,6 +179,7 @@ def add_training_flags(
     add("--report_to", default="none", help="none, tensorboard, wandb ... as transformers takes it (%(default)s)")
     add("--max_memory_gb", type=float, help="memory a run may need by estimate (default: what is free)")
     add("--dry_run", action="store_true", help="print rows, tokens, steps, parameters and memory, then stop")
+    return parser
 
 
 def unused(flags: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -138,7 +190,7 @@ def unused(flags: Mapping[str, Any]) -> dict[str, list[str]]:
 def train_options(
     flags: Mapping[str, Any], small: dict, large: dict, ref: ModelRef, data: TrainingData, kind: type[Options]
 ) -> Options:
-    """Return the checked options of `add_training_flags` as `kind`: TrainOptions or the trainer's subclass. Flags that
+    """Return the checked options of `training_parser` as `kind`: TrainOptions or the trainer's subclass. Flags that
     are None come from the recipe for the student's size, LoRA's from the adapter to continue from, the split from the
     note next to the data. Raises InputError with all problems at once."""
     from transformers.integrations import get_available_reporting_integrations
