@@ -108,15 +108,17 @@ def default_task() -> Task:
     return read_task(DEFAULT_TASK)
 
 
+def is_text(value: Any) -> bool:
+    """Return whether a value is a text that is not empty, without blanks around it."""
+    return isinstance(value, str) and bool(value) and value == value.strip()
+
+
 def task_of(record: Any, place: str) -> Task:
     """Return the task of a file's content, checked. place: where it is, for messages. Raises InputError."""
 
     def need(right: Any, what: str) -> None:
         if not right:
             raise InputError(f"{place}: {what}")
-
-    def is_text(value: Any) -> bool:
-        return isinstance(value, str) and bool(value.strip()) and value == value.strip()
 
     need(isinstance(record, dict), "not a task: a JSON object is needed")
     known = [field.name for field in fields(Task)]
@@ -146,7 +148,7 @@ def task_of(record: Any, place: str) -> Task:
     parsed = tuple(_field(one, f"{place}: field {number}", missing) for number, one in enumerate(listed, 1))
     for what, names in (("name", [f.name for f in parsed]), ("column", [*columns, *(f.column for f in parsed)])):
         twice = [name for name, count in Counter(map(name_key, names)).items() if count > 1]
-        need(not twice, f"the {what} {', '.join(twice)} is used twice")
+        need(not twice, f"the {what} {', '.join(twice)} is used twice; rename one")
     share = record.get("validation_share", 0.2)
     need(type(share) in (int, float) and 0.05 <= share <= 0.5, '"validation_share": 0.05 to 0.5')
     need(type(record.get("balanced", False)) is bool, '"balanced": true or false')
@@ -161,7 +163,7 @@ def _field(record: Any, place: str, missing: Sequence[str]) -> Field:
         raise InputError(f"{place}: an object with {', '.join(known)} is needed, found {json.dumps(record)[:80]}")
     record = {"column": record["name"]} | record
     name, column, kind, ends = (record.get(key) for key in ("name", "column", "kind", "range"))
-    if not re.fullmatch(r"[^:;,\n\s]([^:;,\n]{0,58}[^:;,\n\s])?", name) or not isinstance(column, str):
+    if not re.fullmatch(r"[^:;,\n\s]([^:;,\n]{0,58}[^:;,\n\s])?", name) or not is_text(column):
         raise InputError(f"{place}: a name of at most 60 letters without , : and ; is needed, and a column")
     if record.get("kind", "word") not in KINDS:
         raise InputError(f"{place} ({name}): kind {kind!r}; it is {', '.join(KINDS)}")

@@ -66,6 +66,8 @@ def test_the_record_of_a_task_is_its_file():
         ({"text_column": "remark"}, 'either "fields" or one "text_column"'),
         ({"fields": []}, 'either "fields" or one "text_column"'),
         ({"fields": [{"name": "a: b", "column": "a"}]}, "without , : and ;"),
+        ({"fields": [{"name": "a", "column": ""}]}, "field 1: a name"),
+        ({"fields": [{"name": "a", "column": " a"}]}, "field 1: a name"),
         ({"fields": [{"name": "a", "column": "a", "kind": "date"}]}, "kind 'date'"),
         ({"fields": [{"name": "a", "column": "a", "range": [5, 1]}]}, "range is"),
         ({"fields": [{"name": "a", "column": "a", "digits": 0}]}, "digits is"),
