@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     source = RowsToScore(Path(args.input), Path(args.output), task, args.decimal, args.abstain_below is not None)
     status = batch.answer_file(flags, functools.partial(start, flags, options, source, doubtful), source)
     if count := sum(gather(doubtful["rows"])):
-        what = "name no feature, have one of another name or a value that could not be read"
+        what = "name no feature, have one of another name or a value in doubt"
         where = "the column notes" if source.noted else "--features"
         print_note(f"{count} of the rows scored now {what}; {where} reports which")
     return status

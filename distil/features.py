@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import InputError
-from distil.tables import cell_text, name_key, nearest
+from distil.tables import cell_text, name_key, nearest, readings
 
 UNKNOWN = "Unknown"
 NULL_TEXTS = ("N/A", "[MASK]", UNKNOWN, "-")
 NEAR_FIELD = "taken as"  # in notes of `RowFormat.canonical`
+THOUSANDS = "a comma before three digits is read as mark of thousands"  # 809,981
 # Digits that continue after a comma or point without being a number ("12,53,000") stay as they are.
 _NUMBER = re.compile(r"(?<![\d.,])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![.,]?\d)")
 
@@ -92,12 +93,18 @@ class RowFormat:
             return UNKNOWN
         if field is not None and not number_expected:
             return re.sub(r"\s*[:;]\s*", " ", text).strip()
-        if not _NUMBER.fullmatch(bare):
+        found = readings(bare) if number_expected and "," in bare else {".": bare}
+        if not _NUMBER.fullmatch(bare) or "." not in found:  # 0,5 and 1234,567 have a decimal comma alone
             if number_expected:
                 note(f"{name}: not a number -> {UNKNOWN}")
                 return UNKNOWN
             return text
+        if len(found) > 1:
+            note(f"{name}: {THOUSANDS}")
         number = float(bare.replace(",", ""))
+        if number_expected and number in self._missing_numbers:  # -1 as -1.0
+            note(f"{name}: missing ({text}) -> {UNKNOWN}")
+            return UNKNOWN
         low, high = field.range if field else (-math.inf, math.inf)
         if not low <= number <= high or not math.isfinite(number):
             note(f"{name}: outside {low:,.10g}..{high:,.10g} -> {UNKNOWN}")
@@ -106,13 +113,20 @@ class RowFormat:
             note(f"{name}: stray {text[0] if text[0] in '_$€£' else text[-1]} removed")
         return canonical_number(number, field.digits if field else 3)
 
-    def field_named(self, written: str) -> str | None:
-        """Return the name of the field that a text spells, or nearly spells, by name or column; None for no field."""
+    @functools.cached_property
+    def _missing_numbers(self) -> set[float]:
+        return {float(mark.replace(",", "")) for mark in self.missing if _NUMBER.fullmatch(mark)}
+
+    def field_named(self, written: str, others: Sequence[str] = ()) -> str | None:
+        """Return the name of the field that a text spells, or nearly spells, by name or column; None for no field.
+        others: names next to it; a field that one of them spells is not taken for one that is nearly it."""
         if written in self.by_name:
             return written
         columns = {field.column: field.name for field in self.fields}
         near = nearest(written, tuple(self.by_name)) or nearest(written, tuple(columns))
-        return columns.get(near, near)
+        name, key = columns.get(near, near), name_key(written)
+        spelt = name and {name_key(name), name_key(self.by_name[name].column)}
+        return None if name and key not in spelt and spelt & {name_key(other) for other in others} else name
 
     def parse(self, text: str, notes: Counter | None = None) -> dict[str, str] | None:
         """Parse 'Age: 23, Occupation: Lawyer' to {'Age': '23', 'Occupation': 'Lawyer'}; None where it is no such list.
@@ -120,22 +134,24 @@ class RowFormat:
         of a field is taken as it, which notes count. Raises InputError for a field that is there twice."""
         pairs: dict[str, str] = {}
         name, twice = "", ""
-        for part in re.split(r",\s+|,(?=[A-Za-z][\w ]*:)|[;\n][;\s]*", text.strip().rstrip(".,;")):
+        parts = re.split(r",\s+|,(?=[A-Za-z][\w ]*:)|[;\n][;\s]*", text.strip().rstrip(".,;"))
+        names = [part.partition(":")[0] for part in parts if ":" in part]
+        for part in filter(str.strip, parts):  # nothing is between the commas of 'Smith, , Jr'
             key, colon, value = part.partition(":")
-            if not colon and part and name in self.by_name and self.by_name[name].kind != "number":
+            if not colon and name in self.by_name and self.by_name[name].kind != "number":
                 pairs[name] += f", {part.strip()}"
                 continue
             if not colon or not key.strip() or len(key) > 60:
                 return None
             written = key.strip()
-            name = self.field_named(written) or written
+            name = self.field_named(written, names) or written
             if notes is not None and name_key(name) != name_key(written):
                 notes[f"{written}: {NEAR_FIELD} {name}"] += 1
             twice = name if name in pairs else twice
             pairs[name] = value.strip()
         if twice:
             raise InputError(f"{twice} occurs twice in one feature string; keep one")
-        return pairs
+        return pairs or None
 
     def canonical(self, text: str, notes: Counter | None = None) -> str:
         """Return the feature string as models see it in training, evaluation and serving.
@@ -166,6 +182,8 @@ class RowFormat:
             if len(texts) != 1:
                 raise InputError(f"one field {self.text_column} is needed, found {', '.join(values) or 'none'}")
             return texts[0]
+        if odd := [name for name in values if re.search("[:;,\\n]", name)]:
+            raise InputError(f"{odd[0]}: a field's name has no comma, colon or semicolon")
         return ", ".join(f"{name}: {self._cell(name, cell_text(value))}" for name, value in values.items())
 
     def _cell(self, name: str, value: str) -> str:
@@ -212,7 +230,7 @@ class RowFormat:
 
     def doubts(self, notes: Counter[str]) -> list[str]:
         """Return what of a feature string could not be read, or only by a guess; notes: of `canonical` on it."""
-        unread = [note for note in notes if "not a number" in note or "outside" in note]
+        unread = [note for note in notes if any(why in note for why in ("not a number", "outside", THOUSANDS))]
         example = ", ".join(f"{field.name}: 23" for field in self.fields if field.kind == "number")[:80]
         result = [f"{'; '.join(unread)} (write plain numbers: {example.split(', ')[0]})"] if unread else []
         result += [note for note in notes if self._other_field in note or f": {NEAR_FIELD} " in note]

@@ -13,7 +13,8 @@ from conftest import CREDIT_TEXT, labelled_rows
 from common import InputError
 from distil.creditmix.rows import CreditRow, balanced_sample, customer_id, read_rows
 from distil.features import UNKNOWN, canonical_number
-from distil.tasks import default_task
+from distil.tables import cell_text
+from distil.tasks import default_task, task_of
 from distil.testing import credit_rows
 
 TASK = default_task()
@@ -534,6 +535,47 @@ def test_a_name_that_is_nearly_a_field_is_taken_as_it(written, field):
     assert f"{field}: {value}" in text and text.count(":") == 6
     letters_differ = field in ("Payment Behaviour", "Credit Utilization Ratio")
     assert list(notes) == [f"{written}: taken as {field}"] * letters_differ == TASK.doubts(notes)
+
+
+def test_a_name_that_is_nearly_a_field_is_another_next_to_that_field():
+    text = TASK.canonical("Payment Behavior: Low, Payment Behaviour: High, Age: 23", notes := Counter())
+    assert "Payment Behaviour: High" in text and text.endswith(", Payment Behavior: Low")
+    assert [note.split(" is not a field")[0] for note in TASK.doubts(notes)] == ["Payment Behavior"]
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "doubt"),
+    [
+        ("809,981", "810000", "a comma before three digits is read as mark of thousands"),
+        ("$1,234", "1230", "a comma before three digits is read as mark of thousands"),
+        ("1,234.50", "1230", None),
+        ("0,123", "Unknown", "not a number"),
+        ("123,45", "Unknown", "not a number"),
+        ("1234,567", "Unknown", "not a number"),
+    ],
+)
+def test_a_comma_in_a_number_of_one_request_is_noted_where_it_has_two_readings(written, read, doubt):
+    text = TASK.canonical(TASK.features({"Age": 23, "Annual Income": written}), notes := Counter())
+    assert f"Annual Income: {read}," in text
+    assert [one.startswith(f"Annual Income: {doubt}") for one in TASK.doubts(notes)] == [True] * bool(doubt)
+
+
+@pytest.mark.parametrize("cell", ["Acme, ", "Acme, , Inc", "Acme,\n, Inc", ", Acme", "Acme; "])
+def test_commas_in_a_cell_of_words_leave_its_row_a_row(cell):
+    text = TASK.canonical(TASK.features({"Occupation": cell, "Age": 23}))
+    assert text.startswith("Age: 23, Occupation:") and "Acme" in text and text.count(": Unknown") == 4
+
+
+def test_a_number_marked_as_missing_is_found_in_other_spellings():
+    task = task_of(TASK.record | {"missing": ["-1", "999"]}, "t")
+    for value in (-1, "-1", "-1.0", "999", 999.0, "$999"):
+        assert task.clean_value("Outstanding Debt", cell_text(value)) == "Unknown"
+    assert task.clean_value("Occupation", "999") == "Unknown" and task.clean_value("Occupation", "999.0") == "999.0"
+
+
+def test_a_name_that_would_begin_another_field_is_refused():
+    with pytest.raises(InputError, match=r"^Income \(EUR, net\): a field's name has no comma"):
+        TASK.features({"Occupation": "Lawyer", "Income (EUR, net)": 5})
 
 
 def test_a_name_that_is_no_field_is_noted():

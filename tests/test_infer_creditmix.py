@@ -104,14 +104,15 @@ def test_an_adapter_without_a_calibration_gets_a_note(here, capsys, credit_adapt
     assert noted == [True, False, False, False]
 
 
-NAMED = "Age: 23, Payment Behavior: Low_spent, AnnualIncome: 19114, Wage: 3"
+NAMED = "Age: 23, Payment Behavior: Low_spent, AnnualIncome: 19,114, Wage: 3"
 
 
 def test_names_that_are_not_ours_are_taken_as_ours_or_noted(here, capsys, model_dir):
     assert infer_creditmix.main(["--model_dir", model_dir, *PLAIN, "--features", NAMED]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert notes[0] == "note: Payment Behavior: taken as Payment Behaviour"
-    assert notes[1].startswith("note: Wage is not a field (Age, ") and len(notes) == 2
+    assert notes[0].startswith("note: Annual Income: a comma before three digits is read as mark of thousands (write")
+    assert notes[1] == "note: Payment Behavior: taken as Payment Behaviour"
+    assert notes[2].startswith("note: Wage is not a field (Age, ") and len(notes) == 3
 
 
 def test_a_field_that_is_there_twice_is_refused(here, model_dir):

@@ -494,6 +494,7 @@ def test_fields_are_answered_as_their_feature_string(model_dir, folders):
         batch = client.post("/infer/sft/batch", json={"fields": [{"Age": 23}, values]}).json()["results"]
         plain = client.post("/infer/sft", json={"features": text}).json()
         extra = client.post("/infer/sft", json={"features": f"{text}, Wage: 3.5, Debt: "}).json()
+        comma = client.post("/infer/sft", json={"fields": {"Annual Income": "809,981"}}).json()["extra"]["notes"]
         twice = client.post("/infer/sft/batch", json={"fields": [{"Age": 1}, {"Age": 23, " age": 50}]})
     assert_same_answers([one, batch[1]], [extra, extra])
     assert [note.partition(" (")[0] for note in one["extra"]["notes"]] == [
@@ -501,6 +502,7 @@ def test_fields_are_answered_as_their_feature_string(model_dir, folders):
         "Debt is not a field",
     ]
     assert "extra" not in plain and "extra" not in batch[0]
+    assert len(comma) == 1 and comma[0].startswith("Annual Income: a comma before three digits is read as mark of")
     message = assert_error(twice, 422, "repeated_field")["message"]
     assert message == "fields[1]: Age occurs twice in one feature string; keep one"
 
