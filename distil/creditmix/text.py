@@ -37,12 +37,14 @@ def fitted_regression(
     how = {"sublinear_tf": True, "min_df": 2 if len(rows) >= 1000 else 1, "dtype": np.float32}
     words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\b\w+\b", max_features=MOST_WORDS, **how)
     pieces = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), max_features=MOST_PIECES, **how)
-    model = make_pipeline(make_union(words, pieces), LogisticRegression(C=strength, tol=1e-3, max_iter=200))
+    features, regression = make_union(words, pieces), LogisticRegression(C=strength, tol=1e-3, max_iter=200)
     try:
-        with threadpool_limits(1):  # threads that wait for each other take minutes next to other work
-            return model.fit([texts[i] for i in rows], answers[rows], logisticregression__sample_weight=weights[rows])
+        found = features.fit_transform([texts[i] for i in rows])
     except ValueError as error:
         raise InputError(f"TF-IDF finds no words in the texts ({error}); look at the task's text_column") from None
+    with threadpool_limits(1):  # threads that wait for each other take minutes next to other work
+        regression.fit(found, answers[rows], weights[rows])
+    return make_pipeline(features, regression)
 
 
 def text_probabilities(model: Any, texts: Sequence[str], labels: int) -> np.ndarray:
