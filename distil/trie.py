@@ -7,10 +7,11 @@ Miao et al. 2023, SpecInfer, section 4). Without the tree, each such label takes
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common import LabelScorer, token_log_probs
+from common import InputError, LabelScorer, token_log_probs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,11 +88,24 @@ def trie_of(forms: tuple[tuple[int, ...], ...]) -> Trie:
     )
 
 
+def check_distinct(labels: Sequence[str], forms: Sequence[list[int]]) -> None:
+    """Raise InputError for two labels with the same token ids: no score tells them apart."""
+    names: dict[tuple[int, ...], str] = {}
+    for label, ids in zip(labels, forms, strict=True):
+        if (other := names.setdefault(tuple(ids), label)) is not label:
+            raise InputError(f"labels {other!r} and {label!r} have the same tokens; rename one")
+
+
 class TreeScorer(LabelScorer):
-    """`common.LabelScorer` that scores the labels of a batch in one forward, by the `hidden` of its subclass."""
+    """`common.LabelScorer` that scores the labels of a batch in one forward, by the `hidden` of its subclass.
+    Raises InputError as `check_distinct`."""
 
     plain = False  # by the model's own logits, whose forward takes no tree
     trees = True
+
+    def __init__(self, *args: Any, **how: Any):
+        super().__init__(*args, **how)
+        check_distinct([word for words in self.forms.values() for word in words], self.form_ids)
 
     def form_scores(self, rows: list[list[int]], **how: Any) -> np.ndarray:
         """Return scores [rows, forms] as `LabelScorer.form_scores`; labels of one token alone are scored by that."""

@@ -272,6 +272,18 @@ def test_distinct_beginnings_are_the_hand_written_ones():
     assert distinct_beginnings([[1], [1]], end) == [[1, end], [1, end]]  # equal forms
 
 
+@pytest.mark.parametrize("label_tokens", ["all", "distinct"])
+def test_labels_that_the_tokenizer_makes_equal_are_refused(loaded, model_dir, label_tokens):
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    forms = {label: [label] for label in ("Good", "\uff22ad", "Bad")}
+    with pytest.raises(InputError, match="labels '\uff22ad' and 'Bad' have the same tokens; rename one"):
+        FastLabelScorer(loaded[0], PromptEncoder(tokenizer), forms, label_tokens=label_tokens)
+
+
 def test_a_tree_has_each_beginning_once():
     tree = trie_of(((1, 2, 3), (1, 2, 4), (5,), (5, 2)))
     assert (tree.tokens, tree.depths) == ([1, 2, 5], [0, 1, 0])

@@ -111,7 +111,7 @@ class Spelt:
 def test_nodes_of_labels_along_answers_by_hand():
     a, b, c, x = map(ord, "abcx")
     encoder, labels, probabilities = Spelt(), ["a", "ab", "acb", "xa", "xab"], [0.5, 0.25, 0.125, 0.125, 0.0]
-    trie = data.label_trie(encoder, labels)
+    forms = [encoder.completion(label) for label in labels]
     start = (0, [a, x], [0.875, 0.125])
     second = (1, [0, b, c], [0.5 / 0.875, 0.25 / 0.875, 0.125 / 0.875])
     nodes = {
@@ -126,16 +126,15 @@ def test_nodes_of_labels_along_answers_by_hand():
         "": [start],
     }
     for answer, expected in nodes.items():
-        assert data.answer_nodes(trie, encoder.completion(answer), probabilities) == expected, answer
+        assert data.answer_nodes(forms, encoder.completion(answer), probabilities) == expected, answer
     # The teacher gives nothing to what begins with x: which of these it would take is not known.
     none = [0.5, 0.25, 0.25, 0.0, 0.0]
-    assert data.answer_nodes(trie, encoder.completion("xa"), none) == [(0, [a, x], [1.0, 0.0])]
+    assert data.answer_nodes(forms, encoder.completion("xa"), none) == [(0, [a, x], [1.0, 0.0])]
     # All labels begin alike: the first token is no choice.
-    assert data.answer_nodes(data.label_trie(encoder, ["xa", "xb"]), [x, a, 0], [0.9, 0.1]) == [
-        (1, [a, b], [0.9, 0.1])
-    ]
-    with pytest.raises(InputError, match="labels 'a' and 'A' have the same tokens; rename one in label_probs"):
-        data.label_trie(encoder, ["a", "b", "A"])
+    assert data.answer_nodes([[x, a, 0], [x, b, 0]], [x, a, 0], [0.9, 0.1]) == [(1, [a, b], [0.9, 0.1])]
+    dataset = Dataset.from_list([{"labels": [-100, a, 0]}])
+    with pytest.raises(InputError, match="labels 'a' and 'A' have the same tokens; rename one"):
+        data.with_label_nodes(dataset, encoder, ["a", "b", "A"], [[1.0, 0.0, 0.0]])
 
 
 def test_batches_with_nodes_of_labels():

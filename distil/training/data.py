@@ -13,12 +13,12 @@ from distil.files import hashed, read_jsonl
 from distil.scoring import common_beginning
 from distil.splits import Provenance, check_no_validation, joined, preparation, provenance, recorded
 from distil.support import check_tokens
+from distil.trie import check_distinct
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
-Trie = dict[tuple[int, ...], dict[int, list[int]]]  # {tokens so far: {next token: indices of the labels below it}}
 NODE_COLUMNS = ("node_positions", "child_ids", "child_probs")
 
 
@@ -133,31 +133,25 @@ def label_probabilities(data: TrainingData) -> tuple[list[str], list[list[float]
     return labels, probabilities
 
 
-def label_trie(encoder: PromptEncoder, labels: Sequence[str]) -> Trie:
-    """Return the trie of the labels' tokens. They end with the end-of-turn token, so that a label that begins another
-    one has a separate branch. Raises InputError for labels with the same tokens and as `PromptEncoder.label`."""
-    trie: Trie = {}
-    for index, label in enumerate(labels):
-        ids = encoder.label(label) + encoder.completion(label)[-1:]
-        for length, token in enumerate(ids):
-            trie.setdefault(tuple(ids[:length]), {}).setdefault(token, []).append(index)
-        if len(same := trie[tuple(ids[:-1])][ids[-1]]) > 1:
-            one, other = (labels[i] for i in same)
-            raise InputError(f"labels {one!r} and {other!r} have the same tokens; rename one in label_probs")
-    return trie
-
-
-def answer_nodes(trie: Trie, answer: Sequence[int], probabilities: Sequence[float]) -> list[tuple[int, list, list]]:
-    """Return (position in the answer, token ids and probabilities of the children) of the nodes with several children,
-    as far as the answer's token ids follow the trie. A child has the sum of the `probabilities` [labels] below it,
-    divided by the node's own sum. Below a node that the teacher gives nothing its choice is unknown: none is there."""
+def answer_nodes(
+    forms: Sequence[list[int]], answer: Sequence[int], probabilities: Sequence[float]
+) -> list[tuple[int, list, list]]:
+    """Return (position in the answer, token ids and probabilities of the children) of the nodes with several children
+    in the tree of the labels' token ids, as far as the answer's follow it. forms end with the end-of-turn token, so
+    that a label that begins another one has a separate branch. A child has the sum of the `probabilities` [labels]
+    below it, divided by the node's own sum. Below a node that the teacher gives nothing its choice is unknown: none is
+    there."""
     nodes, mass = [], 1.0
     for position, token in enumerate(answer):
-        children = trie.get(tuple(answer[:position]), {})
-        sums = {child: sum(probabilities[index] for index in below) for child, below in children.items()}
-        if mass and len(children) > 1:
+        below: dict[int, list[float]] = {}
+        for ids, probability in zip(forms, probabilities, strict=True):
+            if len(ids) > position and ids[:position] == answer[:position]:
+                below.setdefault(ids[position], []).append(probability)
+        sums = {child: sum(parts) for child, parts in below.items()}
+        if mass and len(sums) > 1:
             nodes.append((position, list(sums), [child_sum / mass for child_sum in sums.values()]))
-        mass = sums.get(token, 0.0)
+        if not (mass := sums.get(token, 0.0)):
+            break
     return nodes
 
 
@@ -165,10 +159,11 @@ def with_label_nodes(
     dataset: Dataset, encoder: PromptEncoder, labels: Sequence[str], probabilities: Sequence[Sequence[float]]
 ) -> Dataset:
     """Return a completion dataset with each row's `answer_nodes` in NODE_COLUMNS. probabilities: [rows, labels].
-    Raises InputError as `label_trie`."""
-    trie = label_trie(encoder, labels)
+    Raises InputError as `check_distinct` and `PromptEncoder.label`."""
+    forms = [encoder.label(label) + encoder.completion(label)[-1:] for label in labels]
+    check_distinct(labels, forms)
     answers = ([token for token in row if token != -100] for row in dataset["labels"])
-    rows = [answer_nodes(trie, *row) for row in zip(answers, probabilities, strict=True)]
+    rows = [answer_nodes(forms, *row) for row in zip(answers, probabilities, strict=True)]
     for i, name in enumerate(NODE_COLUMNS):
         dataset = dataset.add_column(name, [[node[i] for node in nodes] for nodes in rows])
     return dataset
