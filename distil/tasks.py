@@ -20,6 +20,7 @@ from common import InputError
 from distil.features import Field, RowFormat
 from distil.files import read_json
 from distil.models import ModelRef
+from distil.processes import print_note
 from distil.splits import preparation, split_of
 from distil.tables import name_key
 
@@ -200,12 +201,15 @@ def data_task(path: str, flag: str | None) -> Task | None:
 
 def shared_task(refs: Sequence[ModelRef], task: Task | None, source: str) -> Task | None:
     """Return the task of models that are used together, which they carry, or else `task`, which `source` has.
-    Raises InputError where two of these differ."""
+    Prints a note where an adapter carries none: only those of the default task may be older than task files. Raises
+    InputError where two of these differ."""
     for ref in refs:
         carried = model_task(ref)
         if carried and task and carried != task:
             differ = f"was trained for another task than {source} has (they differ in {carried.differences(task)})"
             raise InputError(f"{ref.name}: {differ}; use models of one task together, and no other --task")
+        if ref.adapter and not carried and task not in (None, default_task()):
+            print_note(f"{ref.name}: has no {TASK_FILE}: nothing shows that it was trained for the task of {source}")
         task, source = (carried, ref.name) if carried and not task else (task, source)
     return task
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from common import InputError
 from distil.creditmix.rows import read_rows, sample_rows
 from distil.features import Field, canonical_number
 from distil.models import resolve
-from distil.splits import split_of
-from distil.tasks import chosen_task, default_task, model_task, read_task, task_of
+from distil.splits import Provenance, split_of
+from distil.tasks import Task, chosen_task, default_task, model_task, read_task, task_of
+from distil.training.data import TrainingData
+from distil.training.run import task_of_run
 
 TASK = default_task()
 RECORD = {
@@ -191,6 +194,22 @@ def test_columns_named_question_and_answer_belong_to_the_task(tmp_path, kind):
     assert [row.customer for row in read_rows(tmp_path / f"a.{kind}", task)[0]] == ["u"] * 4
 
 
+def test_rows_of_an_export_in_another_split_are_refused(tmp_path, model_dir):
+    export = shutil.copytree(model_dir, tmp_path / "export")
+    (export / "task.json").write_text(json.dumps(LOANS.record))
+    start = Provenance("export", 0, ({"file": "a.csv", "sha256": "1"},), 1.0)
+
+    def task_of_data(sha256: str, **changes) -> Task | None:
+        note = {"split_seed": 0, "source": {"file": "b.csv", "sha256": sha256}, "task": LOANS.record | changes}
+        return task_of_run(resolve(str(export)), TrainingData("b.jsonl", [], "", note, start))
+
+    for changes in ({"validation_share": 0.4}, {"group_column": "owner"}):
+        with pytest.raises(InputError, match=r"was trained on the raw rows of b\.jsonl with another group_column or"):
+            task_of_data("1", **changes)
+        assert task_of_data("2", **changes)
+    assert task_of_data("1", instruction="Rate it.").instruction == "Rate it."
+
+
 def test_the_task_goes_with_data_and_adapter(tmp_path, monkeypatch, model_dir, capsys):
     monkeypatch.chdir(tmp_path)
     task_file, table = loans(tmp_path)
@@ -222,6 +241,13 @@ def test_the_task_goes_with_data_and_adapter(tmp_path, monkeypatch, model_dir, c
         kd_prepare.main(["--teacher", "sft", *local[:3], "other/loans_sft.jsonl", "--output", "kd3.jsonl"])
     with pytest.raises(InputError, match=r"sft: was trained for another task than other/loans_dpo\.jsonl has"):
         dpo_train.main(["--adapter", "sft", "--data", "other/loans_dpo.jsonl", "--save_dir", "dpo", *how[2:]])
+    # An adapter that carries none is of unknown training: a note, but for the default task.
+    Path("sft/task.json").rename("task_of_sft.json")
+    capsys.readouterr()
+    assert chosen_task([resolve("sft")], task_file) == LOANS
+    assert capsys.readouterr().err.startswith("note: sft: has no task.json: nothing shows that it was trained for")
+    assert chosen_task([resolve("sft")], None) == TASK and not capsys.readouterr().err
+    Path("task_of_sft.json").rename("sft/task.json")
     # A task of another name may be next to it, and data of no task leaves no task behind.
     write_lines("plain.jsonl", [{"input": "a", "output": "b"}] * 2)
     assert sft_train.main([*how, "--data", "plain.jsonl", "--save_dir", "plain"]) == 0

@@ -22,7 +22,8 @@ from distil import runs, workarounds
 from distil.files import write_json
 from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import print_note, rank_and_world
-from distil.tasks import TASK_FILE, Task, shared_task, task_of
+from distil.splits import recorded
+from distil.tasks import TASK_FILE, Task, model_task, shared_task, task_of
 from distil.training.data import RowSizes, TrainingData
 from distil.training.flags import TrainOptions
 from distil.training.memory import check_memory, fit_to_memory
@@ -206,9 +207,15 @@ def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingD
 
 def task_of_run(ref: ModelRef, data: TrainingData) -> Task | None:
     """Return the label task that the adapter is trained for, from the note of its data, or else from the model that
-    training starts from; None for another task. Raises InputError where an adapter to continue from has another."""
+    training starts from; None for another task. Raises InputError where an adapter to continue from has another, or
+    an export the same rows in another split."""
     noted = data.note.get("task")
     task = task_of(noted, f"the note of {data.file}") if noted else None
+    if task and data.start and not ref.adapter and (before := model_task(ref)) and before.split != task.split:
+        parts = recorded(data.file, data.note).sources, data.start.sources
+        if set.intersection(*({source.get("sha256") for source in part if source} for part in parts)):
+            other = "another group_column or validation_share: its training rows may be validation rows now"
+            raise InputError(f"{ref.name}: was trained on the raw rows of {data.file} with {other}; use one split")
     return shared_task([ref], task, data.file) if ref.adapter or not task else task
 
 
