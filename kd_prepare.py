@@ -131,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
             if not Path(args.input).is_file():
                 raise InputError(f"{args.input}: no such file")
             task = data_task(args.input, args.task)
-            labels = task.labels if task else ()
-            prompts, sha256 = hashed(args.input, lambda: asking.read_prompts(args.input, args.labels, labels))
+            prompts, sha256 = hashed(args.input, lambda: asking.read_prompts(args.input, args.labels))
             task = shared_task([resolve(args.teacher)] if args.teacher else [], task, args.input)
             if task and not args.labels:
                 prompts = replace(prompts, labels=list(task.labels))

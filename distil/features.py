@@ -69,16 +69,17 @@ class RowFormat:
         """Return {name: field}."""
         return {field.name: field for field in self.fields}
 
+    @functools.cached_property
+    def by_column(self) -> dict[str, str]:
+        """Return {column: name} of the fields."""
+        return {field.column: field.name for field in self.fields}
+
     @property
     def feature_columns(self) -> dict[str, str]:
         """Return {column: kind} of what a prompt is made from, as `tables.read_table` takes it."""
         if self.text_column:
             return {self.text_column: "text"}
         return {field.column: "number" if field.kind == "number" else "text" for field in self.fields}
-
-    def columns_in(self, header: Sequence[str]) -> dict[str, str]:
-        """Return those of `feature_columns` that a table with this header has, in nearly any spelling."""
-        return {c: kind for c, kind in self.feature_columns.items() if any(nearest(cell, (c,)) for cell in header)}
 
     def clean_value(self, name: str, value: str, notes: Counter | None = None) -> str:
         """Return one value in canonical form; `Unknown` where it is marked as missing or not plausible.
@@ -122,9 +123,8 @@ class RowFormat:
         others: names next to it; a field that one of them spells is not taken for one that is nearly it."""
         if written in self.by_name:
             return written
-        columns = {field.column: field.name for field in self.fields}
-        near = nearest(written, tuple(self.by_name)) or nearest(written, tuple(columns))
-        name, key = columns.get(near, near), name_key(written)
+        near = nearest(written, tuple(self.by_name)) or nearest(written, tuple(self.by_column))
+        name, key = self.by_column.get(near, near), name_key(written)
         spelt = name and {name_key(name), name_key(self.by_name[name].column)}
         return None if name and key not in spelt and spelt & {name_key(other) for other in others} else name
 

@@ -22,7 +22,7 @@ from distil.files import parse_json, read_jsonl, read_text
 Rows = Callable[[], Iterator[tuple[int, Sequence[Any]]]]  # (number as a spreadsheet counts, cells) of each row
 Fit = Callable[[list[str]], tuple]  # how well the cells of a header fit what is wanted
 TABLE_SUFFIXES = (".csv", ".tsv", ".gz", ".xlsx", ".parquet")
-SEPARATORS = (",", ";", "\t")
+SEPARATORS = (",", ";", "\t", "|")
 BLOCK = 1 << 16  # letters that are read at once
 _KINDS = {b"PK\x03\x04": "Excel", b"PAR1": "Parquet", b"\xd0\xcf\x11\xe0": "old Excel"}  # by a file's first bytes
 _SEP_LINE = re.compile(r'\s*"?sep=(.)"?[^\S\r\n]*(\r\n|\r|\n)')

@@ -141,13 +141,21 @@ class Table:
 
     Iterated over, it gives (row, cells, {column: value}) of each row that has a filled cell, a CSV's from the file
     each time. row: as a spreadsheet counts, the header is row 1; objects count from 1. Values are as `read_table` has
-    them, lists and objects as they are. header: its cells as text; count: of the rows."""
+    them, lists and objects as they are. header: its cells as text; count: of the rows; columns: {name: kind} of those
+    that it has."""
 
     def __init__(
-        self, path: str | Path, columns: Mapping[str, str], decimal: str | None, notes: Counter, objects: Any = None
+        self,
+        path: str | Path,
+        columns: Mapping[str, str],
+        decimal: str | None,
+        notes: Counter,
+        objects: Any = None,
+        instead: str | None = None,
     ):
-        """See `read_table`. Raises InputError."""
-        self.path, self.columns, self.count = Path(path), columns, 0
+        """See `read_table`. instead: a column of text that is taken where none of `columns` is there; with it, one of
+        them is enough, and notes say which are missing. Raises InputError."""
+        self.path, self.count = Path(path), 0
         objects = json_rows(path) if objects is None else objects
         if objects is None:
             keys = {name_key(name) for name in columns}
@@ -162,8 +170,12 @@ class Table:
             wanted = f"a header with {', '.join(columns)}" if columns else "a header and rows"
             raise InputError(f"{path}: empty; {wanted} is needed")
         self.header = [cell_text(cell) for cell in header]
-        self._places = _cells_of(self.path, self.header, columns, notes)
-        self._notations = {name: Notation(decimal) for name, kind in columns.items() if kind == "number"}
+        if instead and name_key(instead) in map(name_key, self.header):
+            known = any(nearest(cell, (name,)) for name in columns for cell in self.header)
+            columns = columns if known else {instead: "text"}
+        self._places = _cells_of(self.path, self.header, columns, notes, instead is not None)
+        self.columns = {name: kind for name, kind in columns.items() if name in self._places}
+        self._notations = {name: Notation(decimal) for name, kind in self.columns.items() if kind == "number"}
         numbers = [(self._places[name], notation) for name, notation in self._notations.items()]
         for row, cells in self._filled():
             self.count += 1
@@ -172,6 +184,7 @@ class Table:
                     notation.see(row, cells[place])
         for name, notation in self._notations.items():
             notation.settle(path, name, notes)
+        notes.update(f"column {name} missing: Unknown in all rows" for name in columns if name not in self._places)
 
     def _filled(self) -> Iterator[tuple[int, Sequence[Any]]]:
         """Yield (row, cells) of each row below the header that has a filled cell."""
@@ -191,8 +204,9 @@ class Table:
         return value if same else cell_text(value)
 
 
-def _cells_of(path: Path, header: Sequence[str], names: Iterable[str], notes: Counter) -> dict[str, int]:
-    """Return {column: its place in the header}. Raises InputError for one that is missing, or there twice."""
+def _cells_of(path: Path, header: Sequence[str], names: Iterable[str], notes: Counter, some: bool) -> dict[str, int]:
+    """Return {column: its place in the header}. some: not all are needed. Raises InputError for one that is there
+    twice, or is missing where it is needed or several are as near."""
     keys, found, missing = [name_key(cell) for cell in header], {}, []
     for name in names:
         if keys.count(name_key(name)) > 1:
@@ -204,11 +218,11 @@ def _cells_of(path: Path, header: Sequence[str], names: Iterable[str], notes: Co
         if len(near) == 1:
             found[name] = near[0]
             notes[f"column {header[near[0]]}: taken as {name}"] += 1
-        else:
+        elif near or not some:
             missing.append(name)
-    if missing:
-        names = ", ".join(" ".join(cell.split()) for cell in header)
-        raise InputError(f"{path}: column {', '.join(missing)} missing; found {names[:900]}")
+    if missing or (names and not found):
+        there = ", ".join(" ".join(cell.split()) for cell in header)
+        raise InputError(f"{path}: column {', '.join(missing or names)} missing; found {there[:900]}")
     return found
 
 

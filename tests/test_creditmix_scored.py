@@ -136,6 +136,11 @@ def test_columns_that_are_missing_are_unknown_with_a_note_and_none_is_refused(he
     assert "in.csv: column Annual_Income missing: Unknown in all rows" in capsys.readouterr().err
     Path("in.csv").write_text('id,features\n1,"Age: 23, Wage: 5"\n2,\n')
     assert texts_of("in.csv") == ["Age: 23, Wage: 5", None]
+    Path("in.csv").write_text("Age;a, b;c, d\n23;1;2\n")  # the separator is that of the task's columns
+    assert texts_of("in.csv") == ["Age: 23"]
+    Path("in.csv").write_text("Age,Annual_Incomes,Annual_Incomee\n23,1,2\n")
+    with pytest.raises(InputError, match=r"column Annual_Income missing; found Age, Annual_Incomes, Annual_Incomee"):
+        rows_of("in.csv")
     Path("in.csv").write_text("id,x\n1,2\n")
     with pytest.raises(InputError, match=r"column Age, Occupation, .* missing; found id, x"):
         rows_of("in.csv")

@@ -97,15 +97,14 @@ def test_a_reason_keeps_its_label_first():
 
 
 def test_which_answers_are_labels(here):
-    """--labels, or else those of the task, or else a few different gold answers."""
+    """--labels, or else a few different gold answers."""
     many = [f"topic {number}" for number in range(12)]
     for count, expected in ((12, []), (10, sorted(many[:10]))):
         write_lines("in.jsonl", [{"input": "a", "output": many[i % count]} for i in range(30)])
         assert read_prompts("in.jsonl", None).labels == expected
-        assert read_prompts("in.jsonl", None, many).labels == many
-        assert read_prompts("in.jsonl", "b, a", many).labels == ["b", "a"]
+        assert read_prompts("in.jsonl", "b, a").labels == ["b", "a"]
     write_lines("in.jsonl", [{"input": "a"}, {"input": "b"}])  # no gold answer at all
-    assert read_prompts("in.jsonl", None, ("b", "a")).labels == ["b", "a"]
+    assert read_prompts("in.jsonl", None).labels == []
 
 
 def test_another_prompt_needs_another_version():

@@ -20,7 +20,7 @@ from common import InputError
 from distil.batch import Lines, failed_line, named_text, parse_object
 from distil.processes import print_note
 from distil.sheets import TABLE_SUFFIXES, cell_text, is_json, json_rows
-from distil.tables import Table, name_key, nearest
+from distil.tables import Table, nearest
 from distil.tasks import Task
 
 FIELDS = ("features", "question")  # the first of them that an object has is scored
@@ -43,7 +43,6 @@ class RowsToScore(Lines):
         self.objects: list | None = None  # of a JSON list
         self.header: list[str] = []
         self._complete = False  # whether the rows of a table have a feature string
-        self._names = {field.column: field.name for field in task.fields}
 
     def open(self) -> None:
         """Read what decides how rows are read: columns, notation of numbers. Raises InputError."""
@@ -80,14 +79,8 @@ class RowsToScore(Lines):
     def _open_table(self, notes: Counter) -> None:
         """Open a table with the task's columns, as far as it has them, or else with a column of feature strings."""
         wanted = self.task.feature_columns
-        header = Table(self.path, {}, None, Counter(), self.objects).header
-        columns = self.task.columns_in(header)
-        self._complete = not columns and any(name_key(cell) == FIELDS[0] for cell in header)
-        columns = {FIELDS[0]: "text"} if self._complete else columns
-        self.table = Table(self.path, columns or wanted, self.decimal, notes, self.objects)  # without any it raises
-        self.header = self.table.header
-        if not self._complete:
-            notes.update(f"column {name} missing: Unknown in all rows" for name in wanted if name not in columns)
+        self.table = Table(self.path, wanted, self.decimal, notes, self.objects, instead=FIELDS[0])
+        self.header, self._complete = self.table.header, not self.table.columns.keys() & wanted
 
     def _open_lines(self) -> None:
         if self.decimal:
@@ -135,7 +128,7 @@ class RowsToScore(Lines):
         if self.table:
             number, cells, values = row
             result = self._with_cells(cells, number)
-            values = {self._names.get(column, column): value for column, value in values.items()}
+            values = {self.task.by_column.get(column, column): value for column, value in values.items()}
         else:
             found, good = parse_object(row)
             values = found.get("fields")

@@ -68,25 +68,22 @@ def open_table(
     """Return a table, and what makes the feature string of a row from its cells and its values by column, as
     infer_creditmix.py: from the columns of the task, or else from a column `features` (of JSON objects first from
     `features`, `question` or `fields`). Raises InputError."""
-    objects = json_rows(path)
-    header = Table(path, {}, None, Counter(), objects).header
-    keys = [name_key(cell) for cell in header]
-    complete = [name for name in ("features", *("question", "fields") * (objects is not None)) if name in keys]
-    wanted = task.feature_columns
-    columns = task.columns_in(header)
-    first = columns if objects is None else {name_key(name) for name in wanted} & set(complete)
-    if complete and not first:
+    objects, wanted = json_rows(path), task.feature_columns
+
+    def text(value: Any) -> str:
+        return task.features(value) if isinstance(value, dict) else cell_of(value)
+
+    if objects is not None:
+        table = Table(path, {}, None, notes, objects)
+        keys = [name_key(cell) for cell in table.header]
+        complete = [name for name in ("features", "question", "fields") if name in keys]
         places = [keys.index(name) for name in complete]
-
-        def features(cells: Sequence[Any], values: dict[str, Any]) -> str:
-            value = next((cells[place] for place in places if cells[place] is not None), "")
-            return task.features(value) if isinstance(value, dict) else cell_of(value)
-
-        return Table(path, {}, None, notes, objects), features
-    table = Table(path, columns or wanted, decimal, notes, objects)  # without any it raises
-    for name in [name for name in wanted if name not in columns]:
-        notes[f"column {name} missing: Unknown in all rows"] += 1
-    names = {field.column: field.name for field in task.fields}
+        if complete and not {name_key(name) for name in wanted} & set(complete):
+            return table, lambda cells, values: text(next((cells[i] for i in places if cells[i] is not None), ""))
+    table = Table(path, wanted, decimal, notes, objects, instead="features")
+    if not table.columns.keys() & wanted:
+        return table, lambda cells, values: text(values["features"])
+    names = task.by_column
     return table, lambda cells, values: task.features({names.get(name, name): v for name, v in values.items()})
 
 

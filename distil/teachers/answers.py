@@ -108,9 +108,9 @@ def is_http(url: str) -> bool:
         return False
 
 
-def read_prompts(path: str, labels: str | None, task_labels: Sequence[str] = ()) -> Prompts:
-    """Return the prompts of a JSONL file. labels: --labels, or else task_labels, those of the task that the file was
-    prepared for, or else up to GUESSED_LABELS gold answers. Raises InputError."""
+def read_prompts(path: str, labels: str | None) -> Prompts:
+    """Return the prompts of a JSONL file. labels: --labels, or else up to GUESSED_LABELS gold answers are the labels.
+    Raises InputError."""
     rows = read_jsonl(path, ("input|prompt",))
     texts = [row.get("input", row.get("prompt")) for row in rows]
     gold = [next((row[name] for name in GOLD_FIELDS if isinstance(row.get(name), str)), None) for row in rows]
@@ -123,8 +123,6 @@ def read_prompts(path: str, labels: str | None, task_labels: Sequence[str] = ())
         if len(names) < 2 or len(set(names)) < len(names) or not all(names):
             raise InputError(f"--labels {labels}: at least two labels are needed, each once")
         return Prompts(texts, gold, tasks, names)
-    if task_labels:
-        return Prompts(texts, gold, tasks, list(task_labels))
     names = sorted({answer for answer in gold if answer is not None})
     few = 2 <= len(names) <= min(GUESSED_LABELS, len(texts) - 1)
     is_label_task = few and all(len(name) <= 40 for name in names)
