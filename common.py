@@ -329,8 +329,7 @@ def join_forms(scores: np.ndarray, sizes: Sequence[int], aggregate: str = "max")
     import numpy as np
 
     join = {"max": np.max, "mean": np.mean, "logsumexp": np.logaddexp.reduce}[aggregate]
-    parts = np.split(scores, np.cumsum(sizes)[:-1], axis=1)
-    return np.stack([join(part, axis=1) for part in parts], axis=1)
+    return np.stack([join(part, axis=1) for part in np.split(scores, np.cumsum(sizes)[:-1], axis=1)], axis=1)
 
 
 class LabelScorer:
@@ -355,6 +354,8 @@ class LabelScorer:
         self.join = {"all": "mean", "distinct": "sum"}[label_tokens]
         if self.join == "sum":
             self.form_ids = distinct_beginnings(self.form_ids, encoder.completion("")[-1])
+        if model is None:  # an engine runs it (distil/engine.py)
+            return
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.body, self.head = getattr(causal, causal.base_model_prefix), causal.get_output_embeddings()
         self.device = next(self.body.parameters()).device
@@ -419,9 +420,8 @@ class LabelScorer:
     def check_length(self, rows: Sequence[list[int]]) -> None:
         """Raise InputError where a prompt and a label exceed the context."""
         if not all(map(self.fits, rows)):
-            raise InputError(
-                f"a text has {max(map(len, rows))} tokens; the model's context is {self.context}: shorten it"
-            )
+            size = f"a text has {max(map(len, rows))} tokens"
+            raise InputError(f"{size}; the model's context is {self.context}: shorten it")
 
     def joined(self, scores: np.ndarray) -> np.ndarray:
         """Return scores of labels [N, labels] from those of forms [N, forms]. NaN raises FloatingPointError."""

@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--reference", help="compare the others with this model, row by row (default: the last baseline or the first)")
     add("--verbose", action="store_true", help="print differences and each model's report and confusion matrix too")
     add_credit_flags(parser)
+    cli.add_engine_flags(parser)
     parser.set_defaults(calibration=None)
     return parser
 
@@ -88,13 +89,13 @@ def main(argv: list[str] | None = None) -> int:
     unused = {"only with --fit": [] if args.fit else ["fit_bias", "fit_per_class", "keep_base"]}
     unused |= {"only with several models or --baselines": [] if several else ["reference"]}
     cli.check_at_least_one(vars(args), "val_per_class", "fit_per_class", "bootstrap")
-    cli.refuse_unused(parser, argv, unused | cli.unused_scoring(vars(args), args.fit))
+    cli.refuse_unused(parser, argv, unused | cli.unused_scoring(vars(args), args.fit) | cli.unused_engine(vars(args)))
 
     from distil.creditmix import metrics, report
     from distil.creditmix.evaluation import EvalOptions, check_training, draw_samples, evaluate_model, usable
 
     with cli.report_folder(args.report_dir):
-        task = chosen_task(refs := [resolve(name) for name in args.model_dir], args.task)
+        task = chosen_task(refs := [resolve(name, args.served_model) for name in args.model_dir], args.task)
         names = args.model_dir + (baseline_names(task) if args.baselines else [])
         check_flags(args, names, task)
         method = args.calibration or ("fitted" if args.fit else "auto")

@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distil import batch
+from distil import batch, cli
 from distil.batch import failed_line
-from distil.cli import InputError, add_decimal_flag, new_parser, refuse_unused, run_script, unused_scoring
+from distil.cli import InputError
 from distil.creditmix.model import CreditModel, CreditOptions, add_credit_flags, credit_options
 from distil.creditmix.scored import RowsToScore
 from distil.models import ModelRef, resolve
@@ -29,7 +29,7 @@ from distil.tasks import chosen_task
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
+    parser = cli.new_parser(__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--model_dir", required=True, help="base model id, model folder or adapter folder")
     add = parser.add_argument_group("rows").add_argument
@@ -37,8 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     source = 'table (CSV, .csv.gz, .xlsx, .parquet, JSON list), or JSONL of {"features"} (or {"question"}, {"fields"})'
     output = "to write, all of the input with the results added: .jsonl, .csv, .csv.gz, .xlsx or .parquet"
     batch.add_file_flags(add, source, output)
-    add_decimal_flag(add)
+    cli.add_decimal_flag(add)
     add_credit_flags(parser)
+    cli.add_engine_flags(parser)
     return parser
 
 
@@ -109,12 +110,12 @@ def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     batch.check_one_or_file(flags := vars(args), "features")
     one = {"only with --input": [] if args.features is None else ["batch_size", "decimal"]}
-    refuse_unused(parser, argv, one | unused_scoring(flags))
+    cli.refuse_unused(parser, argv, one | cli.unused_scoring(flags) | cli.unused_engine(flags))
     if args.features is None:
         batch.check_files(Path(args.input), Path(args.output), args.overwrite)
     elif not args.features.strip() or any("\ud800" <= sign <= "\udfff" for sign in args.features):
         raise InputError("--features is empty or not UTF-8 text")
-    ref = resolve(args.model_dir)
+    ref = resolve(args.model_dir, args.served_model)
     task = chosen_task([ref], args.task)
     options = credit_options(flags, task)
     if args.features is not None:
@@ -135,4 +136,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from distil import cli
 from distil.batch import check_output
+from distil.endpoint import is_http, shown_url
 from distil.files import InputError, hashed, hold, write_jsonl
 from distil.models import resolve
 from distil.processes import gather, only_one, rank_and_world
@@ -41,10 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--teacher_url", help="or: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
     add("--teacher_model", help="name of the model there")
-    add("--api_key_env", default="OPENAI_API_KEY", help="environment variable with the endpoint's key (%(default)s)")
-    add("--concurrency", type=int, default=8, help="requests under way at the endpoint (%(default)s)")
+    cli.add_connection_flags(add)
     add("--retries", type=int, default=6, help="further tries where it is busy or unreachable (%(default)s)")
-    add("--timeout", type=float, default=120.0, help="seconds without a sign of the endpoint (%(default)s)")
     add = parser.add_argument_group("prompts").add_argument
     add("--input", help='JSONL with "input" or "prompt", and "output" where a right answer is known')
     add("--src", default="data/creditmix_dataset.json", help=f"raw rows for the {TABULAR} teacher (%(default)s)")
@@ -83,8 +82,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("give either --teacher or --teacher_url")
     if args.teacher_url and not args.teacher_model:
         raise InputError("--teacher_url needs --teacher_model")
-    if args.teacher_url and not asking.is_http(args.teacher_url):
-        shown = asking.shown_url(args.teacher_url)
+    if args.teacher_url and not is_http(args.teacher_url):
+        shown = shown_url(args.teacher_url)
         raise InputError(f"--teacher_url {shown}: an address such as http://127.0.0.1:8000/v1 is needed")
     if args.teacher != TABULAR and not args.input:
         raise InputError("--input is needed: JSONL with the prompts")
@@ -160,7 +159,7 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
         task = shared_task([ref], task, args.input) if ref and task else task
         note = unchanged_preparation(args.input, options.input_sha256) | ({"task": task.record} if task else {})
         # What an endpoint's model was trained on cannot be seen: evaluation says so.
-        unseen = {"file": f"the teacher {args.teacher_model} at {(url := asking.shown_url(args.teacher_url or ''))}"}
+        unseen = {"file": f"the teacher {args.teacher_model} at {(url := shown_url(args.teacher_url or ''))}"}
         learnt = provenance(args.teacher) if args.teacher else Provenance(url, None, (unseen,), None)
         learnt = joined(recorded(args.input, note), learnt)
         file = asking.answer_file(ref, options)

@@ -25,6 +25,8 @@ from distil.models import ModelRef, check_unchanged, model_fingerprint, resolve
 from distil.processes import gather, only_one, own_share, rank_and_world
 from distil.runs import conditions
 
+# Flags that decide no answer; an address may hold a password.
+NO_SETTINGS = ("overwrite", "debug", "url", "api_key_env", "concurrency", "timeout")
 Work = Callable[[list[Any]], list[dict]]  # the output object of each row, in order; JSONL: of each line
 
 
@@ -80,9 +82,9 @@ def answer_file(
             _part(output).unlink(missing_ok=True)
         state = file_state(source)
         rows.open()
-        ref = resolve(flags["model_dir"])
+        ref = resolve(flags["model_dir"], flags.get("served_model"))
         chunk, work, contents = start(ref)
-        settings = {name: value for name, value in flags.items() if name not in ("overwrite", "debug")}
+        settings = {name: value for name, value in flags.items() if name not in NO_SETTINGS}
         settings |= {"model": model_fingerprint(ref)} | contents | conditions(flags["compute_dtype"])
         check_unchanged(ref)
         _check_same(source, state)

@@ -8,6 +8,8 @@ negative log-likelihood of the right labels, in nats; lower is better.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -166,10 +168,14 @@ def candidates(
 
 def calibration_path(ref: ModelRef) -> Path:
     """Return where a model's calibration is stored: in the folder of the adapter, or of a base that has one of the
-    user's; for other bases (hub, embedded) in the cache folder, by content."""
+    user's; for other bases (hub, embedded) in the cache folder, by content. Each engine's is in a separate file."""
+    served = ""
+    if ref.served:
+        digest = hashlib.sha256(ref.served.encode()).hexdigest()[:6]  # names may differ in what no file name can have
+        served = f"_served_{re.sub(r'[^A-Za-z0-9.-]+', '_', ref.served)[-60:]}_{digest}"
     if folder := ref.adapter or (ref.path == ref.base and Path(ref.path).is_dir() and ref.path):
-        return Path(folder) / "calibration.json"
-    return cache_dir() / "calibrations" / f"{model_fingerprint(ref)}.json"
+        return Path(folder) / f"calibration{served}.json"
+    return cache_dir() / "calibrations" / f"{model_fingerprint(ref)}{served}.json"
 
 
 def write_fitted(
@@ -249,9 +255,12 @@ def fitted_calibration(ref: ModelRef, options: ScoringOptions) -> Calibration | 
 def unfitted_note(ref: ModelRef, fitted: Calibration | None, options: ScoringOptions) -> str | None:
     """Return a note for users of an adapter without a stored calibration who chose none.
     Training moves the scores away from what the prior of content-free prompts corrects (docs/calibration.md)."""
-    if options.calibration != "auto" or fitted or not ref.adapter:
+    if options.calibration != "auto" or fitted or not (ref.adapter or ref.served):
         return None
-    note = f"{ref.name} has no stored calibration: the prior of content-free prompts fits trained models badly; "
+    where = f" for {ref.served} at an engine" if ref.served else ""
+    note = (
+        f"{ref.name} has no stored calibration{where}: the prior of content-free prompts fits trained models badly; "
+    )
     return note + "store the best with eval_creditmix.py --fit --calibration auto, or give --calibration none"
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import InputError
+from distil.endpoint import Server, is_http, shown_url
 from distil.files import check_folder, hold, write_json
 from distil.models import LoadOptions
 from distil.scoring import METHODS, ScoringOptions, read_verbalizers
@@ -127,7 +128,46 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
 
 def loading_options(flags: Mapping[str, Any]) -> LoadOptions:
     """Return the options of `add_loading_flags`."""
-    return LoadOptions(flags["quantization"], flags["compute_dtype"], flags["offload_folder"])
+    how = flags["quantization"], flags["compute_dtype"], flags["offload_folder"]
+    return LoadOptions(*how, server_of(flags) if flags.get("url") else None)
+
+
+def add_connection_flags(add: Callable) -> None:
+    """Add the flags of every script that can use an OpenAI-compatible server."""
+    add("--api_key_env", default="OPENAI_API_KEY", help="environment variable with the server's key (%(default)s)")
+    add("--concurrency", type=int, default=8, help="requests under way at the server (%(default)s)")
+    add("--timeout", type=float, default=120.0, help="seconds without a sign of the server (%(default)s)")
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every script that can leave the model to an engine; `loading_options` reads them."""
+    add = parser.add_argument_group("engine that runs the model instead").add_argument
+    url = "OpenAI-compatible server, such as http://127.0.0.1:8080/v1; --model_dir has tokenizer and task"
+    add("--url", help=url)
+    add("--served_model", help="name of the model there")
+    add_connection_flags(add)
+
+
+def server_of(flags: Mapping[str, Any]) -> Server:
+    """Return the server of `add_engine_flags`. Raises InputError."""
+    if not is_http(flags["url"]):
+        raise InputError(f"--url {shown_url(flags['url'])}: an address such as http://127.0.0.1:8080/v1 is needed")
+    if not flags["served_model"]:
+        raise InputError("--url needs --served_model")
+    if isinstance(flags["model_dir"], list) and len(flags["model_dir"]) > 1:
+        raise InputError("--url: one --model_dir is needed, that of --served_model")
+    if flags["concurrency"] < 1 or not 0 < flags["timeout"] <= 86400:
+        raise InputError("--concurrency is at least 1, --timeout above 0 and at most 86400")
+    how = {name: flags[name] for name in ("api_key_env", "concurrency", "timeout")}
+    return Server(flags["url"], flags["served_model"], **how)
+
+
+def unused_engine(flags: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the flags of loading and of `add_engine_flags` that have no effect, for `refuse_unused`."""
+    if flags["url"]:
+        names = ["quantization", "compute_dtype", "offload_folder", "batch_size"]
+        return {"only for a model that runs here": names}
+    return {"only with --url": ["served_model", "api_key_env", "concurrency", "timeout"]}
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser, null_prompts: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import common
 from common import InputError
+from distil.endpoint import Server
 from distil.files import cache_dir, file_sha256, file_state, read_json, write_json
 from distil.processes import print_note
 from distil.runs import run_record
@@ -38,25 +39,28 @@ CONTENT = f"{BASE_CONTENT} adapter_config.json run.json export.json"  # and what
 class ModelRef:
     """A checked model. name: as the user wrote it; base: name of the base model (the same without an adapter); path:
     what from_pretrained takes for the base; adapter: adapter folder or None; state: `files_state` when it was checked,
-    empty for a model on the hub."""
+    empty for a model on the hub; served: its name at the engine that runs it, None where it runs here."""
 
     name: str
     base: str
     path: str
     adapter: str | None = None
     state: tuple = field(default=(), compare=False, repr=False)
+    served: str | None = None
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded, as `distil.cli.add_loading_flags` reads it; `common.load_model` explains the values."""
+    """How a model is loaded, as `distil.cli.add_loading_flags` reads it; `common.load_model` explains the values.
+    server: what runs it instead, with --url."""
 
     quantization: str = "nf4"
     compute_dtype: str = "auto"
     offload_folder: str | None = None
+    server: Server | None = None
 
 
-def resolve(name: str) -> ModelRef:
+def resolve(name: str, served: str | None = None) -> ModelRef:
     """Check a model name and return its reference; nothing is loaded. Raises InputError with what is wrong and what
     exists: no such folder, an unfinished run, damaged weights, a base that cannot be reached or is not supported."""
     check_model_name(name)
@@ -64,7 +68,7 @@ def resolve(name: str) -> ModelRef:
     config = adapter_config(name)
     base = config["base_model_name_or_path"] if config else name
     check_supported(path := local_or_hub(base))
-    ref = ModelRef(name, base, path, name if config else None)
+    ref = ModelRef(name, base, path, name if config else None, served=served)
     return replace(ref, state=files_state(ref))
 
 

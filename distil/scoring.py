@@ -64,7 +64,10 @@ class ScoringOptions:
     def raw_settings(self) -> dict[str, Any]:
         """Return what decides raw scores and priors besides the model: a calibration fits no other settings."""
         settings = {"forms": self.forms, "aggregate": self.aggregate, "null_prompts": self.null_prompts}
-        settings |= {"quantization": self.load.quantization, "compute_dtype": dtype_name(self.load.compute_dtype)}
+        if server := self.load.server:
+            settings |= {"quantization": "of the engine", "compute_dtype": None, "served_model": server.model}
+        else:
+            settings |= {"quantization": self.load.quantization, "compute_dtype": dtype_name(self.load.compute_dtype)}
         return settings | {"label_tokens": None if self.label_tokens == "all" else self.label_tokens}  # of old ones
 
 

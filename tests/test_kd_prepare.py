@@ -17,10 +17,10 @@ from conftest import FLOAT32, HOLD, all_files, ask_endpoint, gold_rows, other_pr
 
 import kd_prepare
 from common import InputError
+from distil.endpoint import shown_url
 from distil.files import write_json
 from distil.tasks import TASK_FILE, default_task
 from distil.teachers import answers, local
-from distil.teachers.answers import shown_url
 from distil.testing import ROOT, credit_rows, save_adapter
 
 TASK = default_task()

@@ -15,9 +15,10 @@ import pytest
 from conftest import answer_in_turn, ask_endpoint, change_replies, gold_rows, read_lines, write_lines
 
 from common import InputError
+from distil.endpoint import seconds_of
 from distil.tasks import default_task
 from distil.teachers.answers import PROMPT_VERSION, RATIONALE, label_of
-from distil.teachers.endpoint import HttpTeacher, seconds_of
+from distil.teachers.endpoint import HttpTeacher
 from distil.testing import ROOT
 
 TASK = default_task()
@@ -158,7 +159,7 @@ def test_answers_under_way_are_kept_at_ctrl_c(moment, here, endpoint, monkeypatc
 
     server.reply_to = reply
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(HttpTeacher, "_report", lambda self, text: noticed.set())
+        patch.setattr(HttpTeacher, "report", lambda self, text: noticed.set())
         if moment == "waiting":
             threading.Thread(target=interrupt_waiting, daemon=True).start()
         else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from common import Calibration, InputError, PromptEncoder, add_adapters, dtype_name
 from distil.calibration import adjusted, fitted_calibration, uncalibrated, unfitted_note
 from distil.cli import add_scoring_flags, add_task_flag, scoring_options
+from distil.engine import Engine, EngineScorer
 from distil.models import ModelRef, check_shareable, check_unchanged, load, model_fingerprint
 from distil.processes import gather, own_share, print_note
 from distil.runs import package_versions
@@ -65,7 +66,7 @@ class CreditModel:
 
     name: str
     task: Task
-    scorer: FastLabelScorer
+    scorer: FastLabelScorer | EngineScorer
     calibration: Calibration
     adapter: str | None = None
     abstain_below: float | None = None
@@ -76,6 +77,9 @@ class CreditModel:
         """Load a base or adapter with its calibration. Raises InputError."""
         fitted = fitted_calibration(ref, options)
         print_note(unfitted_note(ref, fitted, options))
+        if server := options.load.server:
+            how = options.forms, options.aggregate, options.label_tokens
+            return cls._calibrated(ref, EngineScorer(Engine(server, ref.path), *how), fitted, options)
         return cls._calibrated(ref, credit_scorer(*load(ref, options.load), options), fitted, options)
 
     @classmethod
@@ -106,7 +110,7 @@ class CreditModel:
         calibration = fitted or uncalibrated(len(options.labels))
         if not fitted and options.calibration != "none":
             how = options.load.quantization, dtype_name(options.load.compute_dtype), bool(options.load.offload_folder)
-            key = f"{fingerprint} {how} {package_versions()}"
+            key = f"{fingerprint} {how} {package_versions()}" + (f" served as {ref.served}" if ref.served else "")
             prior = label_prior(scorer, key, options.task.null_prompts(options.null_prompts), adapter)
             calibration = replace(calibration, method="contextual", prior=prior)
         used = adjusted(calibration, options)

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from common import Calibration, InputError
 from distil.batch import AnswerFile
 from distil.calibration import choose_method, row_losses, uncalibrated
 from distil.cli import loading_options
 from distil.codegen.tasks import Task, task_of
+from distil.endpoint import shown_url
 from distil.files import read_jsonl
 from distil.models import LoadOptions, ModelRef, model_fingerprint
 from distil.processes import gather, own_share, print_note
@@ -87,25 +88,6 @@ class Prompts:
     def turns(self, rationale: bool) -> list[str]:
         """Return the teacher's user turns: the student's prompts, with RATIONALE where a reason is wanted."""
         return [f"{text}\n{RATIONALE}" if rationale else text for text in self.texts]
-
-
-def shown_url(url: str) -> str:
-    """Return a URL without user, password, query and parameters, as notes, messages and logs may have it."""
-    if not is_http(url):
-        return re.split("[?#]", re.sub(r"^(\w+://)?.*@", r"\1", url))[0]
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.partition(";")[0], "", ""))
-
-
-def is_http(url: str) -> bool:
-    """Return whether a URL is the address of a server."""
-    try:
-        parts = urlsplit(url)
-        # An @ further right is one of a password with a sign that ends the address, such as / or ?.
-        rest = parts.path + parts.query + parts.fragment
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in rest
-    except ValueError:  # not a port
-        return False
 
 
 def read_prompts(path: str, labels: str | None) -> Prompts:

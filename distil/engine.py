@@ -1,0 +1,288 @@
+"""A model that an engine serves (llama.cpp, vLLM), in place of one that is loaded here: label scores and texts.
+
+Prompts are the token ids that a loaded model would get, by the tokenizer of the model's folder. Where a server takes
+no ids they go as text if that has the same tokens, and as a chat where there is nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from common import SYSTEM_PROMPT, InputError, LabelScorer, PromptEncoder
+from distil.endpoint import Client, Refused, Server
+from distil.generation import Written
+from distil.processes import print_note
+from distil.support import context_length
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Most probable tokens to request: the next size where a label is not among them. vLLM's limit is 20, others' is 5.
+SIZES = (5, 20, 400, 8000, 1_000_000)
+LEAST = -1000.0  # log-probabilities below it stand for 0, as -9999 of vLLM and the least float of llama.cpp do
+FORMS = {"ids": "token ids", "text": "text", "chat": "a chat, by the server's own template"}
+
+
+class Engine:
+    """A client of a served model. path: folder or hub id of its tokenizer and configuration.
+    Raises InputError where the server has another model or tokenizer, or takes no prompts."""
+
+    def __init__(self, server: Server, path: str):
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.client, self.server = Client(server), server
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.encoder = PromptEncoder(self.tokenizer)
+        self.context = context_length(AutoConfig.from_pretrained(path).get_text_config())
+        self._level, self._most = 1, len(SIZES) - 1  # of SIZES: where to begin, and what is not refused
+        self._texts: dict[str, int] = {}
+        self._check_model()
+        self.form = ""
+        problems = []
+        for self.form in FORMS:
+            try:
+                self.complete(self.encoder.prompt("-"), max_tokens=1)
+                break
+            except (Refused, InputError) as error:
+                problems.append(error)
+        else:
+            raise InputError(self._said(problems[0])) from None
+        if problems:
+            print_note(f"{self.client.url}: prompts go as {FORMS[self.form]} (as token ids: {problems[0]})"[:300])
+
+    def _check_model(self) -> None:
+        """Raise InputError where the server has another model or tokenizer by its own word; lower `context` to its."""
+        server, url = self.server, self.client.url
+        listed = self._fact("/models").get("data") or []
+        models = {one.get("id"): one for one in listed if isinstance(one, dict)}
+        model = models.get(server.model) or models.get(f"{server.model}:latest") or {}
+        if models and not model:
+            raise InputError(f"{url} serves {', '.join(map(str, models))[:200]}, not {server.model}: --served_model")
+        sizes = model.get("max_model_len"), (model.get("meta") or {}).get("n_ctx")  # vLLM, llama.cpp
+        self.context = min([self.context, *filter(None, sizes)])
+        text = self.tokenizer.decode(self.encoder.prompt("-"))
+        body = {"model": server.model, "prompt": text, "add_special_tokens": False}  # vLLM
+        body |= {"content": text, "add_special": False, "parse_special": True}  # llama.cpp
+        tokens = self._fact("../tokenize", body).get("tokens")
+        if isinstance(tokens, list) and tokens != self._plain(text):
+            fix = "give the folder that it serves as --model_dir"
+            raise InputError(f"{url}: {server.model} has another tokenizer than {self.tokenizer.name_or_path}; {fix}")
+
+    def _fact(self, path: str, body: dict | None = None) -> dict:
+        """Return what a server says of itself, {} where it does not."""
+        try:
+            return self.client.tried(lambda: dict(self._send(path, body)))
+        except (Refused, InputError):
+            return {}
+
+    def _send(self, path: str, body: dict | None) -> Any:
+        if path.startswith("../"):
+            path = str(self.client.client.base_url).rstrip("/").removesuffix("/v1") + path[2:]
+        client = self.client.client
+        return client.get(path, cast_to=object) if body is None else client.post(path, cast_to=object, body=body)
+
+    def _said(self, error: Exception) -> str:
+        return str(error) if isinstance(error, InputError) else f"{self.client.url} {error}"
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def complete(self, ids: list[int], **how: Any) -> dict:
+        """Return {"text", "finish_reason", "logprobs", "tokens"} of what follows these token ids. how: fields of the
+        request. Raises Refused, InputError where the server reads another prompt, NoAnswer."""
+        path, body = "/completions", {"model": self.server.model, "prompt": ids} | how
+        if self.form != "ids":
+            body["prompt"] = text = self.tokenizer.decode(ids)
+            if self._plain(text) != ids:  # also where it has what the server would take as control tokens
+                raise InputError(f"{self.client.url} takes no token ids, and a prompt's text has other tokens than it")
+        if self.form == "chat":
+            path, body = "/chat/completions", self._chat(body, ids)
+
+        def answer() -> dict:
+            reply = self._send(path, body)
+            if "error" in reply:  # with status 200
+                raise ValueError(str(reply["error"]))
+            choice = reply["choices"][0]
+            text = choice["message"]["content"] if self.form == "chat" else choice["text"]
+            usage = reply.get("usage") or {}
+            count = usage.get("prompt_tokens")
+            if isinstance(count, int) and count != len(ids):
+                read = f"{self.client.url} reads {count} tokens of a prompt of {len(ids)}"
+                if self.form != "chat":
+                    raise InputError(f"{read}: its context is too small, or it is not the model of --model_dir")
+                self.client.report(f"note: {read}: its chat template is not that of --model_dir")
+            choice = {"text": text or "", "tokens": usage.get("completion_tokens") or 0} | {
+                name: choice.get(name) for name in ("finish_reason", "logprobs")
+            }
+            if not (choice["text"] or choice["finish_reason"]):
+                raise ValueError("half a reply")
+            return choice
+
+        return self.client.tried(answer)
+
+    def _chat(self, body: dict, ids: list[int]) -> dict:
+        """Return the chat of a request, whose prompt must be one user turn."""
+        before, _, after = self.tokenizer.decode(self.encoder.prompt("\ue000")).partition("\ue000")
+        turn = body.pop("prompt").removeprefix(before).removesuffix(after)
+        if self.encoder.prompt(turn) != ids or body.pop("echo", None):
+            raise InputError(f"{self.client.url} has chats alone, in which an answer cannot be begun")
+        if size := body.pop("logprobs", None):
+            body |= {"logprobs": True, "top_logprobs": size}
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": turn}]
+        return body | {"messages": messages}
+
+    # ------------------------------------------------------------------------------------------------------- scores
+
+    def log_probs(self, ids: list[int], wanted: set[int]) -> dict[int, float]:
+        """Return {token: log-probability} after these token ids, of all that the server tells; those of `wanted` that
+        it does not tell however many are requested are missing. Raises InputError where it tells none."""
+        level, known = self._level, {}
+        while True:
+            level = min(level, self._most)
+            size = min(SIZES[level], len(self.tokenizer))
+            how = {"max_tokens": 1, "temperature": 1, "logprobs": size, "return_tokens_as_token_ids": True}
+            try:  # n_probs: as older llama.cpp has it
+                told = self._told(self.complete(ids, **how, n_probs=size)["logprobs"], wanted)
+            except Refused as refusal:
+                if "logprob" not in refusal.words or not level:
+                    raise InputError(f"{self.client.url} {refusal}") from None
+                self._most = min(self._most, level - 1)
+                if known:
+                    return known
+                continue
+            if not told:
+                raise InputError(f"{self.client.url} sends no log-probabilities, which label scores are")
+            known |= told
+            if wanted <= known.keys() or level >= self._most or len(told) < size // 2:
+                return known
+            level += 1
+            self._level = max(self._level, min(level, 2))  # a larger one is slow to send for every row
+
+    def _told(self, logprobs: Any, wanted: set[int]) -> dict[int, float]:
+        """Return {token: log-probability} of a reply's first token; tokens that have no id but a text that is not of a
+        wanted one get numbers below 0."""
+        logprobs, pairs = logprobs or {}, []
+        if content := logprobs.get("content"):  # llama.cpp, and chats
+            entries = [*(content[0].get("top_logprobs") or []), content[0]]
+            pairs = [(one.get("id", one["token"]), one["logprob"]) for one in entries]
+        elif top := logprobs.get("top_logprobs"):
+            pairs = list((top[0] or {}).items())
+        told: dict[int, float] = {}
+        for number, (token, value) in enumerate(pairs, 1):
+            if isinstance(value, int | float) and LEAST < value < 0.01:
+                told[self._id(token, wanted, -number)] = float(value)
+        return told
+
+    def _id(self, token: int | str, wanted: set[int], other: int) -> int:
+        """Return a token's id; of a text that of the wanted token which has it, `other` where none has."""
+        if isinstance(token, int):
+            return token
+        if token.startswith("token_id:"):  # vLLM
+            return int(token.removeprefix("token_id:"))
+        if missing := wanted - set(self._texts.values()):
+            texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+            for i in missing:
+                if texts.count(texts[i]) > 1:
+                    fix = "another server is needed, such as llama.cpp's or vLLM"
+                    raise InputError(f"{self.client.url} sends no token ids, and several are {texts[i]!r}: {fix}")
+                self._texts[texts[i]] = i
+        return self._texts.get(token, other)
+
+    def echoed(self, ids: list[int], form: list[int]) -> list[float]:
+        """Return the log-probabilities of the tokens `form` after `ids`, which the server tells as those of a prompt.
+        Raises InputError where it does not."""
+        try:
+            how = {"max_tokens": 1, "logprobs": 1, "echo": True, "return_tokens_as_token_ids": True}
+            logprobs = self.complete([*ids, *form], **how)["logprobs"]
+            part = slice(len(ids), len(ids) + len(form))
+            tokens = [self._id(token, set(form), -1) for token in logprobs["tokens"][part]]
+            values = [float(value) for value in logprobs["token_logprobs"][part]]
+            if tokens == form and all(LEAST < value < 0.01 for value in values):
+                return values
+        except (Refused, TypeError, LookupError):
+            pass
+        word = self.tokenizer.decode(form)
+        why = f"the label {word!r} is not among the most probable tokens that it sends"
+        raise InputError(f"{self.client.url}: {why}, nor does it echo prompts with log-probabilities")
+
+    # -------------------------------------------------------------------------------------------------------- texts
+
+    def write(
+        self,
+        starts: Sequence[list[int]],
+        budget: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Callable[[str], bool] = lambda text: False,
+        progress: str | None = None,
+        **how: Any,
+    ) -> list[Written]:
+        """Return what follows each start (token ids), in order, as `distil.generation.generate`. budget: tokens of
+        each; how: more fields of the requests. Raises InputError, NoAnswer."""
+        from tqdm import tqdm
+
+        how = {"max_tokens": budget, "temperature": temperature, "stop": [self.encoder.end_of_turn]} | how
+
+        def one(item: tuple[int, list[int]]) -> Written:
+            sampled = {"seed": seed + item[0]} if temperature else {}  # another one for each sample of a prompt
+            try:
+                choice = self.complete(item[1], **how, **sampled)
+            except Refused as refusal:
+                raise InputError(f"{self.client.url} {refusal}") from None
+            text = choice["text"]
+            text = next((text[:size] for size in range(len(text)) if stop(text[:size])), text)
+            return Written(text, choice["tokens"], choice["finish_reason"] != "length")
+
+        results = [Written("", 0, False)] * len(starts)
+        bar = tqdm(total=len(starts), desc=progress, disable=progress is None, file=sys.stderr)
+        with bar:
+            for number, written in self.client.results(dict(enumerate(enumerate(starts))), one):
+                results[number] = written
+                bar.update()
+        return results
+
+
+class EngineScorer(LabelScorer):
+    """`common.LabelScorer` by the log-probabilities of an engine: the same scores of the same weights.
+    The tree of the labels' tokens is walked, one request for each beginning that labels share."""
+
+    def __init__(self, engine: Engine, forms: dict[str, list[str]], aggregate: str = "max", label_tokens: str = "all"):
+        super().__init__(None, engine.encoder, forms, aggregate, label_tokens=label_tokens)
+        self.engine, self.context = engine, engine.context
+        self.after: dict[tuple[int, ...], set[int]] = {}  # the tokens that follow each beginning
+        for ids in self.form_ids:
+            for size, token in enumerate(ids):
+                self.after.setdefault(tuple(ids[:size]), set()).add(token)
+
+    def score(self, rows: Sequence[list[int]], progress: str | None = None, adapters: Sequence = ()) -> np.ndarray:
+        """Return raw scores [N, labels] as `LabelScorer.score`. Raises InputError where the server does not tell the
+        log-probability of each label, NoAnswer where it ends."""
+        import numpy as np
+        from tqdm import tqdm
+
+        self.check_length(rows)
+        scores = np.empty((len(rows), len(self.form_ids)))
+        bar = tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None, file=sys.stderr)
+        with bar:
+            for number, row in self.engine.client.results(dict(enumerate(rows)), self._row):
+                scores[number] = row
+                bar.update()
+        return self.joined(scores)
+
+    def _row(self, prompt: list[int]) -> list[float]:
+        """Return the scores [forms] of one prompt."""
+        known: dict[tuple[int, ...], float] = {}  # log-probability of a beginning's last token
+        for beginning, tokens in self.after.items():
+            told = self.engine.log_probs([*prompt, *beginning], tokens)
+            known |= {(*beginning, token): told[token] for token in tokens & told.keys()}
+        scores = []
+        for ids in self.form_ids:
+            edges = [tuple(ids[: size + 1]) for size in range(len(ids))]
+            if any(edge not in known for edge in edges):
+                known |= zip(edges, self.engine.echoed(prompt, ids), strict=True)
+            total = math.fsum(known[edge] for edge in edges)
+            scores.append(total / len(edges) if self.join == "mean" else total)
+        return scores
