@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     answers = [name for name in vars(args) if name not in used] if args.references else []
     greedy = ["seed"] if not codegen.temperature else []
     unused = {"only for answers of models, not with --references": answers, "only with --temperature above 0": greedy}
-    cli.refuse_unused(parser, argv, unused)
+    cli.refuse_unused(parser, argv, unused | cli.unused_engine(vars(args)))
     with cli.report_folder(args.report_dir):
         tasks, sha256 = hashed(args.data, lambda: read_tasks(args.data)[: args.limit])
         if args.references:

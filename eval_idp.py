@@ -94,7 +94,8 @@ def print_tables(results: list[dict], by: str | None, out: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     only_one("evaluation of documents")
-    cli.refuse_unused(parser, argv, {"only for retries, and --retries is 0": [] if args.retries else ["seed"]})
+    unused = {"only for retries, and --retries is 0": [] if args.retries else ["seed"]}
+    cli.refuse_unused(parser, argv, unused | cli.unused_engine(vars(args)))
     cli.check_at_least_one(vars(args), "limit", "bootstrap")
     with cli.report_folder(args.report_dir):
         rows, sha256 = hashed(args.data, lambda: read_documents(args.data, args.limit))

@@ -13,7 +13,7 @@ import functools
 import sys
 
 from distil import batch
-from distil.cli import InputError, new_parser, refuse_unused, run_script
+from distil.cli import InputError, new_parser, refuse_unused, run_script, unused_engine
 from distil.codegen.coder import Coder, add_codegen_flags, codegen_options
 from distil.codegen.judge import first_passing
 from distil.codegen.sandbox import SECONDS
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     codegen = codegen_options(vars(args))
     unused = {"only with --temperature above 0": [] if codegen.temperature else ["seed"]}
     unused |= {"only with --tests": ["seconds"] if args.prompt is not None and not args.tests else []}
-    refuse_unused(parser, argv, unused)
+    refuse_unused(parser, argv, unused | unused_engine(vars(args)))
     tests = [read_text(args.tests)] if args.tests else []
     if tests and (problem := flaw_of_tests(tests)):
         raise InputError(f"{args.tests}: {problem}")

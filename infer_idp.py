@@ -17,7 +17,7 @@ import re
 import sys
 
 from distil.batch import add_file_flags, answer_file, check_one_or_file, parse_line
-from distil.cli import InputError, new_parser, refuse_unused, run_script
+from distil.cli import InputError, new_parser, refuse_unused, run_script, unused_engine
 from distil.files import read_text
 from distil.idp.documents import document_of
 from distil.idp.extractor import ExtractOptions, Extractor, add_extraction_flags, extract_options
@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     flags = vars(args)
     check_one_or_file(flags, "document")
-    refuse_unused(parser, argv, {"only for retries, and --retries is 0": [] if args.retries else ["seed"]})
+    unused = {"only for retries, and --retries is 0": [] if args.retries else ["seed"]}
+    refuse_unused(parser, argv, unused | unused_engine(flags))
     if args.document is not None:
         document, options = document_of(read_document(args.document)), extract_options(flags)
         return print_answer(*Extractor.load(resolve(args.model_dir), options).extract([document]))

@@ -41,17 +41,17 @@ class Engine:
         self._texts: dict[str, int] = {}
         self._check_model()
         self.form = ""
-        problems = []
+        server_url, problems = self.client.url, []
         for self.form in FORMS:
             try:
                 self.complete(self.encoder.prompt("-"), max_tokens=1)
                 break
             except (Refused, InputError) as error:
-                problems.append(error)
+                problems.append(str(error).removeprefix(f"{server_url} "))
         else:
-            raise InputError(self._said(problems[0])) from None
+            raise InputError(f"{server_url} {'; '.join(dict.fromkeys(problems))}")
         if problems:
-            print_note(f"{self.client.url}: prompts go as {FORMS[self.form]} (as token ids: {problems[0]})"[:300])
+            print_note(f"{server_url} {'; '.join(problems)}: prompts go as {FORMS[self.form]}")
 
     def _check_model(self) -> None:
         """Raise InputError where the server has another model or tokenizer by its own word; lower `context` to its."""
@@ -83,9 +83,6 @@ class Engine:
             path = str(self.client.client.base_url).rstrip("/").removesuffix("/v1") + path[2:]
         client = self.client.client
         return client.get(path, cast_to=object) if body is None else client.post(path, cast_to=object, body=body)
-
-    def _said(self, error: Exception) -> str:
-        return str(error) if isinstance(error, InputError) else f"{self.client.url} {error}"
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -224,7 +221,12 @@ class Engine:
         each; how: more fields of the requests. Raises InputError, NoAnswer."""
         from tqdm import tqdm
 
-        how = {"max_tokens": budget, "temperature": temperature, "stop": [self.encoder.end_of_turn]} | how
+        named = (self.encoder.end_of_turn, self.tokenizer.eos_token, self.tokenizer.pad_token)
+        ends = list(dict.fromkeys(filter(None, named)))
+        how |= {
+            "stop_token_ids": self.tokenizer.convert_tokens_to_ids(ends)
+        }  # of vLLM, whose texts have no such token
+        how |= {"max_tokens": budget, "temperature": temperature, "stop": ends}
 
         def one(item: tuple[int, list[int]]) -> Written:
             sampled = {"seed": seed + item[0]} if temperature else {}  # another one for each sample of a prompt

@@ -88,8 +88,7 @@ class ModelServer:
         import torch
 
         if chat:
-            system, user = body["messages"]
-            assert system == {"role": "system", "content": SYSTEM_PROMPT}
+            assert body["messages"][0] == {"role": "system", "content": SYSTEM_PROMPT}
             how = {"tokenize": True, "add_generation_prompt": True}
             ids = self.tokenizer.apply_chat_template(body["messages"], **how)["input_ids"]
             size = body.get("top_logprobs", 0)
@@ -138,6 +137,7 @@ class ModelServer:
             (draft,) = self.decoder.generate([ids], [grammar], *how)
             return draft.text, self.encoder.text(draft.text), True
         end = self.tokenizer.eos_token_id
-        how = body["max_tokens"], [end], 1, 0.0 if body["max_tokens"] == 1 else body["temperature"]
+        ends = self.tokenizer.convert_tokens_to_ids(body.get("stop", [])) or [end]
+        how = body["max_tokens"], ends, 1, 0.0 if body["max_tokens"] == 1 else body["temperature"]
         (written,) = generate(self.model, self.tokenizer, [ids], *how)
         return written.text, self.encoder.text(written.text) or [end], written.ended

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from common import InputError, PromptEncoder
-from distil.cli import add_loading_flags, loading_options, seed_number
+from distil.cli import add_engine_flags, add_loading_flags, loading_options, seed_number
 from distil.codegen import tasks
+from distil.engine import Engine
 from distil.generation import Written, generate
 from distil.models import LoadOptions, ModelRef, load
 from distil.support import context_length
 from distil.workarounds import pack_for_decoding
 
+FENCE = "```python\n"
 TAG_TOKENS = 32  # room in the context for tags or an opening fence
 
 
@@ -39,6 +41,7 @@ def add_codegen_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed_number, default=0, help="of the samples (%(default)s)")
     add("--batch_size", type=int, default=16, help="answers written together (%(default)s)")
     add_loading_flags(parser)
+    add_engine_flags(parser)
 
 
 def codegen_options(flags: Mapping[str, Any]) -> CodegenOptions:
@@ -63,25 +66,27 @@ class Coder:
     def __init__(self, model: Any, tokenizer: Any, options: CodegenOptions):
         pack_for_decoding(model)
         self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.context = context_length(model.config.get_text_config())
         self.encoder = PromptEncoder(tokenizer)
         configured, vocabulary = model.generation_config.eos_token_id, tokenizer.get_added_vocab()
         ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
         named = [tokenizer.eos_token, self.encoder.end_of_turn, tokenizer.pad_token, "<|endoftext|>", "<|im_end|>"]
         self.ends = sorted((ends | {vocabulary.get(token) for token in named}) - {None})
         # A model without a chat template is not an assistant: an open code block shows it what to write.
-        self.opening = "" if tokenizer.chat_template else "```python\n"
+        self.opening = "" if tokenizer.chat_template else FENCE
 
     @classmethod
     def load(cls, ref: ModelRef, options: CodegenOptions) -> Self:
-        """Load a resolved model. Raises InputError."""
+        """Load a resolved model, or use that of an engine. Raises InputError."""
+        if server := options.load.server:
+            return ServedCoder(Engine(server, ref.path), options)
         return cls(*load(ref, options.load), options)
 
     def fits(self, prompt: str, plan: bool) -> bool:
         """Return whether a prompt and the code, with `plan` a plan before it too, fit the context."""
-        context = context_length(self.model.config.get_text_config())
         turn = tasks.codegen_plan_prompt(prompt) if plan else tasks.codegen_prompt(prompt)
         room = (2 if plan else 1) * self.options.max_new_tokens + TAG_TOKENS
-        return len(self.encoder.prompt(turn)) + room <= context
+        return len(self.encoder.prompt(turn)) + room <= self.context
 
     def answers(self, prompts: Sequence[str], plan: bool, progress: str | None = None) -> list[dict[str, Any]]:
         """Return {"code", "parses", "tokens", with plan also "plan"} for each prompt, in order.
@@ -111,6 +116,19 @@ class Coder:
         torch.manual_seed(options.seed)
         how = (options.max_new_tokens, self.ends, options.batch_size, options.temperature, stop, progress)
         return generate(self.model, self.tokenizer, starts, *how, top_k=0, top_p=0.95)
+
+
+class ServedCoder(Coder):
+    """A Coder whose texts an engine writes."""
+
+    def __init__(self, engine: Engine, options: CodegenOptions):
+        self.engine, self.options, self.encoder, self.context = engine, options, engine.encoder, engine.context
+        self.opening = "" if engine.tokenizer.chat_template else FENCE
+
+    def write(self, starts: Sequence[list], stop: Callable[[str], bool], progress: str | None = None) -> list[Written]:
+        """Return what follows each start, as `Coder.write`."""
+        how = self.options.max_new_tokens, self.options.temperature, self.options.seed, stop, progress
+        return self.engine.write(starts, *how, **({"top_p": 0.95} if self.options.temperature else {}))
 
 
 def _answer(text: str, tokens: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from distil.generation import left_padded
 from distil.idp.schema import SchemaGrammar, grammar_tokenizer
+from distil.support import context_length
 from distil.workarounds import pack_for_decoding
 
 EXPANSIONS = 800  # states that a best-first search for an ending may look at
@@ -157,6 +158,7 @@ class JsonDecoder:
         self.vocabulary = model.config.get_text_config().vocab_size  # logits are often wider than the tokenizer
         self.grammar_tokenizer = tokens or grammar_tokenizer(tokenizer, self.vocabulary)
         self.closer = Closer(self.grammar_tokenizer)
+        self.context = context_length(model.config.get_text_config())
 
     def generate(
         self, ids: list[list[int]], grammars: list[SchemaGrammar], budget: int, temperature: float = 0, seed: int = 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from common import InputError, PromptEncoder
-from distil.cli import add_loading_flags, loading_options, seed_number
+from distil.cli import add_engine_flags, add_loading_flags, loading_options, seed_number
+from distil.engine import Engine
 from distil.files import file_sha256, parse_json, read_json
-from distil.idp.decoder import JsonDecoder
+from distil.idp.decoder import Draft, JsonDecoder
 from distil.idp.documents import idp_prompt, joined, pages_of
 from distil.idp.schema import SchemaGrammar, broken_rule, checked_validator, compile_schema, grammar_tokenizer
 from distil.models import LoadOptions, ModelRef, load
@@ -47,6 +48,7 @@ def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed_number, default=0, help="of the retries, which sample (%(default)s)")
     add("--batch_size", type=int, default=8, help="documents decoded together (%(default)s)")
     add_loading_flags(parser)
+    add_engine_flags(parser)
 
 
 def extract_options(flags: Mapping[str, Any]) -> ExtractOptions:
@@ -70,22 +72,42 @@ def compile_for(path: str, options: ExtractOptions) -> SchemaGrammar:
     tokenizer.eos_token = encoder.end_of_turn  # as loading sets it: the token that ends a document
     tokens = grammar_tokenizer(tokenizer, config.get_text_config().vocab_size)
     grammar = compile_schema(options.schema, tokens, options.schema_name, options.validator)
-    _room_for_document(encoder, config, options)
+    _room_for_document(encoder, context_length(config.get_text_config()), options)
     return grammar
+
+
+class ServedDecoder:
+    """Writes documents by an engine that is given the schema; `Extractor` checks whether it kept to it."""
+
+    def __init__(self, engine: Engine, schema: Any):
+        self.engine, self.tokenizer, self.context = engine, engine.tokenizer, engine.context
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+        # Completions of llama.cpp have the schema under its own name; vLLM ignores that.
+        self.how = {"response_format": form, "json_schema": schema}
+
+    def generate(
+        self, ids: list[list[int]], grammars: list[SchemaGrammar], budget: int, temperature: float = 0, seed: int = 0
+    ) -> list[Draft]:
+        """Return a draft for each prompt, as `JsonDecoder.generate`; one over the budget is truncated, not closed."""
+        written = self.engine.write(ids, budget, temperature, seed, **self.how)
+        return [Draft(None, [], text=one.text, truncated=not one.ended) for one in written]
 
 
 class Extractor:
     """A model with the grammar of one schema. Raises InputError where the context has no room for a document."""
 
-    def __init__(self, decoder: JsonDecoder, grammar: SchemaGrammar, options: ExtractOptions):
+    def __init__(self, decoder: JsonDecoder | ServedDecoder, grammar: SchemaGrammar, options: ExtractOptions):
         self.decoder, self.grammar, self.options = decoder, grammar, options
         self.encoder = PromptEncoder(decoder.tokenizer)
-        self.room = _room_for_document(self.encoder, decoder.model.config, options)
+        self.room = _room_for_document(self.encoder, decoder.context, options)
 
     @classmethod
     def load(cls, ref: ModelRef, options: ExtractOptions, grammar: SchemaGrammar | None = None) -> Self:
         """Compile the schema, unless `grammar` is of `compile_for`, then load the model. Raises InputError."""
         grammar = grammar or compile_for(ref.path, options)
+        if server := options.load.server:
+            options = replace(options, batch_size=4 * server.concurrency)  # that wait for one another
+            return cls(ServedDecoder(Engine(server, ref.path), options.schema), grammar, options)
         return cls(JsonDecoder(*load(ref, options.load), grammar.tokenizer), grammar, options)
 
     def extract(self, documents: Sequence[str]) -> list[dict[str, Any]]:
@@ -119,7 +141,8 @@ class Extractor:
         try:
             value = parse_json(text)
         except ValueError as error:
-            return _failed("invalid", f"the answer is not JSON: {error}")
+            cut = "was cut off; raise --max_new_tokens" if truncated else f"is not JSON: {error}"
+            return _failed("invalid", f"the answer {cut}")
         if problem := broken_rule(self.grammar.validator, value):
             return _failed("invalid", f"the answer {problem}; raise --retries")
         return {"json": value, "truncated": truncated}
@@ -143,9 +166,8 @@ def _failed(code: str, message: str) -> dict[str, Any]:
     return {"error": {"code": code, "message": message}}
 
 
-def _room_for_document(encoder: PromptEncoder, config: Any, options: ExtractOptions) -> int:
+def _room_for_document(encoder: PromptEncoder, context: int, options: ExtractOptions) -> int:
     """Return how many tokens a prompt may have. Raises InputError where that leaves no room for a document."""
-    context = context_length(config.get_text_config())
     budget = options.max_new_tokens
     left = context - budget - len(encoder.prompt(idp_prompt("")))
     if left < (LEAST_PAGE if options.chunk else 1):
