@@ -223,9 +223,7 @@ class Engine:
 
         named = (self.encoder.end_of_turn, self.tokenizer.eos_token, self.tokenizer.pad_token)
         ends = list(dict.fromkeys(filter(None, named)))
-        how |= {
-            "stop_token_ids": self.tokenizer.convert_tokens_to_ids(ends)
-        }  # of vLLM, whose texts have no such token
+        how |= {"stop_token_ids": self.tokenizer.convert_tokens_to_ids(ends)}  # vLLM: texts lack them
         how |= {"max_tokens": budget, "temperature": temperature, "stop": ends}
 
         def one(item: tuple[int, list[int]]) -> Written:

@@ -346,13 +346,13 @@ def test_wrong_environment_ends_with_one_line_under_uvicorn_too(monkeypatch, cap
 
 
 @contextlib.contextmanager
-def listening(key: str | None = None):
+def listening(key: str | None = None, **how):
     """Run the server in a thread and give its address."""
     import uvicorn
 
     with bound_socket("127.0.0.1", 0) as bound:
         app = create_app(TinyEngine(), Metrics(), api_key=key)
-        config = uvicorn.Config(app, log_config=None, http=impatient_protocol(0.3), timeout_keep_alive=15)
+        config = uvicorn.Config(app, log_config=None, http=impatient_protocol(0.3), timeout_keep_alive=15, **how)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
@@ -363,6 +363,37 @@ def listening(key: str | None = None):
         finally:
             server.should_exit = True
             thread.join(10)
+
+
+def exchange(address, method: str, path: str) -> tuple[int, bytes, str | None]:
+    """Return status, body and content-length of a request without a key."""
+    connection = http.client.HTTPConnection(*address, timeout=10)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        reply = connection.getresponse()
+        return reply.status, reply.read(), reply.getheader("content-length")
+
+
+def test_head_is_answered_where_get_is():
+    """As monitors ask: the same status and length, without a body; the next request has its own answer."""
+    with listening(key="s3cret") as address:
+        for path in ("/healthz", "/readyz", "/", "/docs", "/openapi.json", "/task", "/metrics", "/models"):
+            (status, body, length), head = (exchange(address, method, path) for method in ("GET", "HEAD"))
+            assert status in (200, 401) and head == (status, b"", str(len(body))) and length == str(len(body))
+    with client_of(TinyEngine()) as client:
+        assert client.head("/infer/sft").status_code == 405 and client.head("/task").status_code == 200
+
+
+def test_open_paths_need_no_key_behind_a_prefix():
+    """A proxy removes the prefix from addresses; the page and /docs must have it in theirs."""
+    with listening(key="s3cret", root_path="/credit") as address:
+        for path in ("/", "/healthz", "/docs", "/openapi.json", "/static-offline-docs/swagger-ui.css"):
+            assert exchange(address, "GET", path)[0] == 200, path
+        assert exchange(address, "GET", "/task")[0] == 401
+        assert b'<base href="/credit/">' in exchange(address, "GET", "/")[1]
+        assert b"/credit/openapi.json" in exchange(address, "GET", "/docs")[1]
+    with listening() as address:
+        assert b"<base" not in exchange(address, "GET", "/")[1]
 
 
 def test_half_a_request_head_is_not_waited_for():

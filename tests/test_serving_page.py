@@ -8,6 +8,8 @@ import json
 import shutil
 import threading
 import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
 import pytest
@@ -44,9 +46,9 @@ INTENTS = {
 
 
 @contextlib.contextmanager
-def served(app):
+def served(app, **how):
     """Serve an application on loopback and give its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **how))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -61,6 +63,52 @@ def address():
     """Serve an engine that answers CreditMix by rule; dpo has no adapter."""
     with served(create_app(TinyEngine(missing=("dpo",)), Metrics())) as address:
         yield address
+
+
+@contextlib.contextmanager
+def behind_prefix(address: str, prefix: str):
+    """Forward requests below a prefix, without it, and give the address of a proxy."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.removeprefix(prefix)
+            if path == self.path:
+                self.send_error(404)
+                return
+            body = self.rfile.read(int(self.headers.get("content-length", 0))) or None
+            kind = {"content-type": self.headers.get("content-type", "text/plain")}
+            with urllib.request.urlopen(urllib.request.Request(address + path.lstrip("/"), body, kind)) as reply:
+                content = reply.read()
+                self.send_response(reply.status)
+                for name in ("content-type", "content-security-policy"):
+                    if reply.headers[name]:
+                        self.send_header(name, reply.headers[name])
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{proxy.server_address[1]}"
+    proxy.shutdown()
+    proxy.server_close()
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_the_page_works_behind_a_prefix(browser, end):
+    app = create_app(TinyEngine(), Metrics())
+    with served(app, root_path="/credit") as address, behind_prefix(address, "/credit") as proxy:
+        browser.get(f"{proxy}/credit{end}")
+        wait_for(lambda: browser.title == "creditmix")
+        by_id(browser, "example").click()
+        by_id(browser, "compare").click()
+        wait_for(lambda: "Standard" in by_id(browser, "status").text)
+        assert len(browser.find_elements("css selector", "#cards .verdict")) == 4
 
 
 @pytest.fixture(params=[LOANS, INTENTS], ids=["loans", "intents"])

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from starlette.exceptions import HTTPException
 from distil.features import UNKNOWN, canonical_number
 from distil.files import parse_json
 from distil.serving.engine import VARIANTS, Refusal
-from distil.serving.guard import MAX_BATCH, MAX_BODY, Guard, error_body, max_features
+from distil.serving.guard import MAX_BATCH, MAX_BODY, Guard, error_body, max_features, own_path
 from distil.serving.metrics import Metrics
 from distil.serving.table_child import MAX_ROWS
 from distil.serving.uploads import TableReader
@@ -167,7 +168,7 @@ def add_error_handlers(app: Any) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
-        if kind != "application/json" and request.url.path != "/table":
+        if kind != "application/json" and own_path(request.scope) != "/table":
             message, hint = f"the content type is {kind[:100]}", "send the header Content-Type: application/json"
             return JSONResponse(error_body("not_json", message, hint), 415)
         first, hint = error.errors()[0], "see /docs for an example"
@@ -232,8 +233,12 @@ def add_status_routes(app: Any, engine: Any, metrics: Metrics, task: Task, keyed
         return PlainTextResponse(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(html, headers={"Content-Security-Policy": PAGE_POLICY})
+    async def page(request: Request) -> HTMLResponse:
+        # The page's addresses are relative: without this, /prefix would lead to others than /prefix/.
+        prefix = request.scope.get("root_path")
+        base = f'<base href="{escape(prefix)}/">' if prefix else ""
+        text = html.replace("<head>", f"<head>{base}", 1)
+        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
 def create_app(

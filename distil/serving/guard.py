@@ -46,7 +46,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        method, headers = scope["method"], dict(scope["headers"])
+        if method == "HEAD":  # answered as GET; the server leaves the body out
+            scope = scope | {"method": "GET"}
         client_id = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = client_id if re.fullmatch(r"[\w.-]{1,64}", client_id, re.ASCII) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
@@ -70,16 +72,16 @@ class Guard:
             if not status:
                 await send_error(reply, 500, "internal", "something went wrong", "the server's log has the reason")
         finally:
-            seconds, path, status = time.monotonic() - started, scope["path"], status or 499
+            seconds, path, status = time.monotonic() - started, own_path(scope), status or 499
             match = re.fullmatch(r"/infer/(base|sft|kd|dpo)(?:/batch)?", path)
             self.metrics.request(match[1] if match else "other", status, seconds)
-            fields = {"request_id": request_id, "method": scope["method"], "path": path[:200], "status": status}
+            fields = {"request_id": request_id, "method": method, "path": path[:200], "status": status}
             fields |= {"ms": round(1000 * seconds, 1)} | scope["state"].get("log", {})
             LOG.info("request", extra={"fields": fields})
 
     def _refuse(self, scope: dict, headers: dict[bytes, bytes]) -> tuple | None:
         """Return status, code, message and hint where the caller is not authorised, else None."""
-        if scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER):
+        if (path := own_path(scope)) in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return None
         if not self.api_key:
             server = scope.get("server") or ("127.0.0.1", 0)
@@ -153,6 +155,11 @@ async def send_error(send: Any, status: int, code: str, message: str, hint: str 
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def own_path(scope: Any) -> str:
+    """Return the path of a request without the prefix that a proxy gives the application (`uvicorn --root-path`)."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
 def is_loopback(host: str) -> bool:
