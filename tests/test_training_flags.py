@@ -104,7 +104,8 @@ def test_a_small_student_repeats_few_rows(monkeypatch):
 def test_options_have_every_flag_and_its_default(method, monkeypatch):
     monkeypatch.setattr(flags, "parameter_count", lambda path: 135e6)
     options, parser = options_of(method), trainer(method).build_parser()
-    assert {field.name for field in fields(options)} == {action.dest for action in parser._actions} - {"help", "config"}
+    flags_of_a_run = {action.dest for action in parser._actions} - {"help", "config"}
+    assert {field.name for field in fields(options)} == flags_of_a_run
     for field in fields(options):
         if field.default is not MISSING and field.name != "student":
             assert field.default == parser.get_default(field.name), field.name
