@@ -124,6 +124,10 @@ class Notation:
             why = "the column has numbers of both kinds" if marks else "no other value of the column decides"
             fix = f"--decimal . reads {found['.'].strip()}, --decimal , reads {found[','].strip()}"
             raise InputError(f'{path}: row {row}, column {name}: "{text}" has two readings and {why}: {fix}')
+        if self.first_open and marks and self.decimal not in marks:
+            _, text, found = self.first_open
+            against = f"though only {marks[0]} marks decimals in other values"
+            notes[f'column {name}: --decimal reads "{text}" as {found[self.decimal].strip()}, {against}'] += 1
         if "," in marks:
             notes[f"column {name}: numbers with a decimal comma{', others with a point' * ('.' in marks)}"] += 1
 

@@ -26,6 +26,8 @@ from distil.tables import name_key
 
 DEFAULT_TASK = Path(__file__).parent.parent / "data" / "creditmix_task.json"
 TASK_FILE = "task.json"  # in the folder of an adapter or export
+KEYS = ("name", "instruction", "labels", "label_column", "label_map", "missing", "fields")  # of a file, in order
+KEYS += ("text_column", "group_column", "balanced", "validation_share", "label_tokens")
 KINDS = ("number", "word", "text")
 LABEL_TOKENS = ("all", "distinct")
 MOST_LABELS = 100
@@ -58,20 +60,8 @@ class Task(RowFormat):
                 own |= {"range": list(one.range)} if math.isfinite(one.range[0]) else {}
                 own["digits"] = one.digits
             listed.append(own | {"protected": one.protected})
-        return {
-            "name": self.name,
-            "instruction": self.instruction,
-            "labels": list(self.labels),
-            "label_column": self.label_column,
-            "label_map": dict(self.label_map),
-            "missing": list(self.missing),
-            "fields": listed,
-            "text_column": self.text_column,
-            "group_column": self.group_column,
-            "balanced": self.balanced,
-            "validation_share": self.validation_share,
-            "label_tokens": self.label_tokens,
-        }
+        own = {"labels": list(self.labels), "missing": list(self.missing), "fields": listed}
+        return {key: getattr(self, key) for key in KEYS} | {"label_map": dict(self.label_map)} | own
 
     @property
     def columns(self) -> dict[str, str]:

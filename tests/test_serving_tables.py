@@ -165,14 +165,14 @@ def test_a_column_with_two_readings_is_the_callers_choice(client):
     ("body", "name", "message"),
     [
         (b"", "rows.csv", "rows.csv: empty"),
-        (b"amount_eur,purpose\n", "rows.csv", "rows.csv: has no rows"),
+        (b"amount_eur,purpose\n", "rows.csv", "rows.csv: no rows below the header"),
         (b"a,b\n1,2\n", "rows.csv", "rows.csv: column amount_eur, purpose missing; found a, b"),
         (b"purpose\n" + b"x\n" * (MAX_ROWS + 1), "rows.csv", "rows.csv: has 1,001 rows; the page takes 1,000"),
         (b"purpose,P_good\nx,1\n", "rows.csv", "rows.csv: column p_good would be there twice in the output"),
         (b"PK\x03\x04 no archive", "rows.xlsx", "rows.xlsx: damaged"),
         (b"\x1f\x8b no archive", "rows.csv.gz", "rows.csv.gz: damaged"),
         (b"PAR1 no table", "rows.parquet", "rows.parquet: damaged"),
-        (b"{", "../../etc/x.json", "x.json"),
+        (b"[{", "../../etc/x.json", "x.json: not a JSON list"),
         (b"\x80\x04\x95\x00cposix\nsystem\n(S'true'\ntR.", "rows.pkl", "rows.pkl: "),
     ],
 )

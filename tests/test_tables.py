@@ -218,6 +218,9 @@ def test_the_column_decides_what_one_value_leaves_open(tmp_path):
     assert "column Amount Due: numbers with a decimal comma, others with a point" in notes
     assert amounts(path, "19.114", "809,981", decimal=",") == ["19114", "809.981"]
     assert amounts(path, "19.114", "1234,5", decimal=".") == ["19.114", "1234.5"]  # what has one reading keeps it
+    read_table(path, COLUMNS, ".", notes := Counter())
+    against = 'column Amount Due: --decimal reads "19.114" as 19.114, though only , marks decimals in other values'
+    assert list(notes) == [against, "column Amount Due: numbers with a decimal comma"]
 
 
 @pytest.mark.parametrize(

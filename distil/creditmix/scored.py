@@ -36,6 +36,7 @@ class RowsToScore(Lines):
         super().__init__(source)
         self.task, self.decimal = task, decimal
         self.table: Table | None = None
+        self.notes: Counter[str] = Counter()  # what was assumed of a table
         self.write = next((write for end, write in WRITERS.items() if output.name.lower().endswith(end)), None)
         self.suffix = output.suffix.lower()
         self.probabilities = {label: f"p_{label}" for label in task.labels}
@@ -55,14 +56,17 @@ class RowsToScore(Lines):
         if lines:
             self._open_lines()
         else:
-            self._open_table(notes := Counter())
-            for note in notes:
+            # With the task's columns, as far as it has them, or else with a column of feature strings.
+            wanted = self.task.feature_columns
+            self.table = Table(self.path, wanted, self.decimal, self.notes, self.objects, instead=FIELDS[0])
+            self.header, self._complete = self.table.header, not self.table.columns.keys() & wanted
+            for note in self.notes:
                 print_note(f"{self.path}: {note}")
             if not self.table.count:
                 raise InputError(f"{self.path}: no rows below the header")
         if not self.write and self.suffix != ".jsonl" and (self.table or self.suffix in TABLE_SUFFIXES):
             raise InputError(f"--output: a name with {', '.join(['.jsonl', *WRITERS])} is needed, for its form")
-        if self.write is _write_excel and (self.table.count if self.table else sum(1 for _ in self)) >= EXCEL_ROWS:
+        if self.write is _write_excel and self.count >= EXCEL_ROWS:
             raise InputError(f"{self.path}: an Excel sheet holds {EXCEL_ROWS - 1} rows; write .csv or .parquet")
         if not lines or self.write:
             self._check_names()
@@ -75,12 +79,6 @@ class RowsToScore(Lines):
             return self.path.suffix.lower() != ".jsonl"
         own, (row, _) = tuple(self.task.feature_columns), parse_object(first)
         return not named & row.keys() and any(nearest(name, own) for name in row)
-
-    def _open_table(self, notes: Counter) -> None:
-        """Open a table with the task's columns, as far as it has them, or else with a column of feature strings."""
-        wanted = self.task.feature_columns
-        self.table = Table(self.path, wanted, self.decimal, notes, self.objects, instead=FIELDS[0])
-        self.header, self._complete = self.table.header, not self.table.columns.keys() & wanted
 
     def _open_lines(self) -> None:
         if self.decimal:
@@ -109,6 +107,11 @@ class RowsToScore(Lines):
     def _fields(self) -> tuple[str, ...]:
         """Return the names under which an object may have its text."""
         return (self.task.text_column, FIELDS[0]) if self.task.text_column else FIELDS
+
+    @property
+    def count(self) -> int:
+        """Return the number of rows."""
+        return self.table.count if self.table else sum(1 for _ in self)
 
     @property
     def noted(self) -> bool:

@@ -11,14 +11,12 @@ import resource
 import sys
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import InputError
-from distil.sheets import cell_text, json_rows
-from distil.tables import Table, name_key
+from distil.creditmix.scored import RowsToScore
+from distil.sheets import cell_text
 from distil.tasks import Task, task_of
 
 MAX_ROWS = 1000
@@ -57,67 +55,32 @@ def check_rows(path: Path, rows: int) -> None:
         raise InputError(f"{path}: has {rows:,} rows; the page takes {MAX_ROWS:,}. {LARGER}")
 
 
-def cell_of(value: Any) -> str:
-    """Return a cell as text, lists and objects as JSON."""
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else cell_text(value)
-
-
-def open_table(
-    path: Path, task: Task, decimal: str | None, notes: Counter
-) -> tuple[Table, Callable[[Sequence[Any], dict[str, Any]], str]]:
-    """Return a table, and what makes the feature string of a row from its cells and its values by column, as
-    infer_creditmix.py: from the columns of the task, or else from a column `features` (of JSON objects first from
-    `features`, `question` or `fields`). Raises InputError."""
-    objects, wanted = json_rows(path), task.feature_columns
-
-    def text(value: Any) -> str:
-        return task.features(value) if isinstance(value, dict) else cell_of(value)
-
-    if objects is not None:
-        table = Table(path, {}, None, notes, objects)
-        keys = [name_key(cell) for cell in table.header]
-        complete = [name for name in ("features", "question", "fields") if name in keys]
-        places = [keys.index(name) for name in complete]
-        if complete and not {name_key(name) for name in wanted} & set(complete):
-            return table, lambda cells, values: text(next((cells[i] for i in places if cells[i] is not None), ""))
-    table = Table(path, wanted, decimal, notes, objects, instead="features")
-    if not table.columns.keys() & wanted:
-        return table, lambda cells, values: text(values["features"])
-    names = task.by_column
-    return table, lambda cells, values: task.features({names.get(name, name): v for name, v in values.items()})
-
-
 def table_rows(path: Path, task: Task, decimal: str | None, most: int) -> dict[str, Any]:
     """Return what the page needs of a table: "header" and "cells" as they are, the "lines" and "features" of rows,
     "problems" (why a row cannot be scored, by its number) and "notes" on what was assumed. most: characters of a
     feature string. Raises InputError."""
     check_expanded(path)
-    notes: Counter[str] = Counter()
-    table, features_of = open_table(path, task, decimal, notes)
-    check_rows(path, table.count)
-    if not table.count:
-        raise InputError(f"{path}: has no rows")
-    added = ["prediction", *(f"p_{label}" for label in task.labels), "top2_margin", "refer", "error", "notes"]
-    if clash := {name.casefold() for name in added} & {name.strip().casefold() for name in table.header}:
-        fix = "rename or remove it (a file that was scored before has such columns)"
-        raise InputError(f"{path}: column {', '.join(sorted(clash))} would be there twice in the output; {fix}")
-    answer: dict[str, Any] = {"header": table.header, "cells": [], "lines": [], "features": []}
+    rows = RowsToScore(path, path.with_name("page.csv"), task, decimal, refer=True)
+    rows.open()
+    check_rows(path, rows.count)
+    answer: dict[str, Any] = {"header": rows.header, "cells": [], "lines": [], "features": []}
     problems, letters = {}, 0
-    for number, (line, cells, values) in enumerate(table):
-        text = problem = ""
+    for number, row in enumerate(rows):
+        found, text = rows.parsed(row)
         try:
-            text = features_of(cells, values)
-            problem = "" if task.canonical(text) else "no features"
+            error = found.get("error") or ({} if task.canonical(text) else {"code": "no_features"})
+            problem = "no features" if error.get("code") == "no_features" else error.get("message", "")
         except InputError as error:
             problem = str(error)
-        if problem := f"longer than {most} characters" if len(text) > most else problem:
+        if problem := f"longer than {most} characters" if len(text or "") > most else problem:
             problems[number] = problem
-        row = [cell_of(cell) for cell in cells]
-        if (letters := letters + sum(map(len, row))) > MAX_CELLS:
+        cells = [cell_text(cell) for cell in found["cells"]]
+        if (letters := letters + sum(map(len, cells))) > MAX_CELLS:
             raise InputError(f"{path}: its cells have more than {MAX_CELLS / 1e6:g} million characters; {LARGER}")
-        for name, value in (("cells", row), ("lines", int(line)), ("features", "" if problem else text)):
+        line = int(row[0]) if rows.table else number + 1
+        for name, value in (("cells", cells), ("lines", line), ("features", "" if problem else text)):
             answer[name].append(value)
-    said = [note if count == 1 else f"{note} ({count})" for note, count in notes.items()]
+    said = [note if count == 1 else f"{note} ({count})" for note, count in rows.notes.items()]
     return answer | {"problems": problems, "notes": said}
 
 
