@@ -36,10 +36,8 @@ from distil.teachers.tabular import TABULAR, tabular_rows, teacher_name
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
     add = parser.add_argument_group("teacher").add_argument
-    add(
-        "--teacher",
-        help=f"base model, model folder, adapter folder, or '{TABULAR}': gradient boosting (texts: TF-IDF)",
-    )
+    model = f"base model, model folder, adapter folder, or '{TABULAR}': gradient boosting (texts: TF-IDF)"
+    add("--teacher", help=model)
     add("--teacher_url", help="or: an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
     add("--teacher_model", help="name of the model there")
     cli.add_connection_flags(add)
@@ -51,10 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_task_flag(add)
     add("--output", required=True, help='JSONL to write: {"input", "teacher_output"}, "label_probs" if there are any')
     add("--overwrite", action="store_true", help="replace --output and forget an interrupted run's answers")
-    add(
-        "--labels",
-        help="comma-separated, if the answers are labels (default: the task's, or up to 10 gold answers)",
-    )
+    labels = "comma-separated, if the answers are labels (default: the task's, or up to 10 gold answers)"
+    add("--labels", help=labels)
     add = parser.add_argument_group("answers").add_argument
     add("--rationale", action="store_true", help="label first, then a short reason")
     add("--max_new_tokens", type=int, default=256, help="of an answer (%(default)s)")

@@ -73,10 +73,8 @@ def _labels(path: str, column: Any, missing: Sequence[str], guesses: list[str]) 
         spelt.setdefault(text.casefold(), text)
     labels = sorted(spelt.values(), key=lambda text: (_number(text), text.casefold()))
     if not 2 <= len(labels) <= MOST_LABELS:
-        found = ", ".join(labels[:5])
-        raise InputError(
-            f"{path}: column {column.name} has {len(labels)} different labels ({found} ...); 2 to 100 work"
-        )
+        found = f"{len(labels)} different labels ({', '.join(labels[:5])} ...)"
+        raise InputError(f"{path}: column {column.name} has {found}; 2 to 100 work")
     label_map = {}
     if len(labels) == 2 and {_number(label) for label in labels} == set(BINARY):  # also 0.0 and 1.0
         label_map, labels = {label: BINARY[_number(label)] for label in labels}, list(BINARY.values())

@@ -59,7 +59,7 @@ def customer_id(value: Any) -> str:
 def _raw_table(path: Path, task: Task, objects: list | None, decimal: str | None, notes: Counter) -> Iterator[tuple]:
     """Yield (place, customer id as it is, feature string, label) of each row of a table."""
     columns = list(task.feature_columns)
-    names = [task.text_column] if task.text_column else [field.name for field in task.fields]
+    names = [task.by_column.get(column, column) for column in columns]
     table = read_table(path, task.columns, decimal, notes, objects)
     ids = table[task.group_column] if task.group_column else [None] * len(table)
     cells = zip(table.index, ids, table[task.label_column], *(table[column] for column in columns), strict=True)

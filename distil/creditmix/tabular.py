@@ -99,15 +99,14 @@ def chosen_boosting(
 
 def check_groups(groups: Sequence[str], answers: np.ndarray, task: Task) -> None:
     """Raise InputError where a label has too few groups (customers) for five folds. answers: label indices [rows]."""
-    owned: list[set[str]] = [set() for _ in task.labels]
+    owned: dict[str, set[str]] = {label: set() for label in task.labels}
     for group, answer in zip(groups, answers, strict=True):
-        owned[answer].add(group)
-    counts = [len(customers) for customers in owned]
-    if (fewest := min(counts)) < 5:
-        need = (
-            "at least 5 of each label are needed for cross-fitting; give more rows, or take the label out of the task"
-        )
-        raise InputError(f"{fewest} training customers are {task.labels[counts.index(fewest)]}; {need}")
+        owned[task.labels[answer]].add(group)
+    rarest = min(owned, key=lambda label: len(owned[label]))
+    if (fewest := len(owned[rarest])) < 5:
+        need = "at least 5 of each label are needed for cross-fitting"
+        fix = "give more rows, or take the label out of the task"
+        raise InputError(f"{fewest} training customers are {rarest}; {need}; {fix}")
 
 
 def tabular_teacher(rows: Sequence[CreditRow], labelled: Sequence[bool], seed: int, task: Task) -> np.ndarray:
