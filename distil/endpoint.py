@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -162,6 +162,18 @@ class Client:
                 raise
         if self.problem:
             raise self.problem
+
+    def all(self, items: Sequence[Item], work: Callable[[Item], Result], progress: str | None = None) -> list[Result]:
+        """Return work(item) of each item, in order, as `results`. progress: title of a progress bar on stderr."""
+        from tqdm import tqdm
+
+        bar = tqdm(total=len(items), desc=progress, unit="row", disable=progress is None, file=sys.stderr)
+        found = {}
+        with bar:
+            for number, result in self.results(dict(enumerate(items)), work):
+                found[number] = result
+                bar.update()
+        return [found[number] for number in range(len(items))]
 
     def tried(self, send: Callable[[], Result]) -> Result:
         """Return send(), tried again as the class says. Raises Refused, InputError for a refusal of key, model or

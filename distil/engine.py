@@ -7,12 +7,11 @@ no ids they go as text if that has the same tokens, and as a chat where there is
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common import SYSTEM_PROMPT, InputError, LabelScorer, PromptEncoder
-from distil.endpoint import Client, Refused, Server
+from distil.endpoint import Client, NoAnswer, Refused, Server
 from distil.generation import Written
 from distil.processes import print_note
 from distil.support import context_length
@@ -28,73 +27,72 @@ FORMS = {"ids": "token ids", "text": "text", "chat": "a chat, by the server's ow
 
 class Engine:
     """A client of a served model. path: folder or hub id of its tokenizer and configuration.
-    Raises InputError where the server has another model or tokenizer, or takes no prompts."""
+    Raises InputError where the server takes no prompts, or has another model or tokenizer; NoAnswer."""
 
     def __init__(self, server: Server, path: str):
         from transformers import AutoConfig, AutoTokenizer
 
-        self.client, self.server = Client(server), server
+        self.client, self.model = Client(server), server.model
+        self.url = self.client.url
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.encoder = PromptEncoder(self.tokenizer)
         self.context = context_length(AutoConfig.from_pretrained(path).get_text_config())
         self._level, self._most = 1, len(SIZES) - 1  # of SIZES: where to begin, and what is not refused
-        self._texts: dict[str, int] = {}
-        self._check_model()
-        self.form = ""
-        server_url, problems = self.client.url, []
+        self._texts: dict[str, int] = {}  # tokens whose text is no other's
+        problems = []
         for self.form in FORMS:
             try:
                 self.complete(self.encoder.prompt("-"), max_tokens=1)
                 break
             except (Refused, InputError) as error:
-                problems.append(str(error).removeprefix(f"{server_url} "))
+                problems.append(str(error).removeprefix(f"{self.url} "))
         else:
-            raise InputError(f"{server_url} {'; '.join(dict.fromkeys(problems))}")
+            raise InputError(f"{self.url} {'; '.join(dict.fromkeys(problems))}")
         if problems:
-            print_note(f"{server_url} {'; '.join(problems)}: prompts go as {FORMS[self.form]}")
+            print_note(f"{self.url} {'; '.join(problems)}: prompts go as {FORMS[self.form]}")
+        self._check_model()
 
     def _check_model(self) -> None:
         """Raise InputError where the server has another model or tokenizer by its own word; lower `context` to its."""
-        server, url = self.server, self.client.url
-        listed = self._fact("/models").get("data") or []
-        models = {one.get("id"): one for one in listed if isinstance(one, dict)}
-        model = models.get(server.model) or models.get(f"{server.model}:latest") or {}
+        models = {one.get("id"): one for one in self._fact("/models").get("data") or [] if isinstance(one, dict)}
+        model = models.get(self.model) or models.get(f"{self.model}:latest") or {}
         if models and not model:
-            raise InputError(f"{url} serves {', '.join(map(str, models))[:200]}, not {server.model}: --served_model")
+            names = ", ".join(map(str, models))[:200]
+            raise InputError(f"{self.url} serves {names}, not {self.model}: --served_model")
         sizes = model.get("max_model_len"), (model.get("meta") or {}).get("n_ctx")  # vLLM, llama.cpp
         self.context = min([self.context, *filter(None, sizes)])
         text = self.tokenizer.decode(self.encoder.prompt("-"))
-        body = {"model": server.model, "prompt": text, "add_special_tokens": False}  # vLLM
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}  # vLLM
         body |= {"content": text, "add_special": False, "parse_special": True}  # llama.cpp
         tokens = self._fact("../tokenize", body).get("tokens")
-        if isinstance(tokens, list) and tokens != self._plain(text):
-            fix = "give the folder that it serves as --model_dir"
-            raise InputError(f"{url}: {server.model} has another tokenizer than {self.tokenizer.name_or_path}; {fix}")
+        if isinstance(tokens, list) and tokens != self._tokens(text):
+            other = f"has another tokenizer than {self.tokenizer.name_or_path}"
+            raise InputError(f"{self.url}: {self.model} {other}; give the folder that it serves as --model_dir")
 
     def _fact(self, path: str, body: dict | None = None) -> dict:
         """Return what a server says of itself, {} where it does not."""
         try:
             return self.client.tried(lambda: dict(self._send(path, body)))
-        except (Refused, InputError):
+        except (Refused, InputError, NoAnswer):
             return {}
 
     def _send(self, path: str, body: dict | None) -> Any:
-        if path.startswith("../"):
-            path = str(self.client.client.base_url).rstrip("/").removesuffix("/v1") + path[2:]
         client = self.client.client
-        return client.get(path, cast_to=object) if body is None else client.post(path, cast_to=object, body=body)
+        if path.startswith("../"):
+            path = str(client.base_url).rstrip("/").removesuffix("/v1") + path[2:]
+        return client.post(path, cast_to=object, body=body) if body else client.get(path, cast_to=object)
 
-    def _plain(self, text: str) -> list[int]:
+    def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def complete(self, ids: list[int], **how: Any) -> dict:
         """Return {"text", "finish_reason", "logprobs", "tokens"} of what follows these token ids. how: fields of the
         request. Raises Refused, InputError where the server reads another prompt, NoAnswer."""
-        path, body = "/completions", {"model": self.server.model, "prompt": ids} | how
+        path, body = "/completions", {"model": self.model, "prompt": ids} | how
         if self.form != "ids":
-            body["prompt"] = text = self.tokenizer.decode(ids)
-            if self._plain(text) != ids:  # also where it has what the server would take as control tokens
-                raise InputError(f"{self.client.url} takes no token ids, and a prompt's text has other tokens than it")
+            body["prompt"] = self.tokenizer.decode(ids)
+            if self._tokens(body["prompt"]) != ids:  # also where the server would read control tokens in it
+                raise InputError(f"{self.url} takes no token ids, and a prompt has other tokens as text")
         if self.form == "chat":
             path, body = "/chat/completions", self._chat(body, ids)
 
@@ -102,36 +100,30 @@ class Engine:
             reply = self._send(path, body)
             if "error" in reply:  # with status 200
                 raise ValueError(str(reply["error"]))
-            choice = reply["choices"][0]
-            text = choice["message"]["content"] if self.form == "chat" else choice["text"]
-            usage = reply.get("usage") or {}
-            count = usage.get("prompt_tokens")
-            if isinstance(count, int) and count != len(ids):
-                read = f"{self.client.url} reads {count} tokens of a prompt of {len(ids)}"
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            if (count := usage.get("prompt_tokens") or len(ids)) != len(ids):
+                read = f"{self.url} reads {count} tokens of a prompt of {len(ids)}"
                 if self.form != "chat":
                     raise InputError(f"{read}: its context is too small, or it is not the model of --model_dir")
                 self.client.report(f"note: {read}: its chat template is not that of --model_dir")
-            choice = {"text": text or "", "tokens": usage.get("completion_tokens") or 0} | {
-                name: choice.get(name) for name in ("finish_reason", "logprobs")
-            }
-            if not (choice["text"] or choice["finish_reason"]):
+            text = (choice["message"]["content"] if self.form == "chat" else choice["text"]) or ""
+            if not text and not choice["finish_reason"]:
                 raise ValueError("half a reply")
-            return choice
+            known = {name: choice.get(name) for name in ("finish_reason", "logprobs")}
+            return known | {"text": text, "tokens": usage.get("completion_tokens") or 0}
 
         return self.client.tried(answer)
 
     def _chat(self, body: dict, ids: list[int]) -> dict:
-        """Return the chat of a request, whose prompt must be one user turn."""
+        """Return the chat of a request. Raises InputError for a prompt that is not one user turn."""
         before, _, after = self.tokenizer.decode(self.encoder.prompt("\ue000")).partition("\ue000")
         turn = body.pop("prompt").removeprefix(before).removesuffix(after)
         if self.encoder.prompt(turn) != ids or body.pop("echo", None):
-            raise InputError(f"{self.client.url} has chats alone, in which an answer cannot be begun")
+            raise InputError(f"{self.url} has chats alone, in which an answer cannot be begun")
         if size := body.pop("logprobs", None):
             body |= {"logprobs": True, "top_logprobs": size}
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": turn}]
         return body | {"messages": messages}
-
-    # ------------------------------------------------------------------------------------------------------- scores
 
     def log_probs(self, ids: list[int], wanted: set[int]) -> dict[int, float]:
         """Return {token: log-probability} after these token ids, of all that the server tells; those of `wanted` that
@@ -139,39 +131,35 @@ class Engine:
         level, known = self._level, {}
         while True:
             level = min(level, self._most)
-            size = min(SIZES[level], len(self.tokenizer))
-            how = {"max_tokens": 1, "temperature": 1, "logprobs": size, "return_tokens_as_token_ids": True}
-            try:  # n_probs: as older llama.cpp has it
-                told = self._told(self.complete(ids, **how, n_probs=size)["logprobs"], wanted)
+            try:
+                known |= (told := self._top(ids, min(SIZES[level], len(self.tokenizer)), wanted))
             except Refused as refusal:
                 if "logprob" not in refusal.words or not level:
-                    raise InputError(f"{self.client.url} {refusal}") from None
+                    raise InputError(f"{self.url} {refusal}") from None
                 self._most = min(self._most, level - 1)
-                if known:
-                    return known
-                continue
-            if not told:
-                raise InputError(f"{self.client.url} sends no log-probabilities, which label scores are")
-            known |= told
-            if wanted <= known.keys() or level >= self._most or len(told) < size // 2:
+                if not known:
+                    continue
+            if wanted <= known.keys() or level >= self._most or len(told) < SIZES[level] // 2:
                 return known
             level += 1
             self._level = max(self._level, min(level, 2))  # a larger one is slow to send for every row
 
-    def _told(self, logprobs: Any, wanted: set[int]) -> dict[int, float]:
-        """Return {token: log-probability} of a reply's first token; tokens that have no id but a text that is not of a
-        wanted one get numbers below 0."""
-        logprobs, pairs = logprobs or {}, []
-        if content := logprobs.get("content"):  # llama.cpp, and chats
-            entries = [*(content[0].get("top_logprobs") or []), content[0]]
-            pairs = [(one.get("id", one["token"]), one["logprob"]) for one in entries]
-        elif top := logprobs.get("top_logprobs"):
-            pairs = list((top[0] or {}).items())
-        told: dict[int, float] = {}
-        for number, (token, value) in enumerate(pairs, 1):
-            if isinstance(value, int | float) and LEAST < value < 0.01:
-                told[self._id(token, wanted, -number)] = float(value)
-        return told
+    def _top(self, ids: list[int], size: int, wanted: set[int]) -> dict[int, float]:
+        """Return {token: log-probability} of the `size` most probable next tokens, of fewer if the server sends fewer;
+        those that have no id but a text that is no wanted token's get numbers below 0."""
+        how = {"max_tokens": 1, "logprobs": size, "n_probs": size, "return_tokens_as_token_ids": True}
+        for temperature in (0, 1, 1, 1):  # llama.cpp sends none with half a character, so another token is drawn then
+            logprobs = self.complete(ids, temperature=temperature, **how)["logprobs"] or {}
+            pairs: list[tuple] = []
+            if content := logprobs.get("content"):  # llama.cpp, and chats
+                entries = [*(content[0].get("top_logprobs") or []), content[0]]
+                pairs = [(one.get("id", one["token"]), one["logprob"]) for one in entries]
+            elif top := logprobs.get("top_logprobs"):
+                pairs = list((top[0] or {}).items())
+            pairs = [(token, value) for token, value in pairs if _is_log_prob(value)]
+            if pairs:
+                return {self._id(token, wanted, -number): value for number, (token, value) in enumerate(pairs, 1)}
+        raise InputError(f"{self.url} sends no log-probabilities, which label scores are")
 
     def _id(self, token: int | str, wanted: set[int], other: int) -> int:
         """Return a token's id; of a text that of the wanted token which has it, `other` where none has."""
@@ -181,31 +169,26 @@ class Engine:
             return int(token.removeprefix("token_id:"))
         if missing := wanted - set(self._texts.values()):
             texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-            for i in missing:
-                if texts.count(texts[i]) > 1:
-                    fix = "another server is needed, such as llama.cpp's or vLLM"
-                    raise InputError(f"{self.client.url} sends no token ids, and several are {texts[i]!r}: {fix}")
-                self._texts[texts[i]] = i
+            if shared := [texts[i] for i in missing if texts.count(texts[i]) > 1]:
+                fix = "another server is needed, such as llama.cpp's or vLLM"
+                raise InputError(f"{self.url} sends no token ids, and several are {shared[0]!r}: {fix}")
+            self._texts |= {texts[i]: i for i in missing}
         return self._texts.get(token, other)
 
     def echoed(self, ids: list[int], form: list[int]) -> list[float]:
-        """Return the log-probabilities of the tokens `form` after `ids`, which the server tells as those of a prompt.
+        """Return the log-probabilities of the tokens `form` after `ids`, as those of a prompt that the server repeats.
         Raises InputError where it does not."""
+        how = {"max_tokens": 1, "logprobs": 1, "echo": True, "return_tokens_as_token_ids": True}
         try:
-            how = {"max_tokens": 1, "logprobs": 1, "echo": True, "return_tokens_as_token_ids": True}
             logprobs = self.complete([*ids, *form], **how)["logprobs"]
             part = slice(len(ids), len(ids) + len(form))
             tokens = [self._id(token, set(form), -1) for token in logprobs["tokens"][part]]
-            values = [float(value) for value in logprobs["token_logprobs"][part]]
-            if tokens == form and all(LEAST < value < 0.01 for value in values):
+            if tokens == form and all(map(_is_log_prob, values := logprobs["token_logprobs"][part])):
                 return values
         except (Refused, TypeError, LookupError):
             pass
-        word = self.tokenizer.decode(form)
-        why = f"the label {word!r} is not among the most probable tokens that it sends"
-        raise InputError(f"{self.client.url}: {why}, nor does it echo prompts with log-probabilities")
-
-    # -------------------------------------------------------------------------------------------------------- texts
+        why = f"the label {self.tokenizer.decode(form)!r} is not among the most probable tokens that it sends"
+        raise InputError(f"{self.url}: {why}, nor does it echo prompts with log-probabilities")
 
     def write(
         self,
@@ -219,8 +202,6 @@ class Engine:
     ) -> list[Written]:
         """Return what follows each start (token ids), in order, as `distil.generation.generate`. budget: tokens of
         each; how: more fields of the requests. Raises InputError, NoAnswer."""
-        from tqdm import tqdm
-
         named = (self.encoder.end_of_turn, self.tokenizer.eos_token, self.tokenizer.pad_token)
         ends = list(dict.fromkeys(filter(None, named)))
         how |= {"stop_token_ids": self.tokenizer.convert_tokens_to_ids(ends)}  # vLLM: texts lack them
@@ -231,18 +212,16 @@ class Engine:
             try:
                 choice = self.complete(item[1], **how, **sampled)
             except Refused as refusal:
-                raise InputError(f"{self.client.url} {refusal}") from None
+                raise InputError(f"{self.url} {refusal}") from None
             text = choice["text"]
             text = next((text[:size] for size in range(len(text)) if stop(text[:size])), text)
             return Written(text, choice["tokens"], choice["finish_reason"] != "length")
 
-        results = [Written("", 0, False)] * len(starts)
-        bar = tqdm(total=len(starts), desc=progress, disable=progress is None, file=sys.stderr)
-        with bar:
-            for number, written in self.client.results(dict(enumerate(enumerate(starts))), one):
-                results[number] = written
-                bar.update()
-        return results
+        return self.client.all(list(enumerate(starts)), one, progress)
+
+
+def _is_log_prob(value: Any) -> bool:
+    return isinstance(value, int | float) and LEAST < value < 0.01
 
 
 class EngineScorer(LabelScorer):
@@ -261,16 +240,10 @@ class EngineScorer(LabelScorer):
         """Return raw scores [N, labels] as `LabelScorer.score`. Raises InputError where the server does not tell the
         log-probability of each label, NoAnswer where it ends."""
         import numpy as np
-        from tqdm import tqdm
 
         self.check_length(rows)
-        scores = np.empty((len(rows), len(self.form_ids)))
-        bar = tqdm(total=len(rows), desc=progress, unit="row", disable=progress is None, file=sys.stderr)
-        with bar:
-            for number, row in self.engine.client.results(dict(enumerate(rows)), self._row):
-                scores[number] = row
-                bar.update()
-        return self.joined(scores)
+        scores = self.engine.client.all(rows, self._row, progress)
+        return self.joined(np.array(scores, dtype=float).reshape(len(rows), len(self.form_ids)))
 
     def _row(self, prompt: list[int]) -> list[float]:
         """Return the scores [forms] of one prompt."""

@@ -174,7 +174,7 @@ def test_refusals_for_good_end_at_once(status, serve, model_dir):
 
 def test_a_control_token_in_a_text_is_not_sent_as_one(serve, model_dir):
     scorer = EngineScorer(engine_of(serve("text"), model_dir), FORMS)
-    with pytest.raises(InputError, match="a prompt's text has other tokens than it"):
+    with pytest.raises(InputError, match="a prompt has other tokens as text"):
         scorer.raw_scores(["Age: 5<|im_end|>"])
 
 
