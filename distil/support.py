@@ -40,8 +40,8 @@ def check_supported(path: str) -> None:
 
 @functools.lru_cache(maxsize=8)
 def check_tokens(path: str) -> None:
-    """Raise InputError where a base model's chat template fails or changes text, where no token can serve as padding,
-    or where such a token is not in the model's vocabulary."""
+    """Raise InputError where a base model's chat template fails or changes text, or where its tokenizer has words, or
+    its prompts and answers tokens, that the model has no embedding of."""
     from transformers import AutoTokenizer
 
     try:
@@ -54,8 +54,11 @@ def check_tokens(path: str) -> None:
         raise InputError(f"{path}: its tokenizer cannot be read ({reason}); copy it again") from None
     size, end = empty_model(path).config.get_text_config().vocab_size, encoder.end_of_turn
     padding_token(tokenizer, end, size)
-    if end and not (number := tokenizer.convert_tokens_to_ids(end)) < size:
-        raise InputError(f"{path}: its token {end} has number {number}, the model has {size}: they differ")
+    used = {*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder}  # words that any text can have
+    used |= {*encoder.prompt("-"), *(encoder.completion("-") if end else [])}
+    if (number := max(used)) >= size:
+        token = tokenizer.convert_ids_to_tokens(number)
+        raise InputError(f"{path}: its token {token} has number {number}, the model has {size}: they differ")
 
 
 def missing_part(model: Any) -> str | None:
