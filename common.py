@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import re
+import secrets
 import sys
 import warnings
 from collections import Counter
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SYSTEM_PROMPT = "Follow the instruction and answer with nothing else."
-TEMPLATE_DATE = datetime.date(2024, 7, 26)  # of chat templates that write one
+PROBE = 'Age: 23, a_b: "1.5"\n<x> & {y}:  7\t-\n\n# \\ **b**\u00a0c' + "word " * 700 + "end."  # a user's text
+TEMPLATE_DATE = datetime.date(2024, 7, 26)  # of chat templates that write one: else scores would change every day
+_FORMS = re.findall("-?.", "aAbBcd-dDeFHIjm-mMpSUwWxXyYZ")  # after a % each
+_DATES = "".join(f"|replace('%{form}', '{TEMPLATE_DATE:%{form}}')" for form in _FORMS)
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}\n"  # put before a template
 SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
 
 
@@ -157,12 +162,15 @@ def align_special_tokens(model: Any, tokenizer: Any, end_of_turn: str) -> None:
 
 
 def padding_token(tokenizer: Any, end_of_turn: str, size: int) -> str:
-    """Return a token for padding, below `size` and not `end_of_turn`. Raises InputError where there is none."""
+    """Return a token for padding, below `size`. `end_of_turn` is the last resort, and safe: nothing here derives what
+    is masked or supervised from token ids. Raises InputError where there is none."""
     others = ("<|endoftext|>", "<pad>", "<|pad|>", "<|finetune_right_pad_id|>", tokenizer.unk_token)
-    for token in (tokenizer.pad_token, *others):
-        if tokenizer.get_vocab().get(token, size) < size and token != end_of_turn:
+    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens, vocabulary = (tokenizer.pad_token, *others, *special), tokenizer.get_vocab()
+    for token in (*(token for token in tokens if token != end_of_turn), end_of_turn):
+        if vocabulary.get(token, size) < size:
             return token
-    raise InputError(f"{tokenizer.name_or_path}: no token can serve as padding apart from end-of-turn")
+    raise InputError(f"{tokenizer.name_or_path}: no token below the model's {size} can serve as padding: they differ")
 
 
 def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05) -> LoraConfig:
@@ -176,94 +184,108 @@ def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05) -> LoraConf
 # ---------------------------------------------------------------------------------------------------------- prompts
 
 
-def plain_text_tokenizer(tokenizer: Any) -> Any:
-    """Return a copy of a tokenizer's backend to which every added token is plain text.
-
-    `split_special_tokens` alone leaves those in force that are not marked as special, such as Qwen's <tool_call>.
-    Raises InputError for a tokenizer without a backend.
-    """
+def text_tokenizer(tokenizer: Any) -> tuple[Any, dict[str, str]]:
+    """Return a copy of a tokenizer's backend whose added tokens have names drawn at random, and {token: name}.
+    No text of a user's has such a name, so control tokens in it are plain text, special or not, also for a vocabulary
+    that would find them by itself. Runs of blanks (Gemma, GPT-NeoX) are text and keep theirs.
+    Raises InputError for a tokenizer without a backend."""
     from tokenizers import Tokenizer
 
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise InputError(f"{tokenizer.name_or_path}: a tokenizer.json is needed; this tokenizer has none")
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in description["added_tokens"]:
-        token["special"] = True
+    description, names, draw = json.loads(tokenizer.backend_tokenizer.to_str()), {}, secrets.token_hex(8)
+    for number, token in enumerate(description["added_tokens"]):
+        if (text := token["content"]).replace("\u2581", " ").strip():
+            names[text] = token["content"] = f"<{draw}-{number}>"
+    model = description["model"]
+    vocabulary = model["vocab"]  # {token: number}; a list of [token, score] in Unigram models
+    pairs = vocabulary.items() if isinstance(vocabulary, dict) else vocabulary
+    model["vocab"] = type(vocabulary)([names.get(token, token), value] for token, value in pairs)
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if names.keys().isdisjoint((*pair, "".join(pair)))]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     plain = Tokenizer.from_str(json.dumps(description))
-    plain.encode_special_tokens = True
     plain.no_truncation()
     plain.no_padding()
-    return plain
+    return plain, names
 
 
 class PromptEncoder:
     """Turns a user turn into the token ids of the model's own chat template, ending at the assistant start.
 
-    Each stretch of text between control tokens is tokenised in one piece, with control tokens in it read as plain
-    text, so the ids equal the template's own for ordinary text and no user text can become a control token.
-    A tokenizer without a chat template gets the text and a newline.
+    The template is rendered once. What it writes keeps its tokens, special or not; the user's text between is plain.
+    Both are tokenised in one piece, so the ids are the template's own. Its date is TEMPLATE_DATE, thinking is off, and
+    an empty thought that it then writes belongs to the prompt. Without a template: the text and a newline.
     """
 
-    _SLOT = "\ue000"
+    _SLOT, _ANSWER = "\ue000", "\ue001"
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self._plain = plain_text_tokenizer(tokenizer)
-        self.end_of_turn = tokenizer.eos_token
-        self._parts: list[int | str] | None = None
-        if tokenizer.chat_template is None:
-            return
-        date = r"strftime_now\s*\(\s*(?:format\s*=\s*)?(['\"])(.+?)\1\s*\)"  # would change scores every day
-        written = tokenizer.get_chat_template()
-        self._template = re.sub(date, lambda call: repr(TEMPLATE_DATE.strftime(call[2])), written)
-        if re.search(r"strftime_now(?!\s+is\b)", self._template):
-            raise InputError(f"{tokenizer.name_or_path}: its chat template writes the date of the day; take another")
-        rendered = self._render([{"role": "user", "content": self._SLOT}], add_generation_prompt=True)
-        if rendered.count(self._SLOT) != 1:
-            raise InputError(f"{tokenizer.name_or_path}: its chat template has not the user's text once; take another")
-        special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        pattern = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
-        self._parts = [special.get(piece, piece) for piece in pattern.split(rendered) if piece]
-        answered = self._render([{"role": "user", "content": "-"}, {"role": "assistant", "content": self._SLOT}])
-        after = pattern.search(answered.rpartition(self._SLOT)[2])
-        self.end_of_turn = after[0] if after else tokenizer.eos_token
-        self._check('Age: 23, a_b: "1.5"\n<x> & {y}:  7\t-\n\n# \\ **b**\u00a0c' + "word " * 700 + "end.")
-
-    def _check(self, turn: str) -> None:
-        """Raise InputError where plain text has other tokens than by the template itself; it names the first one."""
-        ids, how = self.prompt(turn), {"tokenize": True, "add_generation_prompt": True}
-        wanted = self._render([{"role": "user", "content": turn}], **how)["input_ids"]
-        for i in range(max(len(ids), len(wanted))):
-            if ids[: i + 1] != wanted[: i + 1]:
-                ours, theirs = (self.tokenizer.decode(row[i : i + 1]) for row in (ids, wanted))
+        self.tokenizer, self.end_of_turn, self._trim = tokenizer, tokenizer.eos_token, str
+        self._templated = tokenizer.chat_template is not None
+        before, after, start, rest = "", "\n", "\n", ""
+        if self._templated:
+            before, after = self._render(self._SLOT).split(self._SLOT)
+            blank = self._render(f"\n {self._SLOT} \n")
+            kept = blank.startswith(f"{before}\n "), blank.endswith(f" \n{after}")
+            self._trim = {(1, 1): str, (0, 1): str.lstrip, (1, 0): str.rstrip, (0, 0): str.strip}[kept]
+            answered = self._render(self._SLOT, self._ANSWER).rpartition(self._SLOT)[2]
+            start, found, rest = answered.partition(self._ANSWER)
+            # Up to the answer: some templates write no assistant start, or can end a thought only before an answer.
+            start = start if found and start.startswith(after) else after
+        self._plain, names = text_tokenizer(tokenizer)
+        control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+        self.end_of_turn = ended[0] if (ended := control.search(rest)) else tokenizer.eos_token
+        # Blanks before an answer are a part of its first token, as after Mistral's [/INST].
+        start, self._gap = start.rstrip(" "), start[len(start.rstrip(" ")) :]
+        self._before, self._start = (control.sub(lambda token: names[token[0]], text) for text in (before, start))
+        for turn in (PROBE, " \n\t x\n\n ") if self._templated else ():
+            ids, rendered = self.prompt(turn), self._render(turn).removesuffix(after) + start
+            wanted = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+            if ids != wanted:
+                i = next(i for i in range(len(ids) + len(wanted)) if ids[: i + 1] != wanted[: i + 1])
+                ours, theirs = (tokenizer.decode(row[i : i + 1]) for row in (ids, wanted))
                 what = f"token {i} of a prompt is {theirs!r} by the chat template, and {ours!r} with text kept as text"
-                raise InputError(f"{self.tokenizer.name_or_path}: {what}; take a model with special tokens there")
+                raise InputError(f"{tokenizer.name_or_path}: {what}; take another model")
 
-    def _render(self, messages: list[dict], **kwargs: Any) -> Any:
+    def _render(self, user: str, answer: str | None = None) -> str:
+        """Return what the template writes for a user turn up to the assistant start, or with an answer."""
+        turns = [{"role": "user", "content": user}] + ([{"role": "assistant", "content": answer}] if answer else [])
         system = {"role": "system", "content": SYSTEM_PROMPT}
-        first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{messages[0]['content']}"}  # Gemma has no system turn
-        how = {"tokenize": False, "chat_template": self._template} | kwargs
-        for turns in ([system, *messages], [first, *messages[1:]]):
+        first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{user}"}  # Gemma has no system turn
+        how = {"tokenize": False, "chat_template": FIXED_DATE + self.tokenizer.get_chat_template()}
+        how |= {"add_generation_prompt": not answer, "enable_thinking": False, "thinking": False}
+        for messages in ([system, *turns], [first, *turns[1:]]):
             try:
-                return self.tokenizer.apply_chat_template(turns, **how)
+                text = self.tokenizer.apply_chat_template(messages, **how)
             except Exception as error:  # a template is a program
-                fails = f"its chat template fails ({' '.join(str(error).split())[:120]}); take another model"
-        raise InputError(f"{self.tokenizer.name_or_path}: {fails}")
+                fails = f"its chat template fails ({' '.join(str(error).split())[:120]})"
+                continue
+            if SYSTEM_PROMPT in text and text.count(self._SLOT) == user.count(self._SLOT):  # Phi-3's first left it out
+                return text
+            fails = "its chat template has not the user's text once"
+        raise InputError(f"{self.tokenizer.name_or_path}: {fails}; take another model")
 
-    def text(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Return the token ids of plain text; control tokens in it stay text."""
-        return self._plain.encode(text, add_special_tokens=add_special_tokens).ids
+    def _ids(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def _following(self, text: str) -> list[int] | None:
+        """Return the token ids of a text after the assistant start, None where the two merge."""
+        start, joint = self._ids("-" + self._start), self._ids(f"-{self._start}{self._gap}{text}")
+        return (joint[len(start) :] if joint[: len(start)] == start else None) if text else []
 
     def prompt(self, user_turn: str) -> list[int]:
         """Return the token ids of system turn, user turn and assistant start."""
-        if self._parts is None:
-            ids = self.text(user_turn + "\n", add_special_tokens=True)
-            ended = ids[-1:] == [self.tokenizer.eos_token_id]  # by tokenizers that end every text; an answer follows
-            return ids[:-1] if ended else ids
-        ids = []
-        for part in self._parts:
-            ids += [part] if isinstance(part, int) else self.text(part.replace(self._SLOT, user_turn))
-        return ids
+        text = f"{self._before}{self._trim(user_turn)}{self._start}"
+        if self._templated:
+            return self._ids(text)
+        ids = self._plain.encode(text).ids
+        return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids  # some end every text
+
+    def text(self, text: str) -> list[int]:
+        """Return the token ids of a text as it follows a prompt; control tokens in it stay text."""
+        return self._ids(text) if (ids := self._following(text)) is None else ids
 
     def completion(self, text: str) -> list[int]:
         """Return the token ids of an answer with the end-of-turn token that training teaches and scoring omits."""
@@ -271,11 +293,9 @@ class PromptEncoder:
 
     def label(self, text: str) -> list[int]:
         """Return the token ids of a label. Raises InputError where they would merge with the assistant start."""
-        alone = self.text(text)
-        joint = self.text("\n" + text)
-        if joint[-len(alone) :] != alone or not alone:
-            raise InputError(f"label {text!r} has no stable tokens after the assistant start; choose another word")
-        return alone
+        if ids := self._following(text):
+            return ids
+        raise InputError(f"label {text!r} has no stable tokens after the assistant start; choose another word")
 
 
 # ---------------------------------------------------------------------------------------------------- label scoring

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+LINES = [  # that tokenizers are trained on
+    "system\n\nFollow the instruction and answer with nothing else.\n\nuser\n\nAge: 23, a_b: Good Standard Bad",
+    "Good\nStandard\n\nBad\nassistant model instruction answer nothing Occupation Annual Income Debt",
+] * 20
 
 
 def build_tokenizer():
@@ -46,6 +53,53 @@ def build_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
     )
+
+
+def byte_tokenizer(added: Sequence[Any], **names: Any):
+    """Return a byte-level BPE that cuts text as Llama 3's and Qwen's do: line ends merge with those that follow.
+    added: names of special tokens, or AddedTokens. names: eos_token and others, chat_template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    cut = pre_tokenizers.Split(Regex(words), behavior="isolated")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False))
+    raw.add_special_tokens([token for token in added if isinstance(token, str)])
+    raw.add_tokens([token for token in added if not isinstance(token, str)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **names)
+
+
+def sentencepiece_tokenizer(blank: str, added: Sequence[Any] = (), **names: Any):
+    """Return a BPE with byte fallback, as converted from SentencePiece. blank: how a text gets a blank in front:
+    'prepend' (Llama 2, Phi-3, Zephyr), 'first' or 'always' (Metaspace), or not at all, 'never' (Gemma).
+    added, names: as for `byte_tokenizer`; <unk>, <s> and </s> are there."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    learned = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += sorted({*learned["vocab"], "\u2581"} - {"\n"})
+    merges = [pair for pair in map(tuple, learned["merges"]) if "\n" not in "".join(pair)]
+    tokens, how = [token for token in tokens if token == token.strip("\n")], {"unk_token": "<unk>", "fuse_unk": True}
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    raw = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, **how))
+    if blank in ("first", "always"):
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=blank, split=False)
+    else:
+        before = [normalizers.Prepend("\u2581")] if blank == "prepend" else []
+        raw.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw.decoder = decoders.Sequence(parts + ([] if blank == "never" else [decoders.Strip(" ", 1, 0)]))
+    raw.add_special_tokens(["<unk>", "<s>", "</s>", *(token for token in added if isinstance(token, str))])
+    raw.add_tokens([token for token in added if not isinstance(token, str)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", **names)
 
 
 def save_random_model(folder: Path, tokenizer, architecture: str) -> str:

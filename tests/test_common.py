@@ -214,15 +214,14 @@ def test_a_template_that_refuses_a_system_turn_gets_its_text_in_the_user_turn():
     assert tokenizer.decode(PromptEncoder(tokenizer).prompt("Debt: 1")) == expected
 
 
-def test_a_template_whose_tokens_would_be_spelt_out_is_refused():
-    """As that of DeepSeek-R1-Distill, whose <|User|> is an added token and not a special one."""
+def test_a_template_whose_tokens_the_tokenizer_spells_out_is_refused():
+    """A token of a single word is none within a word, where the template writes it."""
     from tokenizers import AddedToken
 
     tokenizer = build_tokenizer()
-    tokenizer.add_tokens([AddedToken("<|user|>", special=False)])
-    tokenizer.chat_template = CHATML.replace("message['role']", "'<|user|>'")
-    expected = r"token 1 of a prompt is '<\|user\|>' by the chat template, and '<' with text kept as text"
-    with pytest.raises(InputError, match=expected):  # token 0 is <|im_start|>
+    tokenizer.add_tokens([AddedToken("user", single_word=True)])
+    tokenizer.chat_template = CHATML.replace("message['role']", "'_' + message['role']")
+    with pytest.raises(InputError, match="token 19 of a prompt is 'user' by the chat template, and '<'"):
         PromptEncoder(tokenizer)
 
 
@@ -286,11 +285,20 @@ def test_a_template_with_a_date_gives_the_same_prompt_every_day(tokenizer, call)
     assert "26 Jul 2024 00" in other.decode(PromptEncoder(other).prompt("x"))
 
 
-def test_a_date_that_cannot_be_kept_is_refused(tokenizer):
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{% set form = '%d %b %Y %S' %}{{ strftime_now(form) }}",
+        "{% set today = strftime_now %}{{ today('%d %b %Y') ~ ' ' ~ today('%S') }}",
+        "{% macro day() %}{{ strftime_now('%d %b %Y %H') }}{% endmacro %}{{ day() }}",
+        "{{ strftime_now('%-d %b %Y %I')|replace('12', '00') }}",
+    ],
+)
+def test_a_date_in_another_form_is_the_same_one(tokenizer, written):
     other = copy.deepcopy(tokenizer)
-    other.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + CHATML
-    with pytest.raises(InputError, match="its chat template writes the date of the day"):
-        PromptEncoder(other)
+    other.chat_template = "  \n" + written + CHATML
+    prompt = PromptEncoder(other).prompt("x")
+    assert other.decode(prompt) == "  \n26 Jul 2024 00" + other.decode(PromptEncoder(tokenizer).prompt("x"))
 
 
 def test_the_answer_follows_a_prompt_without_an_end_of_text(tokenizer):

@@ -98,9 +98,9 @@ def test_rooms_have_at_most_5_levels_and_60_arrows():
 
 @pytest.mark.parametrize("name", sorted(name for name in NAMES if layer(name) < 5 or room(name) == "bench"))
 def test_modules_and_functions_keep_their_caps(name):
-    """Files of at most 330 lines, common.py 450 (benches are exempt); functions of at most 80."""
+    """Files of at most 330 lines, common.py 480 (benches are exempt); functions of at most 80."""
     text = NAMES[name].read_text()
-    assert room(name) == "bench" or len(text.splitlines()) <= (450 if name == "common" else 330)
+    assert room(name) == "bench" or len(text.splitlines()) <= (480 if name == "common" else 330)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno + 1 <= 80, node.name
