@@ -25,7 +25,7 @@ from distil.processes import only_one
 from distil.runs import run_record
 from distil.scoring import FastLabelScorer
 from distil.splits import EXPORTED, provenance
-from distil.tasks import TASK_FILE, model_task
+from distil.tasks import PROMPTS, TASK_FILE, model_task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             report = compare(ref, str(new), rows, args.batch_size)
             check_unchanged(ref)
             if task := model_task(ref):
-                write_json(new / TASK_FILE, task.record)
+                write_json(new / TASK_FILE, task.record | PROMPTS)
             write_json(new / "export.json", report)
             if save_dir.exists():
                 save_dir.rename(Path(folder) / "old")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from common import InputError
+from common import TEMPLATE_DATE, InputError
 from distil.features import Field, RowFormat
 from distil.files import read_json
 from distil.models import ModelRef
@@ -28,6 +28,8 @@ DEFAULT_TASK = Path(__file__).parent.parent / "data" / "creditmix_task.json"
 TASK_FILE = "task.json"  # in the folder of an adapter or export
 KEYS = ("name", "instruction", "labels", "label_column", "label_map", "missing", "fields")  # of a file, in order
 KEYS += ("text_column", "group_column", "balanced", "validation_share", "label_tokens")
+# What `PromptEncoder` sets in chat templates, in the file of an adapter or export besides its task.
+PROMPTS = {"template_date": TEMPLATE_DATE.isoformat(), "thinking": False}
 KINDS = ("number", "word", "text")
 LABEL_TOKENS = ("all", "distinct")
 MOST_LABELS = 100
@@ -112,6 +114,10 @@ def task_of(record: Any, place: str) -> Task:
             raise InputError(f"{place}: {what}")
 
     need(isinstance(record, dict), "not a task: a JSON object is needed")
+    for name, value in PROMPTS.items():
+        differs = f'"{name}" is {json.dumps(record.get(name))} there and {json.dumps(value)} in this version'
+        need(record.get(name, value) == value, f"{differs}, so its prompts would differ; train it again")
+    record = {name: value for name, value in record.items() if name not in PROMPTS}
     known = [field.name for field in fields(Task)]
     need(not (odd := sorted(set(record) - set(known))), f"unknown key {', '.join(odd)}; a task has {', '.join(known)}")
     needed = [name for name in ("name", "instruction", "labels", "label_column") if name not in record]

@@ -20,7 +20,7 @@ import sft_train
 from common import InputError
 from data import make_examples
 from distil.creditmix.draft import draft_task, task_lines, task_text
-from distil.tasks import Task, task_of
+from distil.tasks import PROMPTS, Task, task_of
 
 ROWS = 120
 
@@ -210,7 +210,7 @@ def run_through(
     assert {row.get("output", row.get("teacher_output")) for row in rows} == set(task.labels)
     flags = ["--student", model_dir, "--data", f"made/{task.name}_{part}.jsonl", "--save_dir", "run", *QUICK]
     assert trainer.main(flags) == 0
-    assert task_of(json.loads(Path("run/task.json").read_text()), "run") == task
+    assert json.loads(Path("run/task.json").read_text()) == task.record | PROMPTS
     few = ["--fit_per_class", "5", "--val_per_class", "5", "--bootstrap", "20", "--report_dir", "report"]
     few += ["--fit", "--calibration", "auto", *PLAIN]
     assert eval_creditmix.main(["--model_dir", "run", "--data", data, *few]) == 0

@@ -20,7 +20,7 @@ from distil.creditmix.rows import read_rows, sample_rows
 from distil.features import Field, canonical_number
 from distil.models import resolve
 from distil.splits import Provenance, split_of
-from distil.tasks import Task, chosen_task, default_task, model_task, read_task, task_of
+from distil.tasks import PROMPTS, Task, chosen_task, default_task, model_task, read_task, task_of
 from distil.training.data import TrainingData
 from distil.training.run import task_of_run
 
@@ -53,6 +53,12 @@ def test_the_record_of_a_task_is_its_file():
     assert json.loads(Path("data/creditmix_task.json").read_text()) == TASK.record
 
 
+def test_a_task_of_an_adapter_has_what_its_prompts_were_made_with():
+    assert PROMPTS == {"template_date": "2024-07-26", "thinking": False}
+    assert task_of(RECORD | PROMPTS, "runs/a/task.json") == LOANS
+    assert not set(PROMPTS) & set(LOANS.record)  # nobody has to write them
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -80,6 +86,8 @@ def test_the_record_of_a_task_is_its_file():
         ({"validation_share": 1}, '"validation_share"'),
         ({"label_tokens": "first"}, '"label_tokens"'),
         ({"balanced": "yes"}, '"balanced"'),
+        ({"thinking": True}, '"thinking" is true there and false in this version, so its prompts would differ'),
+        ({"template_date": "2026-01-01"}, '"template_date" is "2026-01-01" there and "2024-07-26" in this version'),
         ({"colour": 1}, "unknown key colour"),
         ({"labels": None}, "labels missing"),
     ],

@@ -23,7 +23,7 @@ from distil.files import write_json
 from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import print_note, rank_and_world
 from distil.splits import recorded
-from distil.tasks import TASK_FILE, Task, model_task, shared_task, task_of
+from distil.tasks import PROMPTS, TASK_FILE, Task, model_task, shared_task, task_of
 from distil.training.data import RowSizes, TrainingData
 from distil.training.flags import TrainOptions
 from distil.training.memory import check_memory, fit_to_memory
@@ -231,7 +231,7 @@ def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[d
     plot_curve(done / "training_curve.png", history, f"{save_dir.name} ({run['method']})")
     write_json(done / "run.json", run)
     if task:
-        write_json(done / TASK_FILE, task.record)
+        write_json(done / TASK_FILE, task.record | PROMPTS)
     for name in ("run.json", "calibration.json", TASK_FILE):  # of the run that this one replaces
         (save_dir / name).unlink(missing_ok=True)
     for path in sorted(done.iterdir(), key=lambda path: path.name == "run.json"):
