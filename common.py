@@ -96,10 +96,10 @@ def load_model(
     model, report = AutoModelForCausalLM.from_pretrained(
         path,
         output_loading_info=True,
-        quantization_config=nf4 if quantization == "nf4" else None,
         dtype=compute,
         device_map="auto" if offload else device_map,
         use_safetensors=True,
+        **({"quantization_config": nf4} if quantization == "nf4" else {}),  # None would undo the base's own
         **({"offload_folder": offload_folder} if offload else {}),
     )
     if surplus := sorted(report["unexpected_keys"]):
