@@ -1,7 +1,8 @@
 """Merge an adapter into its base and save a plain model folder, which any program that reads such folders can load.
 
 Departures from merging in place: the base is loaded in bf16, never in NF4 (a merge into 4-bit weights rounds the
-adapter away); the folder is loaded again and scores a sample, as the adapter does, to measure what the export changed.
+adapter away), and one that bitsandbytes has quantised is dequantised first; the folder, and a GGUF file of it, is
+loaded again and scores a sample, as the adapter does, to measure what the export changed.
 Where the base does not fit the GPU, CUDA_VISIBLE_DEVICES= exports on the CPU.
 
     python export_adapter.py --model_dir runs/creditmix_sft --save_dir runs/creditmix_sft_merged
@@ -17,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import InputError, PromptEncoder
+from common import InputError, PromptEncoder, add_adapters
+from distil import exports
 from distil.cli import new_parser, refuse_unused, run_script
 from distil.files import check_folder, hold, read_jsonl, write_json
 from distil.models import LoadOptions, ModelRef, check_unchanged, load, model_fingerprint, resolve
@@ -44,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rows", type=int, default=200, help="first rows of it to compare; 0: none (%(default)s)")
     add("--batch_size", type=int, default=32, help="rows scored in one forward (%(default)s)")
     add("--overwrite", action="store_true", help="replace an earlier export in --save_dir")
+    add("--gguf", choices=exports.GGUF_TYPES, help="write a GGUF file for llama.cpp and Ollama too")
+    add("--llama_cpp", default="llama.cpp", help="folder of llama.cpp with its converter (%(default)s)")
     return parser
 
 
@@ -59,12 +63,16 @@ def read_sample(ref: ModelRef, sample: str | None, count: int) -> list[tuple[str
     return list(zip(first, second, strict=True))
 
 
-def sample_scores(ref: ModelRef, quantization: str, rows: list[tuple[str, str]], batch_size: int) -> np.ndarray:
-    """Return the mean log-probability per token of the sample's labels [N, labels], or of each own answer [N, 1]."""
+def sample_scores(
+    ref: ModelRef, quantization: str, rows: list[tuple[str, str]], batch_size: int, gguf: str | None = None
+) -> np.ndarray:
+    """Return the mean log-probability per token of the sample's labels [N, labels], or of each own answer [N, 1].
+    gguf: the file in the model's folder to take the weights from."""
     import numpy as np
 
     gc.collect()  # of the model before, which may be in a circle
     model, tokenizer = load(ref, LoadOptions(quantization, "bfloat16"), notes=False)
+    model = exports.load_gguf(Path(ref.path), gguf) if gguf else model
     encoder, answers = PromptEncoder(tokenizer), sorted({answer for _, answer in rows})
     task = model_task(ref)
     few = len(answers) <= MOST_LABELS and len(answers) < len(rows)  # if all differ they are texts, not labels
@@ -80,13 +88,20 @@ def sample_scores(ref: ModelRef, quantization: str, rows: list[tuple[str, str]],
 
 
 def merge(ref: ModelRef, folder: Path) -> None:
-    """Write the merged model, computed in bf16, and its tokenizer into a folder."""
-    model, tokenizer = load(ref, LoadOptions("none", "bfloat16"), trainable=True, notes=False)
+    """Write the merged model, computed in bf16, and its tokenizer into a folder. A base that
+    bitsandbytes has quantised is dequantised first."""
+    options = LoadOptions("none", "bfloat16")
+    if exports.quantised_by(ref.path):
+        base, tokenizer = load(resolve(ref.base), options, notes=False)
+        model = add_adapters(base.dequantize(), {"default": str(ref.adapter)}, trainable=True)
+    else:
+        model, tokenizer = load(ref, options, trainable=True, notes=False)
     merged: Any = model.merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
     merged.config.update({EXPORTED: provenance(ref.name).record})
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    exports.rewrite_for_readers(folder, ref.path)
 
 
 def check_target(ref: ModelRef, save_dir: Path, overwrite: bool) -> None:
@@ -102,28 +117,43 @@ def check_target(ref: ModelRef, save_dir: Path, overwrite: bool) -> None:
         raise InputError(f"{save_dir}: an export is here; replace it with --overwrite or choose another folder")
 
 
-def compare(ref: ModelRef, merged: str, rows: list[tuple[str, str]], batch_size: int) -> dict[str, Any]:
-    """Return how the merged model's scores of the rows differ from the adapter's on either base: largest and mean
-    difference, and the share of rows with the same best label."""
+def compare(
+    ref: ModelRef, merged: ModelRef, rows: list[tuple[str, str]], batch_size: int, gguf: str | None
+) -> dict[str, Any]:
+    """Return how the merged model's scores of the rows differ from the adapter's on either base, and those of its GGUF
+    file from its own: largest and mean difference, and the share of rows with the same best label."""
     report: dict[str, Any] = {"adapter": ref.name, "fingerprint": model_fingerprint(ref)}
     report |= provenance(ref.name).record
-    if rows:
-        after = sample_scores(resolve(merged), "none", rows, batch_size)
-        report["rows"] = len(rows)
-        for name, quantization in (("bf16", "none"), ("NF4", "nf4")):
-            before = sample_scores(ref, quantization, rows, batch_size)
-            gap = abs(after - before)
-            change = {"largest": float(gap.max()), "mean": float(gap.mean())}
-            if after.shape[1] > 1:
-                change["same_label"] = float((before.argmax(axis=1) == after.argmax(axis=1)).mean())
-            report[f"change from adapter on {name} base"] = {key: round(value, 4) for key, value in change.items()}
+    if not rows:
+        return report
+    after = sample_scores(merged, "none", rows, batch_size)
+    report["rows"] = len(rows)
+    bases = {"NF4": "none"} if exports.quantised_by(ref.path) else {"bf16": "none", "NF4": "nf4"}
+    for name, quantization in bases.items():
+        before = sample_scores(ref, quantization, rows, batch_size)
+        report[f"change from adapter on {name} base"] = change(before, after)
+    if gguf:
+        try:
+            report["change by GGUF"] = change(after, sample_scores(merged, "none", rows, batch_size, gguf))
+        except Exception as error:  # transformers reads GGUF files of some architectures alone
+            report["change by GGUF"] = f"not measured: {' '.join(str(error).split())[:120]}"
     return report
+
+
+def change(before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+    """Return how far two score tables [N, labels] are apart, rounded."""
+    gap = abs(after - before)
+    found = {"largest": float(gap.max()), "mean": float(gap.mean())}
+    if after.shape[1] > 1:
+        found["same_label"] = float((before.argmax(axis=1) == after.argmax(axis=1)).mean())
+    return {key: round(value, 4) for key, value in found.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     only_one("the export")
-    refuse_unused(parser, argv, {"--rows 0 compares none": [] if args.rows else ["sample", "batch_size"]})
+    unused = {"--rows 0 compares none": [] if args.rows else ["sample", "batch_size"]}
+    refuse_unused(parser, argv, unused | {"only with --gguf": [] if args.gguf else ["llama_cpp"]})
     ref = resolve(args.model_dir)
     if not ref.adapter:
         raise InputError(f"{args.model_dir}: not an adapter folder; there is nothing to merge")
@@ -133,12 +163,17 @@ def main(argv: list[str] | None = None) -> int:
     with hold(save_dir):
         check_target(ref, save_dir, args.overwrite)
         rows = read_sample(ref, args.sample, args.rows)
+        exports.check_export(ref.path, args.gguf, args.llama_cpp)
         save_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_dir.parent, prefix=save_dir.name + ".") as folder:
             new = Path(folder) / "new"
             merge(ref, new)
-            report = compare(ref, str(new), rows, args.batch_size)
+            file = f"{save_dir.name}-{args.gguf}.gguf" if args.gguf else None
+            if file:
+                exports.write_gguf(new, file, args.gguf, args.llama_cpp)
+            report = compare(ref, resolve(str(new)), rows, args.batch_size, file)
             check_unchanged(ref)
+            exports.write_notes(new, save_dir.name, ref.name, ref.base, file)
             if task := model_task(ref):
                 write_json(new / TASK_FILE, task.record | PROMPTS)
             write_json(new / "export.json", report)
