@@ -170,9 +170,11 @@ def write_fitted(
     return path
 
 
-def read_fitted(ref: ModelRef, options: ScoringOptions) -> dict | None:
+def read_fitted(ref: ModelRef, options: ScoringOptions) -> Calibration | None:
     """Return the stored calibration of a model, None where there is none.
     Raises InputError where it was fitted for another model or other scoring settings, or is damaged."""
+    import numpy as np
+
     path, again = calibration_path(ref), "fit again with eval_creditmix.py --fit"
     if not path.is_file():
         return None
@@ -183,12 +185,15 @@ def read_fitted(ref: ModelRef, options: ScoringOptions) -> dict | None:
         if (old := stored.get(name)) != value:
             other = f"fitted with another {name} ({old}, now {value})"
             raise InputError(f"{path}: {other}; {again}, or use --calibration contextual")
-    numbers = [stored.get("temperature")]
-    for table in (stored.get("prior"), stored.get("bias")):
+    temperature, tables = stored.get("temperature"), [stored.get("prior"), stored.get("bias")]
+    numbers = [temperature]
+    for table in tables:
         numbers += table.values() if isinstance(table, dict) and set(table) == set(options.labels) else [None]
-    if not all(type(x) in (int, float) for x in numbers) or numbers[0] <= 0:
+    named = type(stored.get("calibration")) is str
+    if not named or not all(type(x) in (int, float) for x in numbers) or temperature <= 0:
         raise InputError(f"{path}: prior, bias or temperature is damaged; {again}")
-    return stored
+    prior, bias = (np.array([table[label] for label in options.labels]) for table in tables)
+    return Calibration(stored["calibration"], prior, bias, temperature)
 
 
 def check_fitted(
@@ -218,19 +223,14 @@ def check_fitted(
 
 def fitted_calibration(ref: ModelRef, options: ScoringOptions) -> Calibration | None:
     """Return the stored calibration that --calibration selects, or None. Raises InputError where it is not stored."""
-    import numpy as np
-
     method = options.calibration
     if method in ("none", "contextual"):
         return None
     stored = read_fitted(ref, options)
-    if method != "auto" and (stored or {}).get("calibration") != method:
+    if method != "auto" and (stored is None or stored.method != method):
         fix = f"eval_creditmix.py --fit --calibration {method} writes it"
         raise InputError(f"{calibration_path(ref)}: does not hold a {method} one; {fix}")
-    if not stored:
-        return None
-    prior, bias = (np.array([stored[key][label] for label in options.labels]) for key in ("prior", "bias"))
-    return Calibration(stored["calibration"], prior, bias, stored["temperature"])
+    return stored
 
 
 def unfitted_note(ref: ModelRef, fitted: Calibration | None, options: ScoringOptions) -> str | None:
