@@ -24,6 +24,7 @@ DAY = re.compile(  # year month day; day month year or month day year; day name 
     re.IGNORECASE,
 )
 NUMBER = re.compile(r"\d(?:[\d.,']*\d)?(?: \d(?:[\d.,']*\d)?)*")  # with what follows it after single spaces
+GROUPS = re.compile(r"\d{1,3}(?: \d{3})+(?:[.,]\d+)?")  # one number with spaces as the mark of thousands
 SPACES = str.maketrans({"\xa0": " ", "\u202f": " ", "\u2009": " ", "\u2019": "'"})
 KINDS = ("right", "predicted", "expected")  # of counted values
 
@@ -53,19 +54,14 @@ def numbers(text: str) -> set[Decimal]:
     values = set()
     for row in NUMBER.findall(text.translate(SPACES)):
         pieces = row.split(" ")
-        for start, piece in enumerate(pieces):
-            written = {piece}
-            for next_piece in pieces[start + 1 :] if re.fullmatch(r"\d{1,3}", piece) else ():
-                if not re.fullmatch(r"\d{3}(?:[.,]\d+)?", next_piece):
+        for start in range(len(pieces)):
+            for end in range(start + 1, len(pieces) + 1):
+                number = " ".join(pieces[start:end])
+                if end > start + 1 and not GROUPS.fullmatch(number):
                     break
-                piece += next_piece
-                written.add(piece)
-                if not next_piece.isdigit():
-                    break
-            for digits in (number.replace("'", "") for number in written):
-                for decimal, thousands in ((".", ","), (",", ".")):
+                for decimal, thousands in (".,", ",."):
                     with suppress(InvalidOperation):
-                        values.add(abs(Decimal(digits.replace(thousands, "").replace(decimal, "."))))
+                        values.add(Decimal(re.sub(f"[ '{thousands}]", "", number).replace(decimal, ".")))
     return values
 
 
