@@ -5,7 +5,6 @@ threads would meet in one layer), tokenisation in another (a batch request has 2
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections import Counter
@@ -200,11 +199,9 @@ class Engine:
         reserved = min(len(self._bulk), int(self._bulk_share))
         self._bulk_share -= int(self._bulk_share)
         for queue, limit in ((self._single, size - reserved), (self._bulk, size)):
-            by_variant: dict[str, list[Row]] = {}
-            for row in queue:
-                if not row.future.done():
-                    by_variant.setdefault(row.variant, []).append(row)
-            waiting = list(itertools.chain(*by_variant.values()))
+            waiting = [row for row in queue if not row.future.done()]
+            variants = list(dict.fromkeys(row.variant for row in waiting))
+            waiting.sort(key=lambda row: variants.index(row.variant))
             places = max(0, limit - len(batch))
             batch += waiting[:places]
             queue[:] = sorted(waiting[places:], key=lambda row: row.enqueued)
