@@ -82,11 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         note = unchanged_preparation(args.input, options.input_sha256) | ({"task": task.record} if task else {})
         origin = joined(recorded(args.input, note), provenance(args.model_dir))
         if kind == "label":
-            file, prompts, pairs = (
-                None,
-                [row["input"] for row in rows],
-                label_pairs(rows, ref, options, task.labels if task else ()),
-            )
+            file, prompts = None, [row["input"] for row in rows]
+            pairs = label_pairs(rows, ref, options, task.labels if task else ())
         else:
             file, prompts, pairs = judged_pairs(rows, ref, options)
         lines = [

@@ -276,10 +276,7 @@ class AnswerFile:
         if overwrite:
             self.path.unlink(missing_ok=True)
         with _alone(self.path):
-            self._read(settings, together)
-
-    def _read(self, settings: dict[str, Any], together: int) -> None:
-        if _resume_point(self.path, settings, "teacher", together):
+            _resume_point(self.path, settings, "teacher", together)
             for number, line in enumerate(_lines(self.path), 1):
                 try:
                     answer = parse_json(line)
@@ -287,6 +284,7 @@ class AnswerFile:
                 except (ValueError, KeyError, AttributeError, TypeError):
                     fix = "remove it, and its prompt is sent again"
                     raise InputError(f"{self.path}: line {number} is damaged; {fix}") from None
+        if self.answers:
             print(f"{self.path}: resuming after {len(self.answers)} answers", file=sys.stderr)
 
     def collect(self, answers: Iterator[tuple[int, dict[str, Any]]], total: int, name: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 from typing import Any
 
 from common import InputError
@@ -34,8 +35,6 @@ def gather(value: Any) -> list[Any]:
     world = rank_and_world()[1]
     if world == 1:
         return [value]
-    from datetime import timedelta
-
     from torch import distributed
 
     if not distributed.is_initialized():  # gloo: the values are in main memory, on GPU machines too

@@ -9,6 +9,7 @@ import contextlib
 import os
 import platform
 import re
+import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -129,6 +130,4 @@ def peak_memory() -> dict[str, float]:
 
     if torch.cuda.is_available():
         return {"device": "cuda", "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-    import resource
-
     return {"device": "cpu", "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
