@@ -30,7 +30,6 @@ SMALL = {"epochs": 1.0, "learning_rate": 1e-4, "batch_size": 8, "grad_accum": 1,
 class DpoOptions(TrainOptions):
     """What all trainers have, and the flags of DPO."""
 
-    REPEATS = False
     LIMITS = TrainOptions.LIMITS | {"beta": ABOVE_0, "sft_weight": AT_LEAST_0}
     adapter: str | None = None
     beta: float = 0.1
@@ -38,9 +37,7 @@ class DpoOptions(TrainOptions):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = training_parser(
-        __doc__, SMALL, LARGE, "creditmix_dpo", '{"prompt", "chosen", "rejected"}', kind=DpoOptions
-    )
+    parser = training_parser(__doc__, SMALL, LARGE, "creditmix_dpo", '{"prompt", "chosen", "rejected"}')
     add = parser.add_argument_group("preference").add_argument
     add("--beta", type=float, default=0.1, help="strength of the pull to the reference, into DPOConfig (%(default)s)")
     weight = "weight of an SFT term on the chosen answers, against likelihood displacement (%(default)s)"

@@ -35,6 +35,7 @@ SMALL = {"epochs": 1.0, "learning_rate": 2e-3, "batch_size": 16, "grad_accum": 1
 class KdOptions(TrainOptions):
     """What all trainers have, and the flags of KD."""
 
+    REPEATS = True
     LIMITS = TrainOptions.LIMITS | {"kd_alpha": SHARE, "kd_temperature": ABOVE_0}
     adapter: str | None = None
     kd_alpha: float = 0.9
@@ -42,9 +43,8 @@ class KdOptions(TrainOptions):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = training_parser(
-        __doc__, SMALL, LARGE, "creditmix_kd", '{"input", "teacher_output"}, optional "label_probs"'
-    )
+    fields = '{"input", "teacher_output"}, optional "label_probs"'
+    parser = training_parser(__doc__, SMALL, LARGE, "creditmix_kd", fields, kind=KdOptions)
     add = parser.add_argument_group("distillation").add_argument
     add("--kd_alpha", type=float, default=0.9, help="share of KL(teacher || student) in the loss, 0..1 (%(default)s)")
     add("--kd_temperature", type=float, default=1.0, help="softens both, KL times its square (%(default)s)")

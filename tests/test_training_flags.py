@@ -89,11 +89,10 @@ def test_defaults_follow_the_size_and_yield_to_flags(monkeypatch):
 
 
 def test_a_small_student_repeats_few_rows(monkeypatch):
-    """150 steps, in at most 5 passes, unless a flag says otherwise; pairs are not repeated."""
+    """KD: 150 steps, in at most 5 passes, unless a flag says otherwise."""
     monkeypatch.setattr(flags, "parameter_count", lambda path: 135e6)
     assert [options_of("kd", rows=rows).epochs for rows in (10_000, 2400, 1000, 40)] == [1, 1, 3, 5]
-    assert [options_of("sft", rows=rows).epochs for rows in (10_000, 1000)] == [2, 3]
-    assert options_of("dpo", rows=40).epochs == 1
+    assert [options_of(method, rows=40).epochs for method in ("sft", "dpo")] == [2, 1]
     assert options_of("kd", "--epochs", "1", rows=40).epochs == 1
     assert options_of("kd", "--batch_size", "auto", rows=1000).epochs == 3
     monkeypatch.setattr(flags, "parameter_count", lambda path: 3e9)

@@ -35,7 +35,7 @@ class TrainOptions:
     """Every flag of a trainer under its own name, as run.json records them. Fields without a default depend on the
     student's size. `fit_to_memory` replaces 'auto' by a number. A subclass adds its flags and their LIMITS."""
 
-    REPEATS: ClassVar[bool] = True  # few rows are repeated; not pairs, from which one pass is enough
+    REPEATS: ClassVar[bool] = False  # few rows: a teacher's probabilities can be, right answers are learnt by heart
     LIMITS: ClassVar[dict[str, Limit]] = {
         **dict.fromkeys(("epochs", "max_steps", "learning_rate", "warmup_steps"), AT_LEAST_0),
         **dict.fromkeys(("batch_size", "grad_accum", "max_length", "lora_r", "lora_alpha", "save_steps"), AT_LEAST_1),
