@@ -157,7 +157,7 @@ def write_notes(folder: Path, name: str, adapter: str, base: str, file: str | No
     same, more = {"name": name, "file": file, "context": context, "stop": encoder.end_of_turn}, ""
     if file:
         prompt = tokenizer.decode(encoder.prompt(slot), clean_up_tokenization_spaces=False)
-        if tokenizer.bos_token_id in encoder.text("", add_special_tokens=True)[:1]:
+        if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
             prompt = prompt.removeprefix(tokenizer.bos_token)
         before, _, after = (part.replace("{{", '{{ "{{" }}') for part in prompt.partition(slot))
         (folder / "Modelfile").write_text(MODELFILE.format(before=before, after=after, **same), encoding="utf-8")
