@@ -282,7 +282,7 @@ def test_a_csv_is_scored_and_downloaded(page, downloads, tmp_path):
     ("text", "message"),
     [
         ("a,b\n1,2\n", "missing; found a, b"),
-        ("features\n", "has no rows"),
+        ("features\n", "no rows below the header"),
         ("features\n" + "Age: 1\n" * 1001, "1,001 rows; the page takes 1,000"),
         ("features\nAge: 1\nraise ValueError\n", "After 0 rows: something went wrong"),
         ("features\n" + "x" * 1_000_001, "more than 1 MB"),
