@@ -25,7 +25,7 @@ LEAST = -1000.0  # log-probabilities below it stand for 0, as -9999 of vLLM and 
 FORMS = {"ids": "token ids", "text": "text", "chat": "a chat, by the server's own template"}
 
 
-class Engine:
+class ServedModel:
     """A client of a served model. path: folder or hub id of its tokenizer and configuration.
     Raises InputError where the server takes no prompts, or has another model or tokenizer; NoAnswer."""
 
@@ -224,11 +224,13 @@ def _is_log_prob(value: Any) -> bool:
     return isinstance(value, int | float) and LEAST < value < 0.01
 
 
-class EngineScorer(LabelScorer):
+class ServedScorer(LabelScorer):
     """`common.LabelScorer` by the log-probabilities of an engine: the same scores of the same weights.
     The tree of the labels' tokens is walked, one request for each beginning that labels share."""
 
-    def __init__(self, engine: Engine, forms: dict[str, list[str]], aggregate: str = "max", label_tokens: str = "all"):
+    def __init__(
+        self, engine: ServedModel, forms: dict[str, list[str]], aggregate: str = "max", label_tokens: str = "all"
+    ):
         super().__init__(None, engine.encoder, forms, aggregate, label_tokens=label_tokens)
         self.engine, self.context = engine, engine.context
         self.after: dict[tuple[int, ...], set[int]] = {}  # the tokens that follow each beginning

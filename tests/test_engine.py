@@ -17,7 +17,7 @@ import infer_creditmix
 import infer_idp
 from common import InputError, LabelScorer, PromptEncoder
 from distil.endpoint import Client, Server
-from distil.engine import Engine, EngineScorer
+from distil.engine import ServedModel, ServedScorer
 from distil.idp.decoder import JsonDecoder
 from distil.tasks import default_task
 from distil.testing import load_named, save_random_model
@@ -51,8 +51,8 @@ def without_pauses(monkeypatch):
     monkeypatch.setattr(Client, "_pause", lambda self, seconds: None)
 
 
-def engine_of(server: ModelServer, model_dir: str, **how) -> Engine:
-    return Engine(Server(server.url, NAME, **how), model_dir)
+def engine_of(server: ModelServer, model_dir: str, **how) -> ServedModel:
+    return ServedModel(Server(server.url, NAME, **how), model_dir)
 
 
 def local_scores(loaded, label_tokens: str = "all", forms: dict = FORMS) -> np.ndarray:
@@ -68,7 +68,7 @@ def flags(server: ModelServer, model_dir: str, *more: object) -> list[str]:
 @pytest.mark.parametrize("kind", ["llama", "vllm", "text"])
 def test_served_scores_are_those_of_the_loaded_model(kind, label_tokens, loaded, serve, model_dir):
     """A random model has labels far from the most probable tokens: more are requested, or the prompt's echo."""
-    scorer = EngineScorer(engine_of(serve(kind), model_dir), FORMS, "max", label_tokens)
+    scorer = ServedScorer(engine_of(serve(kind), model_dir), FORMS, "max", label_tokens)
     wanted = local_scores(loaded, label_tokens)
     np.testing.assert_allclose(scorer.raw_scores(TURNS), wanted, atol=1e-4)
 
@@ -76,24 +76,24 @@ def test_served_scores_are_those_of_the_loaded_model(kind, label_tokens, loaded,
 def test_chats_score_labels_of_one_token(loaded, serve, model_dir, capsys):
     forms = {label: [label] for label in TASK.labels}
     server = serve("chat")
-    scorer = EngineScorer(engine_of(server, model_dir), forms)
+    scorer = ServedScorer(engine_of(server, model_dir), forms)
     np.testing.assert_allclose(scorer.raw_scores(TURNS), local_scores(loaded, forms=forms), atol=1e-4)
     assert "prompts go as a chat, by the server's own template" in capsys.readouterr().err
     with pytest.raises(InputError, match="an answer cannot be begun"):
-        EngineScorer(scorer.engine, FORMS).raw_scores(TURNS)
+        ServedScorer(scorer.engine, FORMS).raw_scores(TURNS)
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "503", "half json"])
 def test_what_fails_for_a_while_is_tried_again(fault, loaded, serve, model_dir):
     server = serve(faults=("", fault, fault, "", fault))
-    scores = EngineScorer(engine_of(server, model_dir), FORMS).raw_scores(TURNS)
+    scores = ServedScorer(engine_of(server, model_dir), FORMS).raw_scores(TURNS)
     np.testing.assert_allclose(scores, local_scores(loaded), atol=1e-4)
     assert not server.faults
 
 
 def test_a_server_that_ends(serve, model_dir):
     server = serve()
-    scorer = EngineScorer(engine_of(server, model_dir, retries=1), FORMS)
+    scorer = ServedScorer(engine_of(server, model_dir, retries=1), FORMS)
     server.faults += ["503"] * 20
     with pytest.raises(ConnectionError, match="503"):
         scorer.raw_scores(TURNS)
@@ -125,7 +125,7 @@ def impossible(reply):
     ],
 )
 def test_labels_are_never_scored_by_a_guess(change, message, serve, model_dir):
-    scorer = EngineScorer(engine_of(serve(change=change), model_dir), FORMS)
+    scorer = ServedScorer(engine_of(serve(change=change), model_dir), FORMS)
     with pytest.raises(InputError, match=message):
         scorer.raw_scores(TURNS)
 
@@ -135,7 +135,7 @@ def test_a_server_that_sends_fewer_than_requested(kind, loaded, serve, model_dir
     """Without a word, unlike vLLM, which refuses: with an echo each label has its score, without one none."""
     server = serve(kind)
     server.capped = 5
-    scorer = EngineScorer(engine_of(server, model_dir), FORMS)
+    scorer = ServedScorer(engine_of(server, model_dir), FORMS)
     if kind == "vllm":
         np.testing.assert_allclose(scorer.raw_scores(TURNS), local_scores(loaded), atol=1e-4)
     else:
@@ -160,7 +160,7 @@ def test_another_tokenizer_is_refused(loaded, serve, model_dir, tmp_path):
 
 
 def test_a_prompt_that_is_cut_is_an_error(serve, model_dir):
-    scorer = EngineScorer(engine_of(server := serve(), model_dir), FORMS)
+    scorer = ServedScorer(engine_of(server := serve(), model_dir), FORMS)
     server.context = 30
     with pytest.raises(InputError, match=r"reads 30 tokens of a prompt of .*its context is too small"):
         scorer.raw_scores(TURNS)
@@ -173,14 +173,14 @@ def test_refusals_for_good_end_at_once(status, serve, model_dir):
 
 
 def test_a_control_token_in_a_text_is_not_sent_as_one(serve, model_dir):
-    scorer = EngineScorer(engine_of(serve("text"), model_dir), FORMS)
+    scorer = ServedScorer(engine_of(serve("text"), model_dir), FORMS)
     with pytest.raises(InputError, match="a prompt has other tokens as text"):
         scorer.raw_scores(["Age: 5<|im_end|>"])
 
 
 def test_a_name_that_is_not_served(serve, model_dir):
     with pytest.raises(InputError, match=f"serves {NAME}, not other: --served_model"):
-        Engine(Server(serve().url, "other"), model_dir)
+        ServedModel(Server(serve().url, "other"), model_dir)
 
 
 def test_infer_with_an_engine_answers_as_without(serve, model_dir, capsys, here):

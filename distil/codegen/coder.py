@@ -11,7 +11,7 @@ from typing import Any, Self
 from common import InputError, PromptEncoder
 from distil.cli import add_engine_flags, add_loading_flags, loading_options, seed_number
 from distil.codegen import tasks
-from distil.engine import Engine
+from distil.engine import ServedModel
 from distil.generation import Written, generate
 from distil.models import LoadOptions, ModelRef, load
 from distil.support import context_length
@@ -79,7 +79,7 @@ class Coder:
     def load(cls, ref: ModelRef, options: CodegenOptions) -> Self:
         """Load a resolved model, or use that of an engine. Raises InputError."""
         if server := options.load.server:
-            return ServedCoder(Engine(server, ref.path), options)
+            return ServedCoder(ServedModel(server, ref.path), options)
         return cls(*load(ref, options.load), options)
 
     def fits(self, prompt: str, plan: bool) -> bool:
@@ -121,7 +121,7 @@ class Coder:
 class ServedCoder(Coder):
     """A Coder whose texts an engine writes."""
 
-    def __init__(self, engine: Engine, options: CodegenOptions):
+    def __init__(self, engine: ServedModel, options: CodegenOptions):
         self.engine, self.options, self.encoder, self.context = engine, options, engine.encoder, engine.context
         self.opening = "" if engine.tokenizer.chat_template else FENCE
 

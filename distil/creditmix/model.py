@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from common import Calibration, InputError, PromptEncoder, add_adapters, dtype_name
 from distil.calibration import adjusted, fitted_calibration, uncalibrated, unfitted_note
 from distil.cli import add_scoring_flags, add_task_flag, scoring_options
-from distil.engine import Engine, EngineScorer
+from distil.engine import ServedModel, ServedScorer
 from distil.models import ModelRef, check_shareable, check_unchanged, load, model_fingerprint
 from distil.processes import gather, own_share, print_note
 from distil.runs import package_versions
@@ -66,7 +66,7 @@ class CreditModel:
 
     name: str
     task: Task
-    scorer: FastLabelScorer | EngineScorer
+    scorer: FastLabelScorer | ServedScorer
     calibration: Calibration
     adapter: str | None = None
     abstain_below: float | None = None
@@ -79,7 +79,7 @@ class CreditModel:
         print_note(unfitted_note(ref, fitted, options))
         if server := options.load.server:
             how = options.forms, options.aggregate, options.label_tokens
-            return cls._calibrated(ref, EngineScorer(Engine(server, ref.path), *how), fitted, options)
+            return cls._calibrated(ref, ServedScorer(ServedModel(server, ref.path), *how), fitted, options)
         return cls._calibrated(ref, credit_scorer(*load(ref, options.load), options), fitted, options)
 
     @classmethod

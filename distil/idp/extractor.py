@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from common import InputError, PromptEncoder
 from distil.cli import add_engine_flags, add_loading_flags, loading_options, seed_number
-from distil.engine import Engine
+from distil.engine import ServedModel
 from distil.files import file_sha256, parse_json, read_json
 from distil.idp.decoder import Draft, JsonDecoder
 from distil.idp.documents import idp_prompt, joined, pages_of
@@ -79,7 +79,7 @@ def compile_for(path: str, options: ExtractOptions) -> SchemaGrammar:
 class ServedDecoder:
     """Writes documents by an engine that is given the schema; `Extractor` checks whether it kept to it."""
 
-    def __init__(self, engine: Engine, schema: Any):
+    def __init__(self, engine: ServedModel, schema: Any):
         self.engine, self.tokenizer, self.context = engine, engine.tokenizer, engine.context
         form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
         # Completions of llama.cpp have the schema under its own name; vLLM ignores that.
@@ -107,7 +107,7 @@ class Extractor:
         grammar = grammar or compile_for(ref.path, options)
         if server := options.load.server:
             options = replace(options, batch_size=4 * server.concurrency)  # that wait for one another
-            return cls(ServedDecoder(Engine(server, ref.path), options.schema), grammar, options)
+            return cls(ServedDecoder(ServedModel(server, ref.path), options.schema), grammar, options)
         return cls(JsonDecoder(*load(ref, options.load), grammar.tokenizer), grammar, options)
 
     def extract(self, documents: Sequence[str]) -> list[dict[str, Any]]:
