@@ -132,14 +132,14 @@ class ServedModel:
         while True:
             level = min(level, self._most)
             try:
-                known |= (told := self._top(ids, min(SIZES[level], len(self.tokenizer)), wanted))
+                known |= (sent := self._top(ids, min(SIZES[level], len(self.tokenizer)), wanted))
             except Refused as refusal:
                 if "logprob" not in refusal.words or not level:
                     raise InputError(f"{self.url} {refusal}") from None
                 self._most = min(self._most, level - 1)
                 if not known:
                     continue
-            if wanted <= known.keys() or level >= self._most or len(told) < SIZES[level] // 2:
+            if wanted <= known.keys() or level >= self._most or len(sent) < SIZES[level] // 2:
                 return known
             level += 1
             self._level = max(self._level, min(level, 2))  # a larger one is slow to send for every row
@@ -251,8 +251,8 @@ class ServedScorer(LabelScorer):
         """Return the scores [forms] of one prompt."""
         known: dict[tuple[int, ...], float] = {}  # log-probability of a beginning's last token
         for beginning, tokens in self.after.items():
-            told = self.engine.log_probs([*prompt, *beginning], tokens)
-            known |= {(*beginning, token): told[token] for token in tokens & told.keys()}
+            sent = self.engine.log_probs([*prompt, *beginning], tokens)
+            known |= {(*beginning, token): sent[token] for token in tokens & sent.keys()}
         scores = []
         for ids in self.form_ids:
             edges = [tuple(ids[: size + 1]) for size in range(len(ids))]

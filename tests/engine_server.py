@@ -119,8 +119,8 @@ class ModelServer:
             name = (lambda i: f"token_id:{i}") if as_ids else lambda i: self.tokenizer.decode([i])
             logprobs = {"top_logprobs": [{name(i): value for i, value in best}], "tokens": [name(written[0])]}
             if body.get("echo"):
-                told = [None, *(rows[i, token].item() for i, token in enumerate(ids[1:]))]
-                logprobs = {"tokens": [name(i) for i in ids], "token_logprobs": told, "top_logprobs": [None]}
+                values = [None, *(rows[i, token].item() for i, token in enumerate(ids[1:]))]
+                logprobs = {"tokens": [name(i) for i in ids], "token_logprobs": values, "top_logprobs": [None]}
         choice = {"index": 0, "finish_reason": "stop" if ended else "length", "logprobs": logprobs}
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         return "", {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": len(written)}}
