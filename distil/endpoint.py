@@ -49,7 +49,11 @@ class Refused(Exception):
 
 
 class NoAnswer(ConnectionError):
-    """A request without an answer in all tries."""
+    """A request without an answer in all tries; `reason`: of the last failure, in one line."""
+
+    def __init__(self, url: str, reason: str):
+        super().__init__(f"{url} gives no answer in all tries: {reason}")
+        self.reason = reason
 
 
 def shown_url(url: str) -> str:
@@ -202,7 +206,7 @@ class Client:
                 break
             if attempt < self.server.retries:
                 self._pause(pause)
-        raise NoAnswer(self.line(reason))
+        raise NoAnswer(self.url, self.line(reason))
 
     def _pause(self, seconds: float) -> None:
         self._stopped.wait(seconds)

@@ -98,8 +98,8 @@ class ServedModel:
 
         def answer() -> dict:
             reply = self._send(path, body)
-            if "error" in reply:  # with status 200
-                raise ValueError(str(reply["error"]))
+            if problem := reply.get("error"):  # with status 200
+                raise ValueError(str(problem))
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             if (count := usage.get("prompt_tokens") or len(ids)) != len(ids):
                 read = f"{self.url} reads {count} tokens of a prompt of {len(ids)}"

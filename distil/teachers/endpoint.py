@@ -65,7 +65,7 @@ class HttpTeacher(Client):
             return self._try(prompt)
         except NoAnswer as error:
             if not self._stopped.is_set():
-                self.report(f"{self.url}: a prompt is given up: {error}")
+                self.report(f"{self.url}: a prompt is given up: {error.reason}")
             return None
 
     def _request(self, prompt: str, top_logprobs: int) -> Any:
