@@ -17,6 +17,9 @@ from distil.support import context_length
 CONVERTER = "convert_hf_to_gguf.py"
 GGUF_TYPES = ("q8_0", "q4_k_m", "bf16")
 NOT_KEPT = ("quantization_config", "auto_map", "_name_or_path", "chat_template", "extra_special_tokens")
+GGUF_COMMANDS = """llama-server -m {name}/{file} --alias {name} -c {context} --port 8080
+ollama create {name} -f {name}/Modelfile
+"""
 MODELFILE = '''FROM ./{file}
 TEMPLATE """{before}{{{{ .Prompt }}}}{after}"""
 PARAMETER stop "{stop}"
@@ -152,7 +155,7 @@ def write_notes(folder: Path, name: str, adapter: str, base: str, file: str | No
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder, slot = PromptEncoder(tokenizer), "\ue000"
+    encoder, slot = PromptEncoder(tokenizer), "THE-TEXT-OF-THE-USER"  # also for tokenizers without rare characters
     context = min(context_length(AutoConfig.from_pretrained(folder).get_text_config()), 8192)
     same, more = {"name": name, "file": file, "context": context, "stop": encoder.end_of_turn}, ""
     if file:
@@ -161,7 +164,7 @@ def write_notes(folder: Path, name: str, adapter: str, base: str, file: str | No
             prompt = prompt.removeprefix(tokenizer.bos_token)
         before, _, after = (part.replace("{{", '{{ "{{" }}') for part in prompt.partition(slot))
         (folder / "Modelfile").write_text(MODELFILE.format(before=before, after=after, **same), encoding="utf-8")
-        more = f"llama-server -m {name}/{file} -c {context} --port 8080\nollama create {name} -f {name}/Modelfile\n"
+        more = GGUF_COMMANDS.format(**same)
     readme = (Path(__file__).parent / "export_readme.md").read_text(encoding="utf-8")
     text = readme.format(adapter=adapter, base=base, system=SYSTEM_PROMPT, more=more, **same)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -310,7 +310,9 @@ def test_a_gguf_file_is_written_and_read_back(kind, largest, adapter, sample, ll
     assert f'{before}{{{{ .Prompt }}}}{after}"""' in written and 'PARAMETER stop "<|im_end|>"' in written
     assert f"FROM ./merged-{kind}.gguf" in written and "PARAMETER num_ctx 512" in written
     readme = (merged / "README.md").read_text()
-    assert "vllm serve merged" in readme and f"llama-server -m merged/merged-{kind}.gguf -c 512" in readme
+    assert (
+        "vllm serve merged" in readme and f"llama-server -m merged/merged-{kind}.gguf --alias merged -c 512" in readme
+    )
 
 
 def test_an_ollama_prompt_has_the_beginning_of_text_once(adapter, model_dir, tmp_path):
