@@ -123,7 +123,9 @@ def load(ref: ModelRef, options: LoadOptions, trainable: bool = False, notes: bo
 
 def use_note(ref: ModelRef, options: LoadOptions) -> str | None:
     """Return a note where an adapter's last training had its base in another quantization or with other content (also
-    of tokenizer and template), which moves its scores."""
+    of tokenizer and template), or a template that thinks with thinking on, which moves its scores."""
+    from transformers import AutoTokenizer
+
     record, notes = run_record(ref.adapter), []
     trained = (record.get("flags") or {}).get("quantization", options.quantization)
     if trained != options.quantization:
@@ -132,6 +134,9 @@ def use_note(ref: ModelRef, options: LoadOptions) -> str | None:
     base = record.get("base_fingerprint")
     if base and base != model_fingerprint(ModelRef(ref.base, ref.base, ref.path)):
         notes.append(f"{ref.name} was trained on other content of {ref.base}, which changed since; train it again")
+    before = record and "prompts" not in record  # a run of a version that left thinking on
+    if before and "enable_thinking" in str(AutoTokenizer.from_pretrained(ref.path).chat_template):
+        notes.append(f"{ref.name} was trained with thinking on in its prompts, which is off now; train it again")
     return "; ".join(notes) or None
 
 

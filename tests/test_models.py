@@ -444,6 +444,17 @@ def test_an_adapter_on_a_base_that_changed_gets_a_note(tmp_path, model_dir):
     assert "was trained on other content of" in models.use_note(models.resolve(adapter), options)
 
 
+def test_an_adapter_whose_prompts_had_thinking_on_gets_a_note(tmp_path, model_dir):
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    with open(base / "chat_template.jinja", "a") as template:
+        template.write("{% if add_generation_prompt and enable_thinking is false %}<think></think>{% endif %}")
+    adapter, options = save_adapter(tmp_path / "adapter", str(base)), models.LoadOptions("none", "float32")
+    assert "was trained with thinking on in its prompts" in models.use_note(models.resolve(adapter), options)
+    record = json.loads(Path(adapter, "run.json").read_text()) | {"prompts": {"thinking": False}}
+    Path(adapter, "run.json").write_text(json.dumps(record))
+    assert models.use_note(models.resolve(adapter), options) is None
+
+
 def test_a_file_written_in_place_does_not_change_a_loaded_model(tmp_path, model_dir):
     folder = shutil.copytree(model_dir, tmp_path / "model")
     model, _ = models.load(models.resolve(str(folder)), models.LoadOptions("none", "float32"))

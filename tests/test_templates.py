@@ -411,7 +411,9 @@ def test_control_tokens_that_the_vocabulary_finds_by_itself_are_text():
         assert "".join(tokenizer.convert_ids_to_tokens(encoder.label("</s>"))).endswith("</s>")
 
 
-@pytest.mark.parametrize("name", ["Mistral 0.1", "Mistral", "Phi-3", "DeepSeek-R1-Distill"])
+@pytest.mark.parametrize(
+    "name", ["Mistral 0.1", "Mistral", "Phi-3", "DeepSeek-R1-Distill", "ChatML, end of turn not special"]
+)
 def test_labels_are_scored_where_the_template_has_them(tmp_path, name):
     import torch
 

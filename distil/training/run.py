@@ -197,7 +197,7 @@ def train_and_save(
 
 def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingData) -> dict[str, Any]:
     """Return what run.json records apart from results: where the adapter comes from, with which flags and versions."""
-    facts = {"method": method, "base_model": ref.base, "flags": asdict(options)}
+    facts = {"method": method, "base_model": ref.base, "flags": asdict(options), "prompts": PROMPTS}
     facts["base_fingerprint"] = model_fingerprint(ModelRef(ref.base, ref.base, ref.path))
     facts["data"] = {"file": data.file, "sha256": data.sha256, "rows": len(data.rows)}
     facts |= data.origin().record | {"split_seed": options.split_seed, "seed": options.seed}
