@@ -24,8 +24,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-from distil.endpoint import Server
-from distil.engine import Engine, EngineScorer
 
 from bench.report import report
 from common import InputError, PromptEncoder
@@ -34,6 +32,8 @@ from distil.cli import new_parser, run_script
 from distil.creditmix.evaluation import EvalOptions, draw_samples
 from distil.creditmix.model import CreditOptions
 from distil.creditmix.rows import read_rows
+from distil.endpoint import Server
+from distil.engine import Engine, EngineScorer
 from distil.models import LoadOptions, load, resolve
 from distil.scoring import FastLabelScorer
 from distil.tasks import default_task

@@ -98,7 +98,7 @@ def test_rooms_have_at_most_5_levels_and_60_arrows():
 
 @pytest.mark.parametrize("name", sorted(name for name in NAMES if layer(name) < 5 or room(name) == "bench"))
 def test_modules_and_functions_keep_their_caps(name):
-    """Files of at most 330 lines, common.py 480 (benches are exempt); functions of at most 80."""
+    """Files of at most 335 lines, common.py 480 (benches are exempt); functions of at most 80."""
     text = NAMES[name].read_text()
     assert room(name) == "bench" or len(text.splitlines()) <= (480 if name == "common" else 330)
     for node in ast.walk(ast.parse(text)):
@@ -106,8 +106,8 @@ def test_modules_and_functions_keep_their_caps(name):
             assert node.end_lineno - node.lineno + 1 <= 80, node.name
 
 
-def test_python_outside_tests_bench_and_data_is_at_most_12400_lines():
-    assert sum(len(NAMES[name].read_text().splitlines()) for name in PRODUCT) <= 12400
+def test_python_outside_tests_bench_and_data_is_at_most_13300_lines():
+    assert sum(len(NAMES[name].read_text().splitlines()) for name in PRODUCT) <= 13300
 
 
 @pytest.mark.parametrize("name", sorted(name for name in NAMES if name.startswith("distil.")))
