@@ -112,7 +112,8 @@ def machine(dtype: str = "auto") -> dict[str, Any]:
     model = re.search(r"model name\s*: (.+)", facts.read_text() if facts.exists() else "")
     cpu = model[1] if model else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cores = {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
+    cores = {"cpu": cpu, "cores": usable, "threads": torch.get_num_threads()}
     return cores | {"gpu": gpu, "compute_dtype": dtype_name(dtype)}
 
 
