@@ -173,12 +173,12 @@ def padding_token(tokenizer: Any, end_of_turn: str, size: int) -> str:
     raise InputError(f"{tokenizer.name_or_path}: no token below the model's {size} can serve as padding: they differ")
 
 
-def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05) -> LoraConfig:
-    """Return LoRA over attention and MLP projections, as the whitepaper's section 3 sets it."""
+def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05, targets: Any = LORA_TARGETS) -> LoraConfig:
+    """Return LoRA as the whitepaper's section 3 sets it; targets: names of layers, or a pattern of full names."""
     from peft import LoraConfig
 
-    scale = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    return LoraConfig(**scale, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
+    modules = targets if isinstance(targets, str) else list(targets)
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM")
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts

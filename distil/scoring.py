@@ -24,7 +24,7 @@ from common import InputError, PromptEncoder, dtype_name, right_padded, token_lo
 from distil.files import cache_dir, read_json, write_json
 from distil.models import LoadOptions
 from distil.processes import print_note
-from distil.support import TAKE, context_length
+from distil.support import TAKE, context_length, recurrent
 from distil.trie import TreeScorer, Trie
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class FastLabelScorer(TreeScorer):
         self.context = context_length(self.body.config.get_text_config())
         self.prefix = common_beginning([encoder.prompt(turn) for turn in shared_by]) if shared_by else []
         self._prefix_caches: dict[str | None, list[tuple[Any, Any]]] = {}
-        self.plain, self._shares = False, True  # by the model's own logits; with shared beginnings
+        self.plain = False  # by the model's own logits
+        self._shares = self.trees = not recurrent(self.body.config.get_text_config())  # beginnings; masks hide nodes
         with torch.inference_mode():
             self._check(adapters or [None])
 
@@ -137,7 +138,7 @@ class FastLabelScorer(TreeScorer):
         plain, heads = not isinstance(self.head, torch.nn.Linear), []  # LoRA makes it another class
         hook = self.head.register_forward_hook(lambda module, inputs, output: heads.append(output))
         for adapter in adapters:  # each computes other keys and values
-            cache = DynamicCache()  # not of the configuration: window layers would keep their window alone
+            cache = DynamicCache() if self._shares else None  # with the configuration windows would keep less
             try:
                 with self._using([adapter]):
                     logits = self.logits(pair[1:], 3 * len(word) + 1, cache)
@@ -145,7 +146,8 @@ class FastLabelScorer(TreeScorer):
                 own += list(logits.log_softmax(dim=-1)[0, [0, -1]][:, first[0]].double().cpu().numpy())
             except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
                 raise InputError(f"{kind} models cannot be scored on text alone ({error}); {TAKE}") from None
-            layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+            filled = cache.layers if cache else ()
+            layers = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in filled]
             full = [keys is not None and keys.shape[-2] == len(pair[1]) for keys, _ in layers]
             self._shares &= bool(layers) and all(full)
             if self._shares:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import InputError, PromptEncoder, padding_token
+from common import LORA_TARGETS, InputError, PromptEncoder, padding_token
 
-TAKE = "take a causal language model with attention in every layer, such as Llama, Qwen2, Qwen3 or Gemma 3"
+TAKE = "take a causal language model such as Llama, Qwen2, Qwen3 or Gemma 3"
+
+EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # layers of a mixture's MLPs and router
 
 
 @functools.lru_cache(maxsize=8)
@@ -32,7 +36,7 @@ def empty_model(path: str) -> Any:
 @functools.lru_cache(maxsize=8)
 def check_supported(path: str) -> None:
     """Raise InputError where a base model (local folder or hub id) cannot be used, with the reason: it is no causal
-    language model, its layers keep no keys that prompts could share, or its context has no stated length."""
+    language model, its layers keep a state that is not known here, or its context has no stated length."""
     model = empty_model(path)
     if lacks := missing_part(model):
         raise InputError(f"{path}: {model.config.model_type} models are not supported ({lacks}); {TAKE}")
@@ -77,9 +81,62 @@ def missing_part(model: Any) -> str | None:
         layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
     except (ValueError, KeyError, AttributeError, TypeError):
         layers = {None}
-    if layers - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
-        return "layers without attention or with a sparse index, whose state prompts cannot share"
+    known = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    if not all(layer in known or layer in _recurrent_layers() for layer in layers):
+        return "layers with a sparse index or a state of a kind that is not known here"
     return None
+
+
+def _recurrent_layers() -> tuple[type, ...]:
+    """Return the types of the cache's layers that keep a state of all tokens so far, and no keys of each."""
+    from transformers import cache_utils as kinds
+
+    mixed = kinds.LinearAttentionAndFullAttentionLayer, kinds.LinearAttentionAndSlidingWindowAttentionLayer
+    return kinds.LinearAttentionLayer, *mixed
+
+
+def recurrent(config: Any) -> bool:
+    """Return whether a model of this configuration has recurrent layers (linear attention, state space, short
+    convolution): what rows share cannot be cut out of their state, and a mask does not hide tokens from them."""
+    from transformers import DynamicCache
+
+    return any(isinstance(layer, _recurrent_layers()) for layer in DynamicCache(config=config).layers)
+
+
+def linear_layers(model: Any, everywhere: bool = False) -> dict[str, Any]:
+    """Return the linear layers of a model by full name, without the output head: those of its text decoder to which
+    LoRA can go, or of vision and audio towers too. This is PEFT's rule for 'all-linear' but for the towers, which no
+    text trains, and the MLPs of mixtures of experts, in whose place PEFT would wrap the weights of all experts."""
+    from torch.nn import Conv1d, Linear
+    from transformers.pytorch_utils import Conv1D
+
+    inside = list((model if everywhere else model.get_decoder()).modules())
+    held = [weight for m in inside if not isinstance(m, Conv1d) for weight in m.parameters(recurse=False)]
+    left_out = EXPERTS if not everywhere and any(weight.ndim == 3 for weight in held) else ()
+    kept = {id(m) for m in inside if isinstance(m, (Linear, Conv1D)) and m is not model.get_output_embeddings()}
+    layers = {name: module for name, module in model.named_modules() if id(module) in kept}
+    return {name: module for name, module in layers.items() if name.rpartition(".")[2] not in left_out}
+
+
+def lora_targets(model: Any, flag: str = "auto") -> str | tuple[str, ...]:
+    """Return the layers of a base model that LoRA goes to: their names, or a pattern where others have them too.
+
+    flag: names of layers; 'all-linear'; or 'auto' for the whitepaper's seven where each layer has them, else all.
+    Raises InputError for a name that no layer has, with those that exist."""
+    count = Counter(name.rpartition(".")[2] for name in linear_layers(model))
+    text = model.config.get_text_config()
+    seven = all(count[name] == text.num_hidden_layers for name in LORA_TARGETS)
+    names = LORA_TARGETS if flag == "auto" and seven else tuple(count)
+    if flag not in ("auto", "all-linear"):
+        names = tuple(dict.fromkeys(name.strip() for name in flag.split(",")))
+    if unknown := [name for name in names if name not in count]:
+        exist = f"the layers that can be trained are {', '.join(sorted(count))}"
+        raise InputError(f"--lora_targets: a {text.model_type} model has no {', '.join(unknown)}; {exist}")
+    every = Counter(name.rpartition(".")[2] for name, _ in model.named_modules())
+    if all(every[name] == count[name] for name in names):
+        return names
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    return rf"{re.escape(decoder)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
 
 
 def context_length(config: Any) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import MISSING, fields
 
 import pytest
-from conftest import METHODS, adapter_tensors, assert_same_tensors, refused, row_of, trainer
+from conftest import METHODS, adapter_tensors, assert_same_tensors, refused, row_of, run_json, trainer
+from torch.nn import DataParallel
+from trl import SFTConfig
 
 import dpo_train
 import kd_train
 import sft_train
-from common import InputError, lora_config
+from common import LORA_TARGETS, InputError, lora_config
+from distil import runs
 from distil.models import ModelRef
-from distil.training import flags
+from distil.training import flags, loss
 from distil.training.data import TrainingData
 from distil.training.flags import TrainOptions, train_options
 
@@ -182,3 +186,55 @@ def test_lora_settings_are_those_of_the_adapter_to_continue_from(method, train, 
 def test_the_adapters_shape_is_that_of_the_flags(train):
     config = json.loads((train("sft", "run", "--lora_r", 4, "--lora_alpha", 12) / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 12)
+
+
+def trained_layers(save_dir) -> set[str]:
+    """Return the names of the layers that a saved adapter changes."""
+    return {name.split(".lora_")[0].rpartition(".")[2] for name in adapter_tensors(save_dir)}
+
+
+def test_lora_goes_to_the_layers_of_the_flag(train, capsys):
+    train("sft", "plan", "--lora_targets", "q_proj, down_proj", "--dry_run")
+    plan = capsys.readouterr().out
+    save_dir = train("sft", "run", "--lora_targets", "q_proj, down_proj")
+    weights = adapter_tensors(save_dir)
+    assert trained_layers(save_dir) == {"q_proj", "down_proj"}
+    size = sum(weight.numel() for weight in weights.values())
+    assert f"trainable parameters {size:,} (LoRA r=16 on q_proj, down_proj, float32)" in plan
+    run = run_json(save_dir)
+    assert (run["flags"]["lora_targets"], run["lora_targets"]) == ("q_proj, down_proj", ["q_proj", "down_proj"])
+
+    with pytest.raises(InputError, match=r"--lora_targets v_proj: .*run has .*; leave it out"):
+        train("kd", "other", "--adapter", save_dir, "--lora_targets", "v_proj", base=False)
+    same = train("kd", "same", "--adapter", save_dir, base=False)
+    assert trained_layers(same) == {"q_proj", "down_proj"} == set(run_json(same)["lora_targets"])
+    assert trained_layers(train("sft", "all", "--lora_targets", "all-linear")) == set(LORA_TARGETS)
+
+
+def test_unknown_layers_are_refused_with_those_that_exist(model_dir, tmp_path):
+    message = refused("sft", [row_of("sft")], tmp_path, model_dir, "--lora_targets", "q_proj,qkv,lm_head", "--dry_run")
+    exist = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    what = "a qwen2 model has no qkv, lm_head; the layers that can be trained are"
+    assert message == f"--lora_targets: {what} {exist}"
+
+
+def test_one_of_several_gpus_is_used(built, model_dir, training_files, tmp_path, monkeypatch, capsys):
+    """Without a launcher: the Trainer would wrap the model, which fails in 4 bits, and double the batch."""
+
+    def seen(**arguments) -> SFTConfig:
+        config = SFTConfig(**arguments)
+        config._n_gpu = 2  # as it is where two are visible
+        return config
+
+    monkeypatch.setattr(loss, "SFTConfig", seen)
+    flags = ("--student", model_dir, "--data", training_files["sft"], "--save_dir", tmp_path / "run")
+    trainer = built("sft", *flags, "--batch_size", 2)
+    assert trainer._train_batch_size == 2
+    assert not isinstance(trainer._wrap_model(trainer.model), DataParallel)
+    assert "note: one of 2 visible GPUs is used; docs/distributed.md has the launcher" in capsys.readouterr().err
+
+
+def test_cores_are_counted_where_a_system_knows_no_affinity(monkeypatch):
+    """As macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert runs.machine()["cores"] == os.cpu_count()

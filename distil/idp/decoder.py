@@ -16,7 +16,7 @@ from typing import Any
 
 from distil.generation import left_padded
 from distil.idp.schema import SchemaGrammar, grammar_tokenizer
-from distil.support import context_length
+from distil.support import context_length, recurrent
 from distil.workarounds import pack_for_decoding
 
 EXPANSIONS = 800  # states that a best-first search for an ending may look at
@@ -173,7 +173,9 @@ class JsonDecoder:
         for draft in drafts:
             self._look(draft, budget)
             self._force(draft, budget)
-        cache, device = DynamicCache(), self.model.device
+        # Window layers keep all keys, which are few; recurrent layers need what the configuration says of their state.
+        text, device = self.model.config.get_text_config(), self.model.device
+        cache = DynamicCache(config=text) if recurrent(text) else DynamicCache()
         random = torch.Generator(device="cpu").manual_seed(seed)
         mask = torch.zeros(len(drafts), 0, dtype=torch.long, device=device)
         lengths = torch.zeros(len(drafts), dtype=torch.long, device=device)

@@ -21,13 +21,14 @@ from distil.training.data import TrainingData
 Limit = tuple[str, Callable[[float], bool]]
 SMALL_STUDENT = 1e9  # parameters; smaller ones learn well with larger steps
 FEW_STEPS, MOST_EPOCHS = 150, 5  # a small student repeats few rows: one pass of 50 steps teaches next to nothing
-LORA = {"lora_r": 16, "lora_alpha": 32}  # the whitepaper's section 3
+LORA = {"lora_r": 16, "lora_alpha": 32, "lora_targets": "auto"}  # the whitepaper's section 3
 # Limits of flags: what an error says is allowed, and the check.
 AT_LEAST_0: Limit = ("at least 0", lambda value: 0 <= value < math.inf)
 AT_LEAST_1: Limit = ("at least 1", lambda value: 1 <= value < math.inf)
 ABOVE_0: Limit = ("above 0", lambda value: 0 < value < math.inf)
 SHARE: Limit = ("from 0 to 1", lambda value: 0 <= value <= 1)
 _LORA_KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+_LORA_KEYS |= {"lora_targets": "target_modules"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class TrainOptions:
     lora_r: int
     lora_alpha: int
     lora_dropout: float
+    lora_targets: str | list[str]
     seed: int = 0
     split_seed: int | None = None
     save_steps: int = 100
@@ -168,6 +170,8 @@ def training_parser(
     add("--lora_r", type=int, help=f"rank {recipe('lora_r')}")
     add("--lora_alpha", type=int, help=f"scale is alpha / r {recipe('lora_alpha')}")
     add("--lora_dropout", type=float, help=recipe("lora_dropout"))
+    targets = "layers it goes to, NAME,... or all-linear; auto: the usual seven where all layers have them, else all"
+    add("--lora_targets", help=f"{targets} (auto)")
     add = parser.add_argument_group("run").add_argument
     files = "JSON or YAML file of flags by name, or the run.json of an earlier run to repeat it; the command line wins"
     add("--config", metavar="FILE", help=files)

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import DynamicCache
 from trl import SFTConfig, SFTTrainer
 
+from distil.support import recurrent
 from distil.training.data import RowSizes, batch_order, completion_collator
 from distil.training.flags import TrainOptions
 from distil.training.memory import MIN_SHARED_TOKENS, eager_attention, logits_fit
@@ -40,7 +41,7 @@ def supervised_logits(model: Any, inner: Any, ids: torch.Tensor, keep: torch.Ten
     if shared:
         cache = DynamicCache(config=inner.config.get_text_config())
         model(input_ids=ids[:1, :shared], cache=cache, use_cache=True, logits_to_keep=1)
-        for layer in cache.layers:
+        for layer in (layer for layer in cache.layers if layer.keys is not None):  # Gemma 4's last ones share keys
             layer.keys = layer.keys.expand(len(ids), -1, -1, -1)
             layer.values = layer.values.expand(len(ids), -1, -1, -1)
         prefix = {"cache": cache, "use_cache": True}
@@ -62,6 +63,9 @@ class CompletionTrainer(SFTTrainer):
     def __init__(self, *args: Any, loss_sum: Callable = cross_entropy_sum, own_loss: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._loss_sum, self._own = loss_sum, own_loss
+        # Neither gradient checkpointing nor recurrent layers take a cache whose beginning the rows share.
+        text = self.model.config.get_text_config()
+        self._shares = not (self.args.gradient_checkpointing or recurrent(text))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the step's share of the loss; `inputs` as `completion_collator` makes them."""
@@ -71,7 +75,7 @@ class CompletionTrainer(SFTTrainer):
         labels, keep = inputs["labels"], torch.zeros_like(inputs["labels"], dtype=torch.bool)
         keep[:, :-1] = labels[:, 1:] != -100
         counts = keep.sum(dim=1)
-        most = 0 if self.args.gradient_checkpointing else int(keep.int().argmax(dim=1).min())  # it takes no cache
+        most = int(keep.int().argmax(dim=1).min()) if self._shares else 0
         shared = shared_columns(inputs["input_ids"], most)
         inner = self.accelerator.unwrap_model(model)
         logits = supervised_logits(model, inner, inputs["input_ids"], keep, shared).float()

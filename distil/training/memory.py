@@ -15,13 +15,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 
-from common import LORA_TARGETS, InputError, compute_dtype, lora_config
+from common import InputError, compute_dtype, lora_config
 from distil.files import read_json
 from distil.models import ModelRef
 from distil.processes import rank_and_world
 from distil.runs import settings_path
-from distil.support import empty_model
+from distil.support import empty_model, linear_layers, lora_targets
 from distil.training.data import RowSizes
 from distil.training.flags import Options, TrainOptions
 
@@ -48,8 +49,10 @@ class Sizes:
     """What memory depends on in a model: parameters, layers and, in elements, the width of each part of a layer."""
 
     total: int
-    linear: int  # parameters of the projections, which are quantised
+    linear: int  # parameters of the linear layers, which are quantised
     adapter: int
+    branches: int  # LoRA's in a layer
+    inputs: int  # of all of them
     layers: int
     hidden: int
     mlp: int
@@ -61,24 +64,30 @@ class Sizes:
 
     @classmethod
     @functools.lru_cache(maxsize=8)
-    def of(cls, path: str, lora_r: int = 16) -> Self:
+    def of(cls, path: str, lora_r: int = 16, targets: str | tuple[str, ...] = ()) -> Self:
         """Return the sizes of a base model and LoRA of this rank, from its configuration alone (nothing is loaded).
-        Raises InputError where the model lacks projections that LoRA goes to."""
+        targets: `lora_targets`, by default those of 'auto'. Raises InputError where PEFT cannot train them."""
         model = copy.deepcopy(empty_model(path))  # LoRA changes it
         text, total = model.config.get_text_config(), model.num_parameters()
         modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        if missing := [target for target in LORA_TARGETS if target not in modules]:
-            lacks = f"{path}: a {model.config.model_type} model has no {', '.join(missing)} to train"
-            raise InputError(f"{lacks}; take a student built like Llama, Qwen2 or Qwen3")
-        linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
-        with torch.device("meta"):
-            adapter = get_peft_model(model, lora_config(lora_r)).get_nb_trainable_parameters()[0]
+        linear = sum(module.weight.numel() for module in linear_layers(model, everywhere=True).values())
+        try:
+            with torch.device("meta"):
+                peft = get_peft_model(model, lora_config(lora_r, targets=targets or lora_targets(model)))
+        except ValueError as error:
+            reason = f"PEFT cannot train {model.config.model_type} models ({' '.join(str(error).split())[:120]})"
+            raise InputError(f"{path}: {reason}; name other layers with --lora_targets") from None
+        adapter, lora = peft.get_nb_trainable_parameters()[0], [m for m in peft.modules() if isinstance(m, LoraLayer)]
         layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
-        head = getattr(text, "head_dim", None) or hidden // heads
-        queries, keys = heads * head, (getattr(text, "num_key_value_heads", None) or heads) * head
+        branches, inputs = len(lora) // layers, sum(module.in_features for module in lora) // layers
+        kinds = getattr(text, "per_layer_config", None) or [text]  # Gemma 4 has heads of two sizes
+        sizes = [getattr(one, "head_dim", None) or hidden // heads for one in kinds]
+        shared = [getattr(one, "num_key_value_heads", None) or heads for one in kinds]
+        queries, keys = heads * max(sizes), max(a * b for a, b in zip(sizes, shared, strict=True))
         normed = queries + keys if "q_norm" in modules else 0
-        mlp, vocabulary = text.intermediate_size, text.vocab_size
-        return cls(total, linear, adapter, layers, hidden, mlp, heads, queries, keys, normed, vocabulary)
+        mlp = getattr(text, "intermediate_size", None) or getattr(text, "ffn_hidden_size", None) or 4 * hidden
+        widths = hidden, mlp, heads, queries, keys, normed, text.vocab_size
+        return cls(total, linear, adapter, branches, inputs, layers, *widths)
 
     def weights(self, quantization: str, width: int) -> float:
         """Return the bytes of the frozen base; NF4 with double quantisation takes 4.13 bits. width: of others."""
@@ -118,10 +127,17 @@ class _Batch:
         return cls(rows, longest, shared, shared + rows * (longest - shared), supervised, weights)
 
 
+def targets_of(ref: ModelRef, options: TrainOptions) -> str | tuple[str, ...]:
+    """Return the layers that a run's adapter has: those of --lora_targets, or of the adapter to continue from."""
+    if ref.adapter and not isinstance(options.lora_targets, str):
+        return tuple(options.lora_targets)
+    return options.lora_targets if ref.adapter else lora_targets(empty_model(ref.path), options.lora_targets)
+
+
 def estimate_memory(ref: ModelRef, options: TrainOptions, sizes: RowSizes) -> dict[str, float]:
     """Return the expected peak in GB by kind, by arithmetic over what PyTorch keeps: at the output head or in the MLP
     of the last layer, where all activations are still in memory. options.batch_size is a number here."""
-    size = Sizes.of(ref.path, options.lora_r)
+    size = Sizes.of(ref.path, options.lora_r, targets_of(ref, options))
     width = 2 if compute_dtype(options.compute_dtype) == torch.bfloat16 else 4
     batch, checkpointing = _Batch.of(size, options, sizes), options.gradient_checkpointing == "on"
     layer = _saved_by_layer(size, batch, options, sizes.pairs, width)
@@ -150,11 +166,11 @@ def _saved_by_layer(size: Sizes, batch: _Batch, options: TrainOptions, pairs: bo
     LoRA branches in the type of computation. Dropout keeps a copy and a mask of what goes into each branch: the mask
     is a byte an element on CUDA, on a CPU it has the element's type."""
     tokens, attended = batch.tokens, batch.rows * batch.longest  # attended: keys and values
-    branches, mask = (2 * size.hidden + size.mlp) * width, 1 if torch.cuda.is_available() else width
+    branches, mask = min(size.inputs, 2 * size.hidden + size.mlp) * width, 1 if torch.cuda.is_available() else width
     if options.lora_dropout and not pairs:
-        branches = (5 * size.hidden + size.queries + size.mlp) * (width + mask)
+        branches = size.inputs * (width + mask)
     saved = tokens * (8 * size.hidden + 4 * size.normed + branches)
-    saved += tokens * (3 * size.mlp + 2 * size.queries + 7 * options.lora_r) * width
+    saved += tokens * (3 * size.mlp + 2 * size.queries + size.branches * options.lora_r) * width
     if width == 2:  # autocast's copies of the adapter, one for each of the forwards
         saved += width * size.adapter // size.layers * (2 if batch.shared else 1)
     if batch.weights:  # in float32 and in the type of computation

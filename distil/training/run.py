@@ -23,10 +23,11 @@ from distil.files import write_json
 from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import print_note, rank_and_world
 from distil.splits import recorded
+from distil.support import lora_targets
 from distil.tasks import PROMPTS, TASK_FILE, Task, model_task, shared_task, task_of
 from distil.training.data import RowSizes, TrainingData
 from distil.training.flags import TrainOptions
-from distil.training.memory import check_memory, fit_to_memory
+from distil.training.memory import check_memory, fit_to_memory, targets_of
 
 # Flags that do not decide a run's result: a resumed run may have others.
 _FREE_FLAGS = {"resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps"}
@@ -78,7 +79,12 @@ def adapter_trainer(
     """Return the trainer that `build`, a class of TRL's, makes for a model. Adapters, or a new one, are float32."""
     workarounds.compute_fused_head_where_supervised()
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
-    lora = None if weights else lora_config(options.lora_r, options.lora_alpha, options.lora_dropout)
+    scale, lora = (options.lora_r, options.lora_alpha, options.lora_dropout), None
+    if not weights:
+        lora = lora_config(*scale, lora_targets(model, options.lora_targets))
+    if config.n_gpu > 1:  # without a launcher; the Trainer would copy a 4-bit model to all of them, and fail
+        print_note(f"one of {config.n_gpu} visible GPUs is used; docs/distributed.md has the launcher for all")
+        config._n_gpu = 1
     trainer = build(model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
     trainer._get_train_sampler = lambda *_: RowOrder(trainer, options, dataset)
     workarounds.adapters_to_float32(trainer.model, weights)
@@ -200,6 +206,7 @@ def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingD
     facts = {"method": method, "base_model": ref.base, "flags": asdict(options), "prompts": PROMPTS}
     facts["base_fingerprint"] = model_fingerprint(ModelRef(ref.base, ref.base, ref.path))
     facts["data"] = {"file": data.file, "sha256": data.sha256, "rows": len(data.rows)}
+    facts["lora_targets"] = targets_of(ref, options)
     facts |= data.origin().record | {"split_seed": options.split_seed, "seed": options.seed}
     facts |= {"packages": runs.package_versions(), "machine": runs.machine()}
     return facts | {"processes": rank_and_world()[1]}
@@ -265,7 +272,10 @@ def print_plan(
     print(f"steps                {step_count(options, rows)} of {options.batch_size} x {options.grad_accum} rows")
     print(f"gradient checkpoints {options.gradient_checkpointing}")
     print(f"learning rate        {options.learning_rate:g}, linear decay after {options.warmup_steps} warm-up steps")
-    print(f"trainable parameters {int(estimate['trainable_parameters']):,} (LoRA r={options.lora_r}, float32)")
+    targets = targets_of(ref, options)
+    places = targets if isinstance(targets, str) else ", ".join(targets)
+    lora = f"LoRA r={options.lora_r} on {places}, float32"
+    print(f"trainable parameters {int(estimate['trainable_parameters']):,} ({lora})")
     print(f"estimated memory     {gb['total']} GB ({', '.join(f'{kind} {gb[kind]}' for kind in kinds)})")
     print(f"would write          {options.save_dir}")
     checks: list[tuple] = [(runs.claim_run_dir, options.save_dir, options.overwrite, options.resume)]
