@@ -6,26 +6,35 @@ The shared beginning is longer than a window of 16 tokens and shorter than one o
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from itertools import product
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, refused, row_of
+from conftest import INVOICE_SCHEMA, METHODS, adapter_tensors, refused, row_of, run_json, trainer, write_lines
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from scipy.special import softmax
+from transformers import AutoModelForCausalLM
 
+import export_adapter
 from common import InputError, LabelScorer, PromptEncoder
 from distil import scoring
-from distil.models import LoadOptions, resolve
+from distil.generation import generate
+from distil.idp.decoder import JsonDecoder
+from distil.idp.schema import compile_schema
+from distil.models import LoadOptions, load, resolve
 from distil.scoring import BASE, FastLabelScorer
 from distil.support import check_supported
 from distil.tasks import default_task
 from distil.teachers.answers import TeacherOptions
 from distil.teachers.local import ModelTeacher
 from distil.testing import build_tokenizer
+from distil.training import run
 
 LABELS = {label: [label] for label in ("Good", "Standard", "Bad")}
 FORMS = {"Good": ["Good"], "Standard": ["Standard", "Typical"], "Bad": ["Bad"]}
@@ -307,6 +316,188 @@ def test_scores_that_depend_on_what_follows_are_refused(encoder):
         FastLabelScorer(tiny("xlm", fields, len(encoder.tokenizer)), encoder, FORMS)
 
 
+# ---------------------------------------------------------------------- the matrix: train, score and export each model
+
+WIDE = SMALL | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "initializer_range": 0.2}
+WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+LINEAR = {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "num_hidden_layers": 4}
+LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+GEMMA4 = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16, "num_hidden_layers": 4}
+GEMMA4 |= {"num_kv_shared_layers": 2, "global_head_dim": 32, "hidden_size_per_layer_input": 32}
+GEMMA4 |= {"vocab_size_per_layer_input": 448, "final_logit_softcapping": 30.0}
+SHORT = {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_auto_adjust_ff_dim": False}
+SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+PER_LAYER = {"per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"}
+FUSED = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+# Fields of the configuration, and the layers that LoRA goes to.
+MATRIX: dict[str, tuple[dict, set[str]]] = {
+    "llama": ({}, SEVEN),
+    "qwen2": ({}, SEVEN),
+    "qwen3": ({}, SEVEN),
+    "qwen3_5_text": (LINEAR, SEVEN | {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"}),
+    "mistral": ({"sliding_window": 16}, SEVEN),
+    "gemma2": (WINDOW | {"final_logit_softcapping": 3.0}, SEVEN),
+    "gemma3_text": (WINDOW, SEVEN),
+    "gemma4_text": (GEMMA4, SEVEN | PER_LAYER),
+    "gemma4": (GEMMA4, SEVEN | PER_LAYER),  # with a vision tower, whose layers have the same names
+    "phi3": ({"sliding_window": None}, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+    "smollm3": ({}, SEVEN),
+    "olmo2": ({}, SEVEN),
+    "granite": ({"logits_scaling": 8.0}, SEVEN),
+    "cohere": ({"logit_scale": 0.25}, SEVEN),
+    "lfm2": (SHORT, {"in_proj", "out_proj", "w1", "w2", "w3", "q_proj", "k_proj", "v_proj"}),
+    "gpt_neox": ({}, FUSED),
+    "falcon": ({"num_kv_heads": 2, "new_decoder_architecture": True}, FUSED),
+}
+# Labels of one token and of several, some of which begin alike; rows of mixed length, some longer than a window.
+KD_LABELS = {"Good": 0.5, "Typical": 0.2, "Typically": 0.2, "Bad": 0.1}
+PAIRS = [("Age: 3", "Good", "Bad"), ("Debt: 1200, Age: 31", "Typical", "Good")]
+PAIRS += [("x", "Typically", "Typical"), ("Debt: 7, " * 6, "Bad", "Good, after a look")]
+ROWS = {
+    "sft": [{"input": turn, "output": answer} for turn, answer, _ in PAIRS],
+    "kd": [{"input": turn, "teacher_output": answer, "label_probs": KD_LABELS} for turn, answer, _ in PAIRS],
+    "dpo": [{"prompt": turn, "chosen": answer, "rejected": other} for turn, answer, other in PAIRS],
+}
+FEW = TEXTS[:4]
+ALL_ROWS = ("--batch_size", 4, "--grad_accum", 1, "--max_steps", 3, "--warmup_steps", 0, "--learning_rate", "1e-2")
+
+
+def saved_model(folder: Path, architecture: str, fields: dict, tokenizer) -> str:
+    """Save a random model, with its tokenizer, and return its folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    known = AutoConfig.for_model("gemma4_text" if architecture == "gemma4" else architecture).to_dict()
+    fields = {name: value for name, value in WIDE.items() if name in known} | {"num_hidden_layers": 2} | fields
+    fields |= {"vocab_size": len(tokenizer)}
+    if architecture == "gemma4":
+        tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        tower |= {"num_key_value_heads": 4, "head_dim": 16, "use_clipped_linears": True}
+        fields = {"text_config": fields, "vision_config": tower, "audio_config": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **fields), dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def answer_log_probs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Return log-probabilities [answer, vocabulary] at each token of an answer, by one forward of the model alone."""
+    logits = model(input_ids=torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+def own_loss(method: str, model, encoder: PromptEncoder) -> float:
+    """Return a method's loss over PAIRS by its definition, from the model's own logits for each row alone."""
+    sums, tokens = [], 0
+    for turn, *answers in PAIRS:
+        prompt, (answer, other) = encoder.prompt(turn), map(encoder.completion, answers)
+        log_probs = answer_log_probs(model, prompt, answer)
+        tokens += len(answer)
+        if method == "dpo":
+            margin = log_probs[range(len(answer)), answer].sum()
+            margin -= answer_log_probs(model, prompt, other)[range(len(other)), other].sum()
+            with model.disable_adapter():
+                margin -= answer_log_probs(model, prompt, answer)[range(len(answer)), answer].sum()
+                margin += answer_log_probs(model, prompt, other)[range(len(other)), other].sum()
+            sums.append(-torch.nn.functional.logsigmoid(0.05 * margin).item())
+            continue
+        nll = -log_probs[range(len(answer)), answer].sum().item()
+        divergence, labels = 0.0, {tuple(encoder.completion(label)): p for label, p in KD_LABELS.items()}
+        for position in range(len(answer)) if method == "kd" else ():
+            below = {ids: p for ids, p in labels.items() if ids[:position] == tuple(answer[:position])}
+            children = sorted({ids[position] for ids in below})
+            teacher = torch.tensor([sum(p for ids, p in below.items() if ids[position] == one) for one in children])
+            student = log_probs[position, children].softmax(dim=0)
+            divergence += (teacher / teacher.sum() * (teacher / teacher.sum() / student).log()).sum().item()
+        sums.append(0.5 * nll + 0.5 * divergence if method == "kd" else nll)
+    return sum(sums) / (len(PAIRS) if method == "dpo" else tokens)
+
+
+def lora_weights(model) -> list[tuple[str, torch.Tensor]]:
+    """Return the weights that training may change; of DPO's reference none are."""
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+
+
+def frozen(model) -> dict[str, torch.Tensor]:
+    """Return copies of all that may not change, 4-bit weights as they are packed."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize("architecture", MATRIX)
+def test_a_model_trains_scores_and_is_exported(architecture, encoder, tmp_path, monkeypatch, capsys):
+    """SFT, KD and DPO for three steps in NF4; then the adapter's scores, and those of the export."""
+    fields, layers = MATRIX[architecture]
+    base, original = saved_model(tmp_path / "base", architecture, fields, encoder.tokenizer), run.train_and_save
+    compared = []
+
+    def watched(trainer, *rest):
+        before, start = frozen(trainer.model), {n: p.detach().clone() for n, p in lora_weights(trainer.model)}
+        targets = {name.split(".lora_")[0].rpartition(".")[2] for name in start}
+        assert targets == layers and not any("vision" in name for name in start)
+        original(trainer, *rest)
+        assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+        assert not [name for name, weight in lora_weights(trainer.model) if torch.equal(weight, start[name])]
+        after = frozen(trainer.model)
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        batch, model = next(iter(trainer.get_train_dataloader())), trainer.model.eval()
+        own = own_loss(method, model, encoder)
+        for way in (True, False) if method == "sft" else (True,):  # by our loss, by TRL's fused head
+            trainer._own = way
+            with torch.no_grad():
+                compared.append((trainer.compute_loss(model, dict(batch)).item(), own))
+
+    monkeypatch.setattr(run, "train_and_save", watched)
+    for method in METHODS:
+        data = write_lines(tmp_path / f"{method}.jsonl", ROWS[method])
+        own = {"kd": ("--kd_alpha", 0.5), "dpo": ("--beta", 0.05)}.get(method, ())
+        flags = ("--student", base, "--data", data, "--save_dir", tmp_path / method, "--compute_dtype", "float32")
+        assert trainer(method).main([str(flag) for flag in (*flags, *own, *ALL_ROWS)]) == 0
+    np.testing.assert_allclose(*zip(*compared, strict=True), rtol=1e-4)
+    assert run_json(tmp_path / "dpo")["flags"]["lora_targets"] == "auto"
+
+    adapter = tmp_path / "sft"
+    weights = adapter_tensors(adapter)
+    for number, name in enumerate(sorted(weights)):  # far enough from the base for an export that lost something
+        drawn = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(number))
+        weights[name] = 0.1 * drawn if "lora_B" in name else weights[name]
+    save_file(weights, adapter / "adapter_model.safetensors")
+    model, _ = load(ref := resolve(str(adapter)), LoadOptions("none", "float32"), notes=False)
+    wanted = plain_scores(model, encoder, FEW)
+    for size, shared in ((1, TURNS), (3, ())):
+        scorer = FastLabelScorer(model, encoder, FORMS, batch_size=size, shared_by=shared)
+        np.testing.assert_allclose(scorer.raw_scores(FEW), wanted, atol=1e-4)
+    with model.disable_adapter():
+        assert np.abs(plain_scores(model, encoder, FEW) - wanted).mean() > 0.3
+
+    export_adapter.merge(ref, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert not any(type(module).__name__ == "Linear4bit" for module in merged.modules())
+    # The merged weights are rounded to bf16; both models compute in float32.
+    assert np.abs(plain_scores(merged, encoder, FEW) - wanted).mean() < 0.05
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "lfm2"])
+def test_models_with_recurrent_layers_write_in_batches_as_alone(architecture, encoder, tmp_path):
+    """Rows are padded on the left, and a document's forced tokens come several at a time after the prompt."""
+    folder = saved_model(tmp_path / "base", architecture, MATRIX[architecture][0], encoder.tokenizer)
+    model, tokenizer = load(resolve(folder), LoadOptions("none", "float32"))
+    starts = [encoder.prompt("Debt " * count) for count in (3, 1, 9, 2)]
+    alone = [generate(model, tokenizer, [start], 8, [], 1)[0] for start in starts]
+    assert generate(model, tokenizer, starts, 8, [], 4) == alone
+    for start, written in zip(starts, alone, strict=True):  # greedy, by plain forwards
+        ids = list(start)
+        for _ in range(8):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert tokenizer.decode(ids[len(start) :]) == written.text
+    decoder = JsonDecoder(model, tokenizer)
+    grammar = compile_schema(INVOICE_SCHEMA, decoder.grammar_tokenizer)
+    alone = [decoder.generate([start], [grammar], 160)[0].text for start in starts[:2]]
+    assert [draft.text for draft in decoder.generate(starts[:2], [grammar] * 2, 160)] == alone
+    jsonschema.validate(json.loads(alone[0]), INVOICE_SCHEMA)
+
+
 # --------------------------------------------------------------------------------- what is supported, before weights
 
 
@@ -318,7 +509,7 @@ def saved(folder: Path, architecture: str) -> str:
     return str(folder)
 
 
-LAYERS = "layers without attention or with a sparse index"
+LAYERS = "layers with a sparse index"
 
 
 @pytest.mark.parametrize(
@@ -330,11 +521,6 @@ LAYERS = "layers without attention or with a sparse index"
         ("vit", "not supported"),
         ("mamba", "no max_position_embeddings"),
         ("bloom", "no max_position_embeddings"),
-        ("bamba", LAYERS),
-        ("falcon_h1", LAYERS),
-        ("qwen3_5_text", LAYERS),
-        ("qwen3_next", LAYERS),
-        ("kimi_linear", LAYERS),
         ("deepseek_v32", LAYERS),
     ],
 )
@@ -345,7 +531,7 @@ def test_unsupported_models_are_refused_by_their_configuration(tmp_path, archite
     assert folder in str(error.value) and "\n" not in str(error.value) and "take a causal" in str(error.value)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3_text", "gemma2", "granite", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "granite", "gpt2", "qwen3_5_text", "lfm2"])
 def test_supported_models_are_not_refused(tmp_path, architecture):
     check_supported(saved(tmp_path, architecture))
 
@@ -353,7 +539,7 @@ def test_supported_models_are_not_refused(tmp_path, architecture):
 @pytest.mark.parametrize("method", METHODS)
 def test_trainers_refuse_before_they_read_weights(tmp_path, model_dir, method):
     folder = shutil.copytree(model_dir, tmp_path / "model")
-    saved(folder, "qwen3_next")
+    saved(folder, "deepseek_v32")
     (folder / "model.safetensors").write_bytes((len(b"{}")).to_bytes(8, "little") + b"{}")  # no tensor
     message = refused(method, [row_of(method)], tmp_path, str(folder), "--dry_run")
-    assert "qwen3_next models are not supported (layers without attention" in message
+    assert "deepseek_v32 models are not supported (layers with a sparse index" in message
