@@ -100,7 +100,7 @@ def test_rooms_have_at_most_5_levels_and_60_arrows():
 def test_modules_and_functions_keep_their_caps(name):
     """Files of at most 335 lines, common.py 480 (benches are exempt); functions of at most 80."""
     text = NAMES[name].read_text()
-    assert room(name) == "bench" or len(text.splitlines()) <= (480 if name == "common" else 330)
+    assert room(name) == "bench" or len(text.splitlines()) <= (480 if name == "common" else 335)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno + 1 <= 80, node.name
