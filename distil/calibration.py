@@ -60,7 +60,7 @@ def fit_calibration(raw: np.ndarray, prior: np.ndarray, answers: np.ndarray) -> 
         gradient = np.append((excess * centred).sum() * slope, excess.sum(axis=0) + 2 * penalty * bias)
         return total / rows, gradient / rows
 
-    last = (-50, 50) if penalty else (0, 0)  # free biases are told apart by their distance from the last one
+    last = (-50, 50) if penalty else (0, 0)  # only distances from the last one matter where biases are free
     bounds = [(-np.log(20), np.log(20)), *[(-50, 50)] * (labels - 1), last]
     how = {"jac": True, "method": "L-BFGS-B", "bounds": bounds, "options": {"ftol": 1e-12, "maxiter": 1000}}
     best = minimize(loss, np.zeros(labels + 1), **how).x
