@@ -251,3 +251,27 @@ def test_plan_of_the_default_student(tmp_path, tokenizer, training_files, capsys
     total, weights = (float(plan.split(mark)[1].split()[0].rstrip(",")) for mark in ("estimated memory", "(weights"))
     assert weights == pytest.approx(2.01, abs=0.1)  # measured for this shape in NF4
     assert weights < total < 8
+
+
+@pytest.mark.parametrize(("key", "value"), [(16, 16), (64, 16), (128, 128)])
+def test_what_gated_delta_layers_save_is_in_the_estimate(key, value, tmp_path):
+    """Measured at the kernel, which keeps more than the rest of the layer does."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+    heads = {"linear_num_value_heads": 2, "linear_num_key_heads": 2}
+    heads |= {"linear_key_head_dim": key, "linear_value_head_dim": value}
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    shape("qwen3_5_text", num_hidden_layers=4, layer_types=kinds, head_dim=16, **heads).save_pretrained(tmp_path)
+    held = {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    query, keys, values = (torch.randn(1, 256, 2, width, dtype=torch.bfloat16) for width in (key, key, value))
+    inputs = [tensor.requires_grad_() for tensor in (query, keys, values)]
+    decay, beta = -torch.rand(1, 256, 2, requires_grad=True), torch.rand(1, 256, 2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch_chunk_gated_delta_rule(*inputs, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    assert memory.Sizes.of(str(tmp_path)).state == pytest.approx(0.75 * saved / 256, rel=0.05)

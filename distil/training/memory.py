@@ -61,6 +61,7 @@ class Sizes:
     keys: int
     normed: int  # queries and keys where they have separate norms, as in Qwen3
     vocabulary: int
+    state: int  # bytes a token, in the mean of all layers, that gated delta layers save (Qwen3.5)
 
     @classmethod
     @functools.lru_cache(maxsize=8)
@@ -86,8 +87,14 @@ class Sizes:
         queries, keys = heads * max(sizes), max(a * b for a, b in zip(sizes, shared, strict=True))
         normed = queries + keys if "q_norm" in modules else 0
         mlp = getattr(text, "intermediate_size", None) or getattr(text, "ffn_hidden_size", None) or 4 * hidden
+        state = 0
+        if parts := getattr(text, "linear_num_value_heads", 0):
+            # Counted in the float32 kernel that transformers has without flash-linear-attention: chunks of 64 tokens.
+            key, value = text.linear_key_head_dim, text.linear_value_head_dim
+            state = parts * (1312 + 32 * key + 12 * value + key * value // 16)
+            state = state * text.layer_types.count("linear_attention") // layers
         widths = hidden, mlp, heads, queries, keys, normed, text.vocab_size
-        return cls(total, linear, adapter, branches, inputs, layers, *widths)
+        return cls(total, linear, adapter, branches, inputs, layers, *widths, state)
 
     def weights(self, quantization: str, width: int) -> float:
         """Return the bytes of the frozen base; NF4 with double quantisation takes 4.13 bits. width: of others."""
@@ -169,7 +176,7 @@ def _saved_by_layer(size: Sizes, batch: _Batch, options: TrainOptions, pairs: bo
     branches, mask = min(size.inputs, 2 * size.hidden + size.mlp) * width, 1 if torch.cuda.is_available() else width
     if options.lora_dropout and not pairs:
         branches = size.inputs * (width + mask)
-    saved = tokens * (8 * size.hidden + 4 * size.normed + branches)
+    saved = tokens * (8 * size.hidden + 4 * size.normed + branches + size.state)
     saved += tokens * (3 * size.mlp + 2 * size.queries + size.branches * options.lora_r) * width
     if width == 2:  # autocast's copies of the adapter, one for each of the forwards
         saved += width * size.adapter // size.layers * (2 if batch.shared else 1)
