@@ -209,6 +209,25 @@ def test_a_tree_of_labels_scores_as_a_forward_for_each(encoder, name, labels, la
     assert np.abs(table["a"] - wanted).max() > 0.1 and np.abs(table["b"] - table["a"]).max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma3_text wide", "gpt_neox"])
+def test_a_tree_of_labels_in_bfloat16_scores_as_a_forward_for_each(encoder, name):
+    """Rows of several adapters; both ways differ by the rounding of hidden states alone, and labels by much more."""
+    model = tiny(name.split()[0], BUILT[name], len(encoder.tokenizer)).bfloat16()
+    config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(model, config, "a", autocast_adapter_dtype=False).eval()
+    model.add_adapter("b", config)
+    scorer = FastLabelScorer(model.bfloat16(), encoder, TREES["few"], "max", 16, TURNS, ("a", "b", BASE))
+    rows = [encoder.prompt(turn) for turn in TEXTS]
+    names = [("a", "b", BASE)[i % 3] for i in range(len(TEXTS))]
+    assert scorer.trees and not scorer.plain
+    in_trees = scorer.score(rows, adapters=names)
+    scorer.trees = False
+    alone = scorer.score(rows, adapters=names)
+    assert np.abs(in_trees - alone).max() < 0.1 < np.ptp(alone, axis=1).min()
+    float32 = FastLabelScorer(model.float(), encoder, TREES["few"], "max", 16, TURNS, ("a", "b", BASE))
+    assert np.abs(in_trees - float32.score(rows, adapters=names)).mean() < 0.1
+
+
 @pytest.mark.parametrize("damage", ["mask", "positions", "refused"])
 def test_labels_take_a_forward_each_where_a_model_runs_no_tree(encoder, damage, monkeypatch, capsys):
     """It ignores the mask or the positions, as with ALiBi, or takes no such argument."""
