@@ -102,8 +102,9 @@ def run_tool(*command: str | Path) -> None:
     python = [sys.executable] if str(command[0]).endswith(".py") else []
     done = subprocess.run([*python, *map(str, command)], capture_output=True, text=True, errors="replace")
     if done.returncode:
-        last = [line.strip() for line in done.stderr.splitlines() if line.strip()][-1:]
-        raise InputError(f"{Path(command[0]).name} fails: {(last or ['no reason is given'])[0][:200]}")
+        last = ["no reason is given", *(line.strip() for line in done.stderr.splitlines() if line.strip())][-1][:200]
+        fix = "; install it with pip" if "No module named" in last else ""
+        raise InputError(f"{Path(command[0]).name} fails: {last}{fix}")
 
 
 def check_export(path: str, kind: str | None, llama_cpp: str) -> None:

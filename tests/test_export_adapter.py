@@ -359,6 +359,9 @@ def test_what_a_gguf_file_needs_is_checked_before_weights_are_loaded(adapter, ll
     script.write_text(CONVERTER.replace("Qwen2ForCausalLM", "Other"))
     with pytest.raises(InputError, match=r"convert_hf_to_gguf.py fails: Model x is not supported"):
         export_adapter.main([*argv, "--gguf", "q8_0"])
+    script.write_text("import module_that_is_not_here")
+    with pytest.raises(InputError, match=r"No module named 'module_that_is_not_here'; install it with pip"):
+        export_adapter.main([*argv, "--gguf", "q8_0"])
     script.unlink()
     with pytest.raises(InputError, match=r"convert_hf_to_gguf.py is missing; get it with git clone"):
         export_adapter.main([*argv, "--gguf", "bf16"])
