@@ -71,8 +71,8 @@ def sample_scores(
     import numpy as np
 
     gc.collect()  # of the model before, which may be in a circle
-    model, tokenizer = load(ref, LoadOptions(quantization, "bfloat16"), notes=False)
-    model = exports.load_gguf(Path(ref.path), gguf) if gguf else model
+    options = LoadOptions(quantization, "bfloat16")
+    model, tokenizer = exports.load_gguf(Path(ref.path), gguf) if gguf else load(ref, options, notes=False)
     encoder, answers = PromptEncoder(tokenizer), sorted({answer for _, answer in rows})
     task = model_task(ref)
     few = len(answers) <= MOST_LABELS and len(answers) < len(rows)  # if all differ they are texts, not labels

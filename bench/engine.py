@@ -36,23 +36,21 @@ from distil.endpoint import Server
 from distil.engine import Engine, EngineScorer
 from distil.models import LoadOptions, load, resolve
 from distil.scoring import FastLabelScorer
-from distil.tasks import default_task
+from distil.tasks import chosen_task
 
-TASK = default_task()
-FORMS = {label: [label] for label in TASK.labels}
 OWN = "here"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--model_dir", required=True, help="merged folder of a CreditMix student")
+    add("--model_dir", required=True, help="merged folder of a student of a label task")
     add("--gguf", nargs="+", required=True, help="GGUF files of it")
     server = "llama-server -m {file} --port {port} -c 8192 -np 4"
     add("--server", default=server, help="command that serves {file} at {port} (%(default)s)")
     add("--data", default="data/creditmix_dataset.json", help="raw rows (%(default)s)")
-    add("--rows", type=int, default=1000, help="validation rows, equally many of each label (%(default)s)")
-    add("--fit_per_class", type=int, default=100, help="calibration rows a class (%(default)s)")
+    add("--rows", type=int, default=1000, help="validation rows at most (%(default)s)")
+    add("--fit_per_class", type=int, default=100, help="calibration rows a class at most (%(default)s)")
     add("--part", type=int, default=50, help="rows of a turn (%(default)s)")
     add("--together", action="store_true", help="all ways at once, on a busy machine: CPU seconds count then")
     add("--compute_dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the scorer here")
@@ -93,7 +91,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 def figures(raw: dict[str, np.ndarray], fit_answers: np.ndarray, answers: np.ndarray) -> dict[str, dict[str, float]]:
     """Return {way: agreement and NLL} from raw scores of the calibration rows with the validation rows behind them.
     answers: numbers of the labels of both."""
-    zero, found, best = np.zeros(len(FORMS)), {}, {}
+    zero, found, best = np.zeros(raw[OWN].shape[1]), {}, {}
     for way, scores in raw.items():
         first, rest = scores[: len(fit_answers)], scores[len(fit_answers) :]
         fitted = fit_calibration(first, zero, fit_answers)
@@ -112,17 +110,19 @@ def figures(raw: dict[str, np.ndarray], fit_answers: np.ndarray, answers: np.nda
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    scoring = CreditOptions(FORMS, (0.0,) * len(FORMS))
-    counts = {"val_per_class": -(-args.rows // len(FORMS)), "fit_per_class": args.fit_per_class}
-    options = EvalOptions(args.data, "", scoring, fit=True, **counts)
-    validation, calibration, _ = draw_samples(read_rows(args.data, TASK)[0], options)
+    task = chosen_task([ref := resolve(args.model_dir)], None)
+    forms = {label: [label] for label in task.labels}
+    scoring = CreditOptions(forms, (0.0,) * len(forms), task=task)
+    each = -(-args.rows // len(forms)) if task.balanced else None
+    options = EvalOptions(args.data, "", scoring, val_per_class=each, fit=True, fit_per_class=args.fit_per_class)
+    validation, calibration, _ = draw_samples(read_rows(args.data, task)[0], options)
     np.random.default_rng(0).shuffle(validation)
     rows = [*calibration, *validation[: args.rows]]
-    answers = np.array([TASK.labels.index(row.label) for row in rows])
+    answers = np.array([task.labels.index(row.label) for row in rows])
     fit_answers, answers = answers[: len(calibration)], answers[len(calibration) :]
-    model, tokenizer = load(resolve(args.model_dir), LoadOptions("none", args.compute_dtype))
-    encoder = PromptEncoder(tokenizer)
-    scorer: Any = FastLabelScorer(model, encoder, FORMS, shared_by=TASK.shared_turns)
+    model, tokenizer = load(ref, LoadOptions("none", args.compute_dtype))
+    encoder, how = PromptEncoder(tokenizer), {"label_tokens": task.label_tokens}
+    scorer: Any = FastLabelScorer(model, encoder, forms, shared_by=task.shared_turns, **how)
     ways = {OWN: (scorer, psutil.Process())}
     with contextlib.ExitStack() as stack:
         for file in args.gguf:
@@ -131,11 +131,11 @@ def main(argv: list[str] | None = None) -> int:
 
             name = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
             engine = Engine(Server(f"{url}/v1", name, concurrency=4), args.model_dir)
-            ways[Path(file).name] = (EngineScorer(engine, FORMS), process)
-        raw: dict[str, Any] = {way: np.empty((0, len(FORMS))) for way in ways}
+            ways[Path(file).name] = (EngineScorer(engine, forms, **how), process)
+        raw: dict[str, Any] = {way: np.empty((0, len(forms))) for way in ways}
         wall, used = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
         for start in range(0, len(rows), args.part):
-            prompts = [encoder.prompt(TASK.prompt(row.features)) for row in rows[start : start + args.part]]
+            prompts = [encoder.prompt(task.prompt(row.features)) for row in rows[start : start + args.part]]
 
             def turn(way: str, prompts: list[list[int]] = prompts) -> None:
                 one, process = ways[way]
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
                 shown = {key: round(value, 4) for key, value in result.items()}
                 print(f"  {way}: {shown}", file=sys.stderr)
     table = {way: {key: round(value, 4) for key, value in result.items()} for way, result in results.items()}
-    report({"model_dir": args.model_dir, "rows": args.rows, "fit_rows": len(calibration)} | table, args.json)
+    report({"model_dir": args.model_dir, "rows": len(answers), "fit_rows": len(calibration)} | table, args.json)
     return 0
 
 

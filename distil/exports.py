@@ -141,13 +141,15 @@ def write_gguf(folder: Path, file: str, kind: str, llama_cpp: str) -> None:
         plain.unlink()
 
 
-def load_gguf(folder: Path, file: str) -> Any:
-    """Return the model of a GGUF file, dequantised to bf16. Raises what transformers does where it cannot read it."""
+def load_gguf(folder: Path, file: str) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a folder with the weights of its GGUF file, dequantised to bf16. Raises what
+    transformers does where it cannot read it."""
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **how).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **how).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(folder)
 
 
 def write_notes(folder: Path, name: str, adapter: str, base: str, file: str | None) -> None:
