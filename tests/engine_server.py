@@ -25,7 +25,9 @@ class ModelServer:
         self.encoder = PromptEncoder(tokenizer)
         self.most = 20 if kind == "vllm" else 10**6
         self.capped, self.context = 10**6, 10**6
+        self.grammar: Any = None  # of the one schema of the requests
         self.decoder: Any = None  # writes JSON where a request has a schema
+        self.cut: int | None = None  # letters of it that are sent
         self.requests: list[dict] = []
         self.lock = threading.Lock()
         server = self
@@ -132,10 +134,11 @@ class ModelServer:
 
         if self.decoder and "response_format" in body:
             schema = body["response_format"]["json_schema"]["schema"]
-            grammar = compile_schema(schema, self.decoder.grammar_tokenizer)
+            self.grammar = self.grammar or compile_schema(schema, self.decoder.grammar_tokenizer)
             how = body["max_tokens"], body["temperature"], body.get("seed", 0)
-            (draft,) = self.decoder.generate([ids], [grammar], *how)
-            return draft.text, self.encoder.text(draft.text), True
+            (draft,) = self.decoder.generate([ids], [self.grammar], *how)
+            text = draft.text[: self.cut].replace(",", ", ") if self.cut else draft.text
+            return text, self.encoder.text(text), not self.cut
         end = self.tokenizer.eos_token_id
         ends = self.tokenizer.convert_tokens_to_ids(body.get("stop", [])) or [end]
         how = body["max_tokens"], ends, 1, 0.0 if body["max_tokens"] == 1 else body["temperature"]

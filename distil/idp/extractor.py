@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -11,7 +12,7 @@ from common import InputError, PromptEncoder
 from distil.cli import add_engine_flags, add_loading_flags, loading_options, seed_number
 from distil.engine import ServedModel
 from distil.files import file_sha256, parse_json, read_json
-from distil.idp.decoder import Draft, JsonDecoder
+from distil.idp.decoder import Closer, Draft, JsonDecoder
 from distil.idp.documents import idp_prompt, joined, pages_of
 from distil.idp.schema import SchemaGrammar, broken_rule, checked_validator, compile_schema, grammar_tokenizer
 from distil.models import LoadOptions, ModelRef, load
@@ -84,13 +85,34 @@ class ServedDecoder:
         form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
         # Completions of llama.cpp have the schema under its own name; vLLM ignores that.
         self.how = {"response_format": form, "json_schema": schema}
+        self.closer: Closer | None = None
 
     def generate(
         self, ids: list[list[int]], grammars: list[SchemaGrammar], budget: int, temperature: float = 0, seed: int = 0
     ) -> list[Draft]:
-        """Return a draft for each prompt, as `JsonDecoder.generate`; one over the budget is truncated, not closed."""
+        """Return a draft for each prompt, as `JsonDecoder.generate`."""
         written = self.engine.write(ids, budget, temperature, seed, **self.how)
-        return [Draft(None, [], text=one.text, truncated=not one.ended) for one in written]
+        texts = [
+            one.text if one.ended else self._closed(one.text, grammar, budget)
+            for one, grammar in zip(written, grammars, strict=True)
+        ]
+        pairs = zip(written, texts, strict=True)
+        return [Draft(None, [], text=text, truncated=not one.ended) for one, text in pairs]
+
+    def _closed(self, text: str, grammar: SchemaGrammar, budget: int) -> str | None:
+        """Return a document that was cut with an ending of at most `budget` tokens, None where there is none; a text
+        that is not the beginning of a document stays as it is."""
+        from llguidance import LLMatcher
+
+        self.closer = self.closer or Closer(grammar.tokenizer)
+        tokens = self.engine.encoder.text(re.sub(r'("(?:[^"\\]|\\.)*"?)|\s+', r"\1", text))  # in the grammar's layout
+        matcher = LLMatcher(grammar.tokenizer, grammar.grammar)
+        accepted = tokens[: matcher.validate_tokens(tokens)]
+        if len(accepted) < len(tokens) - 1:  # the last one may be half of another
+            return text
+        matcher.consume_tokens(accepted)
+        ending = self.closer.close(matcher, budget)
+        return None if ending is None else self.tokenizer.decode(accepted + ending, clean_up_tokenization_spaces=False)
 
 
 class Extractor:
@@ -141,8 +163,7 @@ class Extractor:
         try:
             value = parse_json(text)
         except ValueError as error:
-            cut = "was cut off; raise --max_new_tokens" if truncated else f"is not JSON: {error}"
-            return _failed("invalid", f"the answer {cut}")
+            return _failed("invalid", f"the answer is not JSON: {error}")
         if problem := broken_rule(self.grammar.validator, value):
             return _failed("invalid", f"the answer {problem}; raise --retries")
         return {"json": value, "truncated": truncated}
