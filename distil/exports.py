@@ -57,11 +57,11 @@ def config_for_readers(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, 
     full, local = rope.get("full_attention") or rope, rope.get("sliding_attention") or {}
     names = ("rotary_emb_base", "rotary_pct") if saved.get("model_type") == "gpt_neox" else ()
     base, share = names or ("rope_theta", "partial_rotary_factor")
-    found = {base: full.get("rope_theta"), share: full.get("partial_rotary_factor")}
+    found = {base: full.get("rope_theta"), share: rope.get("partial_rotary_factor")}
     found["rope_local_base_freq"] = local.get("rope_theta")
     if (kind := full.get("rope_type", "default")) == "longrope":  # transformers 4 takes these three fields alone
         found["rope_scaling"] = {"type": kind} | {key: full[key] for key in ("short_factor", "long_factor")}
-    elif kind != "default":
+    elif kind in ("linear", "dynamic", "yarn", "llama3") and (full is rope or "gemma3" in saved["model_type"]):
         found["rope_scaling"] = {key: value for key, value in full.items() if key not in (*found, "type")}
     return {key: value for key, value in found.items() if value is not None} | config
 

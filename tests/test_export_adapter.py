@@ -193,6 +193,25 @@ def test_rotary_parameters_have_their_earlier_names_too(name, rope, wanted):
     assert config_for_readers(shell, {})["text_config"] == saved | wanted
 
 
+NAMES = (
+    "cohere2 gemma2 gemma3_text gemma4_text gpt_neox granite lfm2 llama mistral olmo2 olmo3 phi3 qwen3 qwen3_5_text"
+)
+
+
+@pytest.mark.parametrize("name", NAMES.split())
+def test_earlier_names_change_nothing_for_transformers_5(name, tmp_path):
+    """A top-level `rope_scaling` takes the place of `rope_parameters` there, also of those for each type of layer."""
+    from transformers import AutoConfig
+
+    rope = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5}} if name == "llama" else {}
+    AutoConfig.for_model(name, **rope).save_pretrained(tmp_path)
+    before = AutoConfig.from_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", changed := config_for_readers(saved, {}))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == before.rope_parameters
+    assert changed != saved and ("rope_scaling" in changed) == bool(rope)
+
+
 def test_fields_of_the_base_are_kept_but_not_those_that_the_export_changes():
     own = {"model_type": "llama", "rope_theta": 3.0, "rope_scaling": None, "torch_dtype": "float16", "eos_token_id": 7}
     own |= {"quantization_config": {}, "auto_map": {"AutoModel": "code.py"}}
