@@ -36,6 +36,7 @@ TEMPLATE_DATE = datetime.date(2024, 7, 26)  # of chat templates that write one: 
 _FORMS = re.findall("-?.", "aAbBcd-dDeFHIjm-mMpSUwWxXyYZ")  # after a % each
 _DATES = "".join(f"|replace('%{form}', '{TEMPLATE_DATE:%{form}}')" for form in _FORMS)
 FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _DATES + " }}{% endmacro %}\n"  # put before a template
+THINKING_OFF = {"enable_thinking": False, "thinking": False}  # names that chat templates have for it
 SCORING_TILE = 16384  # columns of the vocabulary that scoring has in float32 at a time
 
 
@@ -187,7 +188,7 @@ def lora_config(r: int = 16, alpha: int = 32, dropout: float = 0.05, targets: An
 def text_tokenizer(tokenizer: Any) -> tuple[Any, dict[str, str]]:
     """Return a copy of a tokenizer's backend whose added tokens have names drawn at random, and {token: name}.
     No text of a user's has such a name, so control tokens in it are plain text, special or not, also for a vocabulary
-    that would find them by itself. Runs of blanks (Gemma, GPT-NeoX) are text and keep theirs.
+    that would find them by itself. Runs of blanks (Gemma, GPT-NeoX) and signs that are added are text and keep theirs.
     Raises InputError for a tokenizer without a backend."""
     from tokenizers import Tokenizer
 
@@ -195,7 +196,8 @@ def text_tokenizer(tokenizer: Any) -> tuple[Any, dict[str, str]]:
         raise InputError(f"{tokenizer.name_or_path}: a tokenizer.json is needed; this tokenizer has none")
     description, names, draw = json.loads(tokenizer.backend_tokenizer.to_str()), {}, secrets.token_hex(8)
     for number, token in enumerate(description["added_tokens"]):
-        if (text := token["content"]).replace("\u2581", " ").strip():
+        letters = len((text := token["content"]).replace("\u2581", " ").strip())
+        if letters > 1 or (letters and token["special"]):  # without its name a sign could not be written at all
             names[text] = token["content"] = f"<{draw}-{number}>"
     model = description["model"]
     vocabulary = model["vocab"]  # {token: number}; a list of [token, score] in Unigram models
@@ -255,7 +257,7 @@ class PromptEncoder:
         system = {"role": "system", "content": SYSTEM_PROMPT}
         first = {"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{user}"}  # Gemma has no system turn
         how = {"tokenize": False, "chat_template": FIXED_DATE + self.tokenizer.get_chat_template()}
-        how |= {"add_generation_prompt": not answer, "enable_thinking": False, "thinking": False}
+        how |= {"add_generation_prompt": not answer} | THINKING_OFF
         for messages in ([system, *turns], [first, *turns[1:]]):
             try:
                 text = self.tokenizer.apply_chat_template(messages, **how)
@@ -288,12 +290,16 @@ class PromptEncoder:
         return self._ids(text) if (ids := self._following(text)) is None else ids
 
     def completion(self, text: str) -> list[int]:
-        """Return the token ids of an answer with the end-of-turn token that training teaches and scoring omits."""
+        """Return the token ids of an answer with the end-of-turn token that training teaches and scoring omits.
+        Raises InputError where no token ends a turn."""
+        if self.end_of_turn is None:
+            raise InputError(f"{self.tokenizer.name_or_path}: no token ends an answer; set eos_token")
         return [*self.text(text), self.tokenizer.convert_tokens_to_ids(self.end_of_turn)]
 
     def label(self, text: str) -> list[int]:
-        """Return the token ids of a label. Raises InputError where they would merge with the assistant start."""
-        if ids := self._following(text):
+        """Return the token ids of a label. Raises InputError where they would merge with the assistant start, or stand
+        for words that the tokenizer does not know."""
+        if (ids := self._following(text)) and self.tokenizer.unk_token_id not in ids:
             return ids
         raise InputError(f"label {text!r} has no stable tokens after the assistant start; choose another word")
 

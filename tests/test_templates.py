@@ -346,6 +346,32 @@ def test_control_tokens_in_the_users_text_are_text(case):
     assert turn in tokenizer.decode(attacked)
 
 
+def test_a_sign_that_is_an_added_token_is_not_lost_in_a_text():
+    """Without that token the vocabulary has no way to write it."""
+    added = [*IM, *plain("$")]
+    tokenizer = byte_tokenizer(added, eos_token=IM[2], chat_template=CHATML)
+    text = "Income: $5 and 7 $"
+    ids = PromptEncoder(tokenizer).prompt(text)
+    assert ids == tokenizer(rendered(TEMPLATES["ChatML"], tokenizer, text), add_special_tokens=False)["input_ids"]
+    assert text in tokenizer.decode(ids)
+
+
+def test_labels_and_answers_without_tokens_are_refused():
+    """A word that the tokenizer does not know would have the score of all such words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["<unk>", "Good", "x"])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = PromptEncoder(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))
+    assert encoder.label("Good") == [1]
+    with pytest.raises(InputError, match="label 'Bad' has no stable tokens"):
+        encoder.label("Bad")
+    with pytest.raises(InputError, match="no token ends an answer; set eos_token"):
+        encoder.completion("Good")
+
+
 def test_a_thought_that_the_template_opens_ends_where_it_can():
     """As with Qwen3's thinking models, which have no switch but close a thought before an answer."""
     published = TEMPLATES["Qwen3"]
