@@ -489,13 +489,13 @@ def test_a_model_trains_scores_and_is_exported(architecture, encoder, tmp_path, 
         scorer = FastLabelScorer(model, encoder, FORMS, batch_size=size, shared_by=shared)
         np.testing.assert_allclose(scorer.raw_scores(FEW), wanted, atol=1e-4)
     with model.disable_adapter():
-        assert np.abs(plain_scores(model, encoder, FEW) - wanted).mean() > 0.3
+        change = np.abs(plain_scores(model, encoder, FEW) - wanted).mean()
 
     export_adapter.merge(ref, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert not any(type(module).__name__ == "Linear4bit" for module in merged.modules())
     # The merged weights are rounded to bf16; both models compute in float32.
-    assert np.abs(plain_scores(merged, encoder, FEW) - wanted).mean() < 0.05
+    assert np.abs(plain_scores(merged, encoder, FEW) - wanted).mean() < min(0.05, 0.2 * change)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_5_text", "lfm2"])

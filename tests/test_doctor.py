@@ -129,10 +129,10 @@ def test_a_model_that_is_not_supported(lines, tmp_path, model_dir):
     from transformers import AutoConfig
 
     folder = shutil.copytree(model_dir, tmp_path / "model")
-    AutoConfig.for_model("qwen3_next").save_pretrained(folder)
+    AutoConfig.for_model("deepseek_v32").save_pretrained(folder)
     status, checks = lines(str(folder))
-    assert status == 1 and "qwen3_next models are not supported (layers without attention" in checks["model"]
-    assert "take a causal language model with attention in every layer" in checks["model"]
+    assert status == 1 and "deepseek_v32 models are not supported (layers with a sparse index" in checks["model"]
+    assert "take a causal language model such as Llama" in checks["model"]
 
 
 def test_a_chat_template_that_cannot_be_used(lines, tmp_path, model_dir, tokenizer):
