@@ -78,7 +78,7 @@ def write_data(rows: list, encoder: PromptEncoder, folder: Path) -> None:
     theirs: dict[str, list[dict]] = {"sft": [], "dpo": []}
     for row in rows:
         prompt = TASK.prompt(row.features)
-        text = encoder._render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        text = encoder._render(prompt)
         wrong = TASK.labels[(TASK.labels.index(row.label) + 1) % len(TASK.labels)]
         joint = encoder.tokenizer(text + row.label + encoder.end_of_turn, add_special_tokens=False)["input_ids"]
         if joint != encoder.prompt(prompt) + encoder.completion(row.label):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from bench import calibrators, remedies
-from common import InputError
+from bench import calibrators, remedies, train
+from common import InputError, PromptEncoder
 
 
 def test_remedies_are_measured_from_one_scoring(tmp_path, monkeypatch, credit_file, capsys):
@@ -36,3 +37,14 @@ def test_calibrators_are_compared_on_other_customers(model_dir, credit_file, cap
     assert all(ways[way]["best"] <= ways[way]["mean"] <= ways[way]["worst"] for ways in table.values() for way in ways)
     with pytest.raises(InputError, match=r"less than the \d+ drawn"):
         calibrators.main([*flags, "--customers", "9999"])
+
+
+def test_the_training_bench_gives_both_sides_the_same_tokens(tmp_path, tokenizer):
+    rows = [SimpleNamespace(features="Age: 31", label="Good"), SimpleNamespace(features="Age: 50", label="Bad")]
+    train.write_data(rows, encoder := PromptEncoder(tokenizer), tmp_path)
+    theirs = [json.loads(line) for line in (tmp_path / "dpo" / "train.jsonl").read_text().splitlines()]
+    ours = [json.loads(line) for line in (tmp_path / "dpo.jsonl").read_text().splitlines()]
+    for own, other in zip(ours, theirs, strict=True):
+        text = other["prompt"] + other["chosen"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == encoder.prompt(own["prompt"]) + encoder.completion(own["chosen"])
