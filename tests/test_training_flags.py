@@ -208,6 +208,8 @@ def test_lora_goes_to_the_layers_of_the_flag(train, capsys):
         train("kd", "other", "--adapter", save_dir, "--lora_targets", "v_proj", base=False)
     same = train("kd", "same", "--adapter", save_dir, base=False)
     assert trained_layers(same) == {"q_proj", "down_proj"} == set(run_json(same)["lora_targets"])
+    again = train("kd", "again", "--config", f"{same}/run.json", base=False)
+    assert set(run_json(again)["flags"]["lora_targets"]) == {"q_proj", "down_proj"}
     assert trained_layers(train("sft", "all", "--lora_targets", "all-linear")) == set(LORA_TARGETS)
 
 

@@ -104,6 +104,8 @@ class TrainParser(argparse.ArgumentParser):
             if name not in actions or name in ("help", "config"):
                 near = difflib.get_close_matches(str(name), actions, n=1)
                 raise InputError(f"{file}: {name!r} is no flag of this script{f'; {near[0]!r} is' if near else ''}")
+            if name == "lora_targets" and isinstance(value, list):  # of a run that continued an adapter
+                value = ",".join(map(str, value))
             switch = actions[name].nargs == 0
             if isinstance(value, list | dict) or (value is not None and isinstance(value, bool) != switch):
                 raise InputError(f"{file}: {name}: {value!r} is no value of --{name}; quote texts such as on and off")
@@ -202,9 +204,12 @@ def train_options(
     values, problems = {field.name: flags[field.name] for field in fields(kind)}, []
     config = adapter_config(ref.adapter) if ref.adapter else None
     for flag, key in _LORA_KEYS.items() if config else ():
-        if values[flag] not in (None, config.get(key)):
-            problems.append(f"--{flag} {values[flag]}: {ref.adapter} has {config.get(key)}; leave it out")
-        values[flag] = config.get(key)
+        given, own = values[flag], config.get(key)
+        if isinstance(given, str) and isinstance(own, list):  # names of layers, in any order
+            given = own if {*map(str.strip, given.split(","))} == {*own} else given
+        if given not in (None, own):
+            problems.append(f"--{flag} {given}: {ref.adapter} has {own}; leave it out")
+        values[flag] = own
     recipe = small if parameter_count(ref.path) < SMALL_STUDENT else large
     if values["batch_size"] == "auto" and values["grad_accum"] is None:
         values["grad_accum"] = recipe["batch_size"] * recipe["grad_accum"]
