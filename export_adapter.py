@@ -80,9 +80,9 @@ def sample_scores(
         forms, how = {a: [a] for a in answers}, {"label_tokens": task.label_tokens} if task else {}
         scorer = FastLabelScorer(model, encoder, forms, batch_size=batch_size, **how)
         return scorer.raw_scores([prompt for prompt, _ in rows], Path(ref.name).name)
-    scorer, scores = FastLabelScorer(model, encoder, {"answer": [answers[0]]}), []
+    scorer, scores = FastLabelScorer(model, encoder, {"answer": ["x"]}), []
     for prompt, answer in rows:
-        scorer.form_ids = [encoder.label(answer)]  # a new scorer would check the model for each
+        scorer.form_ids = [encoder.text(answer)]  # a new scorer would check the model for each
         scores.append(scorer.raw_scores([prompt]))
     return np.concatenate(scores)
 

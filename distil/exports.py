@@ -3,6 +3,8 @@ file, an Ollama Modelfile, and notes on serving and calibration."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -165,7 +167,8 @@ def write_notes(folder: Path, name: str, adapter: str, base: str, file: str | No
         prompt = tokenizer.decode(encoder.prompt(slot), clean_up_tokenization_spaces=False)
         if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
             prompt = prompt.removeprefix(tokenizer.bos_token)
-        before, _, after = (part.replace("{{", '{{ "{{" }}') for part in prompt.partition(slot))
+        parts = prompt.partition(slot)  # signs that mean something in a Modelfile are written as values
+        before, _, after = (re.sub('{{|"', lambda sign: f"{{{{ {json.dumps(sign[0])} }}}}", part) for part in parts)
         (folder / "Modelfile").write_text(MODELFILE.format(before=before, after=after, **same), encoding="utf-8")
         more = GGUF_COMMANDS.format(**same)
     readme = (Path(__file__).parent / "export_readme.md").read_text(encoding="utf-8")

@@ -56,7 +56,9 @@ def test_the_merged_folder_is_a_plain_model_with_the_adapters_answers(adapter, m
 
 @pytest.mark.parametrize("count", ["200", "4"])
 def test_answers_that_are_no_labels_are_compared_by_their_likelihood(count, adapter, tmp_path, capsys):
+    """Also one that begins with a line end, and one of a third of the context."""
     rows = [row | {"output": f"Debt {n}"} for n, row in enumerate(ROWS + ROWS)]
+    rows[0]["output"], rows[1]["output"] = "\nDebt", "Debt" * 160
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     argv = ["--model_dir", adapter, "--save_dir", str(tmp_path / "m"), "--sample", str(tmp_path / "own.jsonl")]
     assert export_adapter.main([*argv, "--rows", count]) == 0
@@ -354,6 +356,21 @@ def test_an_ollama_prompt_has_the_beginning_of_text_once(adapter, model_dir, tmp
         tokenizer.save_pretrained(folder)
         write_notes(folder, "name", "adapter", "base", "x.gguf")
         assert f'TEMPLATE """{start}<|im_start|>system' in (folder / "Modelfile").read_text()
+
+
+def test_quotes_and_braces_of_a_template_are_text_in_a_modelfile(adapter, tmp_path):
+    from distil.exports import write_notes
+    from distil.testing import CHATML, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHATML.replace("'<|im_end|>", '\'"""{{<|im_end|>')
+    folder = Path(export(adapter, tmp_path / "merged"))
+    tokenizer.save_pretrained(folder)
+    write_notes(folder, "name", "adapter", "base", "x.gguf")
+    _, template, rest = (folder / "Modelfile").read_text().split('"""')
+    assert rest.startswith("\nPARAMETER stop")
+    quotes = '{{ "\\"" }}' * 3
+    assert template.partition("{{ .Prompt }}")[2].startswith(quotes + '{{ "{{" }}<|im_end|>')
 
 
 def test_the_calibration_of_the_adapter_is_not_taken_along(adapter, tmp_path):
