@@ -125,7 +125,7 @@ def test_run_folder(method, train, model_dir, training_files, sft_adapter, monke
     result = run_json(save_dir)
     assert result["method"] == script
     assert result["base_model"] == model_dir
-    dests = {action.dest for action in trainer(script).build_parser()._actions} - {"help"}
+    dests = {action.dest for action in trainer(script).build_parser()._actions} - {"help", "config"}
     assert set(result["flags"]) == dests and None not in (
         result["flags"][name] for name in ("learning_rate", "batch_size", "grad_accum", "lora_dropout")
     )
