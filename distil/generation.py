@@ -47,6 +47,7 @@ def generate(
     progress: str | None = None,
     sort: bool = True,
     skip_special_tokens: bool = False,
+    goes_on: bool = False,
     **sampling: Any,
 ) -> list[Written]:
     """Return what follows each start (token ids), in order.
@@ -54,6 +55,7 @@ def generate(
     Writing of a row stops at an end token (`ends`), at the token with which stop(text) becomes true, or at the
     budget. temperature 0 is greedy; `sampling` (top_k, top_p) goes to transformers otherwise. Seed torch before.
     progress: title of a progress bar on stderr. sort: batch prompts of like length, which changes what a seed draws.
+    goes_on: the starts end in a text, and what follows keeps a blank that SentencePiece's decoder cuts off beginnings.
     Raises InputError for a start that does not fit the context."""
     import torch
     from tqdm import tqdm
@@ -75,6 +77,8 @@ def generate(
             return torch.tensor([stop(text) for text in texts], device=input_ids.device)
 
     criteria = StoppingCriteriaList([Stop()] if stop else [])
+    kept = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    decode = functools.partial(tokenizer.decode, **kept)
     order = sorted(range(len(starts)), key=lambda i: len(starts[i]) if sort else 0)
     results = [Written("", 0, False)] * len(starts)
     bar = functools.partial(tqdm, desc=progress, unit="batch", disable=progress is None, file=sys.stderr)
@@ -87,6 +91,6 @@ def generate(
             output = model.generate(**batch, generation_config=config, stopping_criteria=criteria)
         for i, row in zip(chosen, output[:, width:].tolist(), strict=True):
             end = next((k for k, token in enumerate(row) if token in ends), len(row))
-            text = tokenizer.decode(row[:end], skip_special_tokens, clean_up_tokenization_spaces=False)
+            text = decode(starts[i][-1:] + row[:end])[len(decode(starts[i][-1:])) :] if goes_on else decode(row[:end])
             results[i] = Written(text, min(end + 1, len(row)), end < len(row))
     return results

@@ -6,7 +6,7 @@ import pytest
 
 from common import InputError, PromptEncoder
 from distil.generation import generate
-from distil.testing import load_named
+from distil.testing import load_named, save_random_model, sentencepiece_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +37,19 @@ def test_an_end_token_or_the_stop_predicate_ends_an_answer(loaded, starts):
 def test_a_prompt_that_leaves_no_room_is_refused(loaded, starts):
     with pytest.raises(InputError, match="exceed the model's context of 512"):
         generate(*loaded, starts, 600, [], 4)
+
+
+def test_what_goes_on_after_a_text_keeps_its_blank(tmp_path, monkeypatch):
+    """SentencePiece's decoder cuts it off the beginning of a text: "Good" and "debt" would be "Gooddebt"."""
+    import torch
+
+    folder = save_random_model(tmp_path, sentencepiece_tokenizer("prepend", eos_token="</s>"), "llama")
+    model, tokenizer = load_named(folder, "none", "float32")
+    start, more = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Good", "instruction debt"))
+
+    def written(input_ids, **how):
+        return torch.cat([input_ids, torch.tensor([more])], dim=1)
+
+    monkeypatch.setattr(model, "generate", written)
+    assert generate(model, tokenizer, [start], 8, [], 1)[0].text == "instruction debt"
+    assert generate(model, tokenizer, [start], 8, [], 1, goes_on=True)[0].text == " instruction debt"

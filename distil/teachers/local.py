@@ -54,6 +54,7 @@ class ModelTeacher:
             pack_for_decoding(self.model)
         # sort: the order decides which sample a seed draws for which row
         how = {"temperature": self.options.temperature, "sort": False, "skip_special_tokens": True}
+        how |= {"goes_on": bool(labels)}
         how |= {"ends": [self.tokenizer.eos_token_id], "batch_size": size}
         numbers = sorted(prompts, key=lambda number: len(prompts[number]), reverse=True)
         for first in range(0, len(numbers), size):
