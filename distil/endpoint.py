@@ -119,6 +119,7 @@ class Client:
             logging.getLogger(name).setLevel(logging.WARNING)  # they would log the query
         user = unquote(parts.netloc.rpartition("@")[0])
         self._secrets = [user, user.partition(":")[2], parts.query, *(value for _, value in parse_qsl(parts.query))]
+        self._secrets += [key] if len(key) > 7 else []  # a shorter one, such as "none", is no secret
         headers = {"Authorization": f"Basic {b64encode(user.encode()).decode()}"} if user else None
         how = {"default_headers": headers, "default_query": dict(parse_qsl(parts.query, True))}
         self.client = OpenAI(base_url=url, api_key=key, timeout=server.timeout, max_retries=0, **how)
@@ -212,8 +213,8 @@ class Client:
         self._stopped.wait(seconds)
 
     def line(self, error: BaseException | None) -> str:
-        """Return an error's text in one line of at most 200 characters, without what the URL keeps secret: a server
-        may repeat it."""
+        """Return an error's text in one line of at most 200 characters, without the key and what the URL keeps secret:
+        a server may repeat them."""
         text = " ".join(str(error).split())
         for secret in sorted(filter(None, self._secrets), key=len, reverse=True):
             text = text.replace(secret, "...")

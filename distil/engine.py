@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common import SYSTEM_PROMPT, InputError, LabelScorer, PromptEncoder
+from common import SYSTEM_PROMPT, THINKING_OFF, InputError, LabelScorer, PromptEncoder
 from distil.endpoint import Client, NoAnswer, Refused, Server
 from distil.generation import Written
 from distil.processes import print_note
@@ -39,6 +39,10 @@ class ServedModel:
         self.context = context_length(AutoConfig.from_pretrained(path).get_text_config())
         self._level, self._most = 1, len(SIZES) - 1  # of SIZES: where to begin, and what is not refused
         self._texts: dict[str, int] = {}  # tokens whose text is no other's
+        first = self.encoder.text("x")  # SentencePiece begins an answer with a blank, which its decoder cuts off
+        piece = self.tokenizer.convert_ids_to_tokens(first)[0]
+        cut = piece.startswith("\u2581") and self.tokenizer.decode(first) == "x"
+        self._blank = " " if cut else ""
         problems = []
         for self.form in FORMS:
             try:
@@ -123,6 +127,8 @@ class ServedModel:
         if size := body.pop("logprobs", None):
             body |= {"logprobs": True, "top_logprobs": size}
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": turn}]
+        if "thinking" in str(self.tokenizer.chat_template):  # vLLM, llama.cpp
+            body |= {"chat_template_kwargs": THINKING_OFF}
         return body | {"messages": messages}
 
     def log_probs(self, ids: list[int], wanted: set[int]) -> dict[int, float]:
@@ -148,8 +154,9 @@ class ServedModel:
         """Return {token: log-probability} of the `size` most probable next tokens, of fewer if the server sends fewer;
         those that have no id but a text that is no wanted token's get numbers below 0."""
         how = {"max_tokens": 1, "logprobs": size, "n_probs": size, "return_tokens_as_token_ids": True}
-        for temperature in (0, 1, 1, 1):  # llama.cpp sends none with half a character, so another token is drawn then
-            logprobs = self.complete(ids, temperature=temperature, **how)["logprobs"] or {}
+        how |= {"temperature": 1, "top_p": 1}  # some servers tell log-probabilities as changed by these
+        for _ in range(4):  # llama.cpp sends none with half a character, so another token is drawn then
+            logprobs = self.complete(ids, **how)["logprobs"] or {}
             pairs: list[tuple] = []
             if content := logprobs.get("content"):  # llama.cpp, and chats
                 entries = [*(content[0].get("top_logprobs") or []), content[0]]
@@ -213,7 +220,7 @@ class ServedModel:
                 choice = self.complete(item[1], **how, **sampled)
             except Refused as refusal:
                 raise InputError(f"{self.url} {refusal}") from None
-            text = choice["text"]
+            text = choice["text"].removeprefix(self._blank)
             text = next((text[:size] for size in range(len(text)) if stop(text[:size])), text)
             return Written(text, choice["tokens"], choice["finish_reason"] != "length")
 

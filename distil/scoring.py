@@ -314,20 +314,22 @@ class FastLabelScorer(TreeScorer):
 
 
 def label_prior(
-    scorer: FastLabelScorer, fingerprint: str, turns: Sequence[str], adapter: str | None = None
+    scorer: FastLabelScorer, fingerprint: str, turns: Sequence[str], adapter: str | None = None, verify: bool = False
 ) -> np.ndarray:
     """Return the mean raw score [labels] over content-free user turns, cached on disk under everything it depends on.
     fingerprint: of the model and how it was loaded. Source: whitepaper section 4.3; Zhao et al. 2021."""
     import numpy as np
 
     prompts = [scorer.encoder.prompt(turn) for turn in turns]
-    how = [] if scorer.join == "mean" else [scorer.join]
-    key = json.dumps([fingerprint, prompts, scorer.forms, scorer.aggregate, *how], sort_keys=True)
-    path = cache_dir() / "priors" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    key = [fingerprint, prompts, scorer.forms, scorer.aggregate] + ([scorer.join] if scorer.join != "mean" else [])
+    digest, stored = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32], None
+    path = cache_dir() / "priors" / f"{digest}.json"
     with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
-        stored = read_json(path)["prior"]
-        return np.array([float(stored[label]) for label in scorer.labels])
+        stored = np.array([float(read_json(path)["prior"][label]) for label in scorer.labels])
+        if not verify:  # a server may have other weights under the same name the next time
+            return stored
     prior = scorer.score(prompts, adapters=[adapter] * len(turns)).mean(axis=0)
+    prior = stored if stored is not None and np.abs(stored - prior).max() < 0.02 else prior
     with contextlib.suppress(OSError):  # a read-only cache costs time, not the answer
         write_json(path, {"prior": dict(zip(scorer.labels, prior.tolist(), strict=True))})
     return prior

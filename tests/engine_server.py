@@ -26,6 +26,7 @@ class ModelServer:
         self.most = 20 if kind == "vllm" else 10**6
         self.capped, self.context = 10**6, 10**6
         self.grammar: Any = None  # of the one schema of the requests
+        self.tempered = False  # log-probabilities are told as temperature changes them
         self.decoder: Any = None  # writes JSON where a request has a schema
         self.cut: int | None = None  # letters of it that are sent
         self.requests: list[dict] = []
@@ -109,6 +110,8 @@ class ModelServer:
         with torch.inference_mode():
             rows = self.model(input_ids=torch.tensor([ids + written])).logits[0].float().log_softmax(-1)
         first = rows[len(ids) - 1]
+        if self.tempered:
+            first = (first / max(body.get("temperature", 1), 0.01)).log_softmax(-1)
         top = first.topk(min(size, len(self.tokenizer))) if size else None
         best = list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if size else []
         logprobs: dict | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CREDIT_TEXT, FLOAT32, INVOICE_SCHEMA, read_lines, write_lines
-from engine_server import NAME, ModelServer
+from engine_server import NAME, REFUSALS, ModelServer
 from jsonschema import Draft202012Validator
 
 import eval_creditmix
@@ -21,7 +21,7 @@ from distil.endpoint import Client, Server
 from distil.engine import ServedModel, ServedScorer
 from distil.idp.decoder import JsonDecoder
 from distil.tasks import default_task
-from distil.testing import load_named, save_random_model
+from distil.testing import load_named, save_random_model, sentencepiece_tokenizer
 
 TASK = default_task()
 # Labels of one token, of several, and one that begins another; the sums of 'distinct' end where they differ.
@@ -72,6 +72,51 @@ def test_served_scores_are_those_of_the_loaded_model(kind, label_tokens, loaded,
     scorer = ServedScorer(engine_of(serve(kind), model_dir), FORMS, "max", label_tokens)
     wanted = local_scores(loaded, label_tokens)
     np.testing.assert_allclose(scorer.raw_scores(TURNS), wanted, atol=1e-4)
+
+
+def test_scores_are_of_temperature_1_where_a_server_applies_it(loaded, serve, model_dir):
+    server = serve()
+    server.tempered = True
+    scores = ServedScorer(engine_of(server, model_dir), FORMS).raw_scores(TURNS)
+    np.testing.assert_allclose(scores, local_scores(loaded), atol=1e-4)
+
+
+def test_a_prior_is_measured_anew_for_each_run_of_an_engine(serve, model_dir, capsys):
+    """Under one name the server may have other weights, or another quantisation, the next time. What differs by
+    chance alone, as between batches of an engine, is the stored one: an interrupted run can go on."""
+    server = serve()
+    argv = flags(server, model_dir, "--features", CREDIT_TEXT, "--null_prompts", 2)
+    priors = []
+    for shift in (0.0, -0.01, -1.0):
+        server.change = lambda reply, shift=shift: shifted(reply, shift)
+        assert infer_creditmix.main(argv) == 0
+        priors.append(list(json.loads(capsys.readouterr().out)["prior"].values()))
+    assert priors[1] == priors[0]
+    assert priors[2] == pytest.approx([value - 1 for value in priors[0]], abs=1e-3)
+
+
+def shifted(reply, by):
+    for top in (reply["choices"][0]["logprobs"] or {}).get("content", []):
+        for one in [top, *top["top_logprobs"]]:
+            one["logprob"] += by
+
+
+def test_a_chat_is_asked_for_without_thinking(loaded, serve, model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "thinks")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if enable_thinking %}{% endif %}")
+    for path, wanted in ((model_dir, None), (str(folder), {"enable_thinking": False, "thinking": False})):
+        server = serve("chat")
+        engine_of(server, path)
+        assert server.requests[-1].get("chat_template_kwargs") == wanted
+
+
+def test_an_error_does_not_repeat_the_key(serve, model_dir, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1234567890")
+    monkeypatch.setitem(REFUSALS, "401", "Incorrect API key provided: sk-1234567890")
+    with pytest.raises(InputError, match=r"Incorrect API key provided: \.\.\.") as error:
+        engine_of(serve(faults=("401",) * 9), model_dir)
+    assert "1234567890" not in str(error.value)
 
 
 def test_chats_score_labels_of_one_token(loaded, serve, model_dir, capsys):
@@ -294,6 +339,18 @@ def test_code_by_an_engine_is_that_of_the_loaded_model(serve, model_dir, here):
     infer_codegen.main(flags(serve(), model_dir, *files, "--output", "served.jsonl"))
     infer_codegen.main(["--model_dir", model_dir, *FLOAT32, *files, "--output", "local.jsonl"])
     assert read_lines("served.jsonl") == read_lines("local.jsonl")
+
+
+def test_the_blank_before_an_answer_is_no_part_of_it(tmp_path, serve, model_dir):
+    """A server sends the blank that SentencePiece puts there; decoding here cuts it off."""
+    turns = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
+    tokenizer = sentencepiece_tokenizer("prepend", eos_token="</s>", chat_template=turns)
+    folder = save_random_model(tmp_path / "llama", tokenizer, "llama")
+    for path, wanted in ((folder, "def f"), (model_dir, " def f")):
+        server = serve(change=lambda reply: reply["choices"][0].update(text=" def f"))
+        server.model, server.tokenizer = load_named(path, "none", "float32")
+        engine = engine_of(server, path)
+        assert engine.write([engine.encoder.prompt("x")], 8)[0].text == wanted
 
 
 def test_a_folder_with_another_vocabulary(serve, tmp_path, tokenizer):

@@ -111,7 +111,8 @@ class CreditModel:
         if not fitted and options.calibration != "none":
             how = options.load.quantization, dtype_name(options.load.compute_dtype), bool(options.load.offload_folder)
             key = f"{fingerprint} {how} {package_versions()}" + (f" served as {ref.served}" if ref.served else "")
-            prior = label_prior(scorer, key, options.task.null_prompts(options.null_prompts), adapter)
+            turns = options.task.null_prompts(options.null_prompts)
+            prior = label_prior(scorer, key, turns, adapter, verify=bool(ref.served))
             calibration = replace(calibration, method="contextual", prior=prior)
         used = adjusted(calibration, options)
         return cls(ref.name, options.task, scorer, used, adapter, options.abstain_below, fingerprint)
