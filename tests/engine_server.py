@@ -26,7 +26,7 @@ class ModelServer:
         self.most = 20 if kind == "vllm" else 10**6
         self.capped, self.context = 10**6, 10**6
         self.grammar: Any = None  # of the one schema of the requests
-        self.tempered = False  # log-probabilities are told as temperature changes them
+        self.tempered = False  # log-probabilities are sent as temperature changes them
         self.decoder: Any = None  # writes JSON where a request has a schema
         self.cut: int | None = None  # letters of it that are sent
         self.requests: list[dict] = []

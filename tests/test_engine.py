@@ -83,7 +83,7 @@ def test_scores_are_of_temperature_1_where_a_server_applies_it(loaded, serve, mo
 
 def test_a_prior_is_measured_anew_for_each_run_of_an_engine(serve, model_dir, capsys):
     """Under one name the server may have other weights, or another quantisation, the next time. What differs by
-    chance alone, as between batches of an engine, is the stored one: an interrupted run can go on."""
+    chance alone, as between batches of an engine, is the stored one: an interrupted run can continue."""
     server = serve()
     argv = flags(server, model_dir, "--features", CREDIT_TEXT, "--null_prompts", 2)
     priors = []
