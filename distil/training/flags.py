@@ -27,8 +27,12 @@ AT_LEAST_0: Limit = ("at least 0", lambda value: 0 <= value < math.inf)
 AT_LEAST_1: Limit = ("at least 1", lambda value: 1 <= value < math.inf)
 ABOVE_0: Limit = ("above 0", lambda value: 0 < value < math.inf)
 SHARE: Limit = ("from 0 to 1", lambda value: 0 <= value <= 1)
-_LORA_KEYS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-_LORA_KEYS |= {"lora_targets": "target_modules"}
+_LORA_KEYS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_targets": "target_modules",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class TrainOptions:
     """Every flag of a trainer under its own name, as run.json records them. Fields without a default depend on the
     student's size. `fit_to_memory` replaces 'auto' by a number. A subclass adds its flags and their LIMITS."""
 
-    REPEATS: ClassVar[bool] = False  # few rows: a teacher's probabilities can be, right answers are learnt by heart
+    REPEATS: ClassVar[bool] = False  # few rows; measured for a teacher's probabilities alone
     LIMITS: ClassVar[dict[str, Limit]] = {
         **dict.fromkeys(("epochs", "max_steps", "learning_rate", "warmup_steps"), AT_LEAST_0),
         **dict.fromkeys(("batch_size", "grad_accum", "max_length", "lora_r", "lora_alpha", "save_steps"), AT_LEAST_1),
