@@ -1,4 +1,5 @@
-"""Label data for the three trainers: cleaned, split by customer, balanced, written from training rows only.
+"""Label data for the three trainers: cleaned, split by customer, balanced, written from training rows only; and rows
+of calibration customers to measure trainings by.
 
 CreditMix is the default; a task file describes any other labels and columns, and --init_task drafts one from a table.
 
@@ -25,13 +26,15 @@ from typing import Any
 from distil import cli
 from distil.cli import InputError
 from distil.creditmix.draft import draft_task, task_lines, write_draft
-from distil.creditmix.rows import CreditRow, note_anonymous, read_rows, sample_rows
+from distil.creditmix.rows import CreditRow, balanced_sample, note_anonymous, read_rows, sample_rows
 from distil.creditmix.tabular import tabular_teacher
 from distil.files import check_folder
 from distil.splits import is_gold, write_parts
 from distil.tasks import Task, chosen_task
 from distil.teachers.gate import gate
 from distil.teachers.tabular import teacher_name
+
+VAL_ROWS = 300  # enough to see a training turn, few enough to be scored between two checkpoints
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--src", default="data/creditmix_dataset.json", help=f"{raw}JSON) with the task's columns (%(default)s)")
     cli.add_decimal_flag(add)
     cli.add_task_flag(add)
-    add("--outdir", default="data", help="where <task>_{sft,kd,dpo}.jsonl are written (%(default)s)")
+    add("--outdir", default="data", help="where <task>_{sft,kd,dpo,val}.jsonl are written (%(default)s)")
     add = parser.add_argument_group("draft of a task").add_argument
     add("--init_task", metavar="FILE", help="write a task file for the table --src to look at, and nothing else")
     add("--label_column", metavar="NAME", help="with --init_task: the column to predict")
@@ -85,6 +88,17 @@ def enrich_standard(
     result = [row for row in sample if row.label != "Standard"] + chosen
     rng.shuffle(result)
     return result
+
+
+def validation_rows(rows: Sequence[CreditRow], task: Task, seed: int) -> list[dict]:
+    """Return at most VAL_ROWS rows with right answers to measure trainings by, as many of each label where the task is
+    balanced and there are any. rows: of calibration customers, with usable labels."""
+    counts = Counter(row.label for row in rows)
+    fewest = min(counts[label] for label in task.labels)
+    if task.balanced and fewest:
+        rows = balanced_sample(rows, task.labels, min(fewest, max(1, VAL_ROWS // len(task.labels))), seed)
+    chosen = random.Random(seed).sample(rows, min(len(rows), VAL_ROWS))
+    return [{"input": task.prompt(row.features), "output": row.label} for row in chosen]
 
 
 def show_counts(title: str, rows: Sequence[CreditRow], labels: Sequence[str]) -> None:
@@ -162,13 +176,15 @@ def main(argv: list[str] | None = None) -> int:
         sample = enrich_standard(sample, pool, by_row, task.labels, args.hard_standard, args.seed)
     show_counts(f"{'balanced ' * task.balanced}training rows written", sample, task.labels)
     files = training_files(sample, by_row, task)
+    val = [row for row in rows if task.part_of(row.customer, seed) == "calibration"]
+    val = validation_rows([row for row in val if is_gold(row.customer, args.gold_share, seed)], task, args.seed)
     note = {name: getattr(args, name) for name in ("split_seed", "seed", "per_class", "hard_standard", "gold_share")}
     predicted = [max(row["label_probs"], key=row["label_probs"].get) for row in files["kd"]]
     prompts = [row["input"] for row in files["kd"]]
     report = gate(predicted, [row.label for row in sample], task.labels, prompts, task)
     note["teacher"] = {"name": teacher_name(task), **report}
     note["task"] = task.record
-    write_parts(args.outdir, task.name, files, args.src, note)
+    write_parts(args.outdir, task.name, files | ({"val": val} if val else {}), args.src, note)
     return 0
 
 

@@ -22,7 +22,7 @@ from distil.files import read_json, read_jsonl
 from distil.idp.documents import compact_json, expected_of, idp_prompt
 from distil.idp.schema import checked_validator, pointer_of
 from distil.idp.values import leaves
-from distil.splits import hash_share, write_parts
+from distil.splits import part_of, write_parts
 
 CURRENCY = (
     r"(?:[A-Z]{0,2}[$€£¥₹₩₺₽₫฿₱₪]|RM|kr\.?|zł|Kč|Ft|Fr\.?|SFr\.?|Rs\.?|Rp\.?|AED|ARS|AUD|BGN|BRL|CAD|CHF|CLP|CNY|COP|CZK|DKK|"
@@ -43,9 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--schema", required=True, help="JSON Schema of the answers")
     add("--group", help="field of the line or of its answer whose documents stay together (default: the document)")
     add("--val_share", type=float, default=0.3, help="share of groups for validation (%(default)s)")
+    dev = "share of groups for idp_val.jsonl, to measure trainings by, not trained on (default: none)"
+    add("--dev_share", type=float, default=0.0, help=dev)
     add("--split_seed", type=int, default=0, help="which groups those are (%(default)s)")
     add("--broken_copies", type=int, default=0, help="of a training document, values broken (%(default)s)")
-    add("--outdir", required=True, help="folder of idp_sft.jsonl and idp_validation.jsonl; they are replaced")
+    add("--outdir", required=True, help="folder of idp_{sft,val,validation}.jsonl; they are replaced")
     return parser
 
 
@@ -103,12 +105,13 @@ def broken_copy(document: str, answer: Any, choose: random.Random) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if not 0 < args.val_share < 1 or args.broken_copies < 0:
-        raise InputError("--val_share is a share between 0 and 1, --broken_copies at least 0")
+    if not 0 < args.val_share < 1 or args.broken_copies < 0 or not 0 <= args.dev_share < 1 - args.val_share:
+        raise InputError("--val_share and --dev_share are shares with a sum below 1, --broken_copies is at least 0")
     schema = read_json(args.schema)
     validator = checked_validator(schema, args.schema)
-    parts: dict[str, list[dict]] = {"sft": [], "validation": []}
-    groups: dict[str, set[str]] = {"sft": set(), "validation": set()}
+    names = ("sft", *(["val"] if args.dev_share else []), "validation")
+    parts: dict[str, list[dict]] = {name: [] for name in names}
+    groups: dict[str, set[str]] = {name: set() for name in names}
     choose = random.Random(args.split_seed)
     for number, row in enumerate(read_jsonl(args.src, ("document",)), 1):
         document, where = row["document"], f"{args.src}: row {number}"
@@ -120,14 +123,14 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"{where}: no {args.group!r} in the line or its answer")
         group = " ".join(re.findall(r"\w+", str(name).casefold()))
         copies = {broken_copy(document, answer, choose) for _ in range(args.broken_copies)} - {document}
-        part = "validation" if hash_share(group, args.split_seed) < args.val_share else "sft"
+        part = part_of(group, args.split_seed, args.val_share, args.dev_share)
         groups[part].add(group)
         if part == "validation":
             parts[part].append({"document": document, "expected": answer})
             continue
-        for text in (document, *sorted(copies)):
+        for text in (document, *(sorted(copies) if part == "sft" else ())):
             parts[part].append({"input": idp_prompt(text), "output": compact_json(answer)})
-    note = {name: vars(args)[name] for name in ("split_seed", "val_share", "broken_copies")}
+    note = {name: vars(args)[name] for name in ("split_seed", "val_share", "dev_share", "broken_copies")}
     write_parts(args.outdir, "idp", parts, args.src, note)
     print("groups: " + ", ".join(f"{len(names)} in {part}" for part, names in groups.items()), file=sys.stderr)
     return 0

@@ -9,8 +9,8 @@ from the document by one set of rules (data/README.md, "Invoices"). What makes i
 validation do not occur in training and sell some goods that no training vendor sells, and the layouts in HELD_OUT
 occur in validation alone. Both go into idp_validation.jsonl; the field "layouts" distinguishes them.
 
-Vendors are split by distil.splits.split_of(name): train and validation are used, calibration is left out. The same
-seed gives the same bytes on every machine: only random.Random.random() is used, whose sequence Python keeps.
+Vendors are split by distil.splits.split_of(name); those of calibration are in idp_val.jsonl, which measures trainings.
+The same seed gives the same bytes on every machine: only random.Random.random() is used, whose sequence Python keeps.
 
     python -m data.make_idp --seed 0 --outdir data
 """
@@ -911,8 +911,10 @@ def documents(draw: Draw, vendors: list[words.Vendor], layouts: tuple[str, ...],
 
 def generate(seed: int, count: int) -> dict[str, list[dict]]:
     """Return rows by file name. KD and DPO have 3/8 of the training documents, the first and the last ones."""
-    parts = {split: [v for v in words.vendors() if split_of(v.name) == split] for split in ("train", "validation")}
+    splits = ("train", "calibration", "validation")
+    parts = {split: [v for v in words.vendors() if split_of(v.name) == split] for split in splits}
     train = documents(Draw(f"train {seed}"), parts["train"], KNOWN, count)
+    val = documents(Draw(f"val {seed}"), parts["calibration"], KNOWN, max(1, count // 16))
     known = documents(Draw(f"known {seed}"), parts["validation"], KNOWN, max(1, count * 3 // 16))
     held_out = documents(Draw(f"held out {seed}"), parts["validation"], HELD_OUT, max(1, count // 16))
     part = max(1, count * 3 // 8)
@@ -926,6 +928,7 @@ def generate(seed: int, count: int) -> dict[str, list[dict]]:
         "idp_dpo.jsonl": [
             row(r, prompt=idp_prompt(r["document"]), chosen=r["answer"], rejected=r["rejected"]) for r in train[-part:]
         ],
+        "idp_val.jsonl": [row(r, input=idp_prompt(r["document"]), output=r["answer"]) for r in val],
         "idp_validation.jsonl": [
             row(r, document=r["document"], expected=r["answer"]) | {"layouts": layouts}
             for layouts, rows in (("known", known), ("held out", held_out))

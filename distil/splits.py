@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from distil.models import EMBEDDED_MODEL, adapter_config, local_or_hub
 from distil.processes import print_note
 from distil.runs import run_record
 
+_PARTS = {"validation": "validation", "val": "calibration"}  # of the split, by how a file of it is called
 EXPORTED = "distil_slm"  # in an export's config.json, so that a copy without export.json keeps its provenance
 
 
@@ -30,6 +31,13 @@ def split_of(customer: str, split_seed: int = 0, validation_share: float = 0.3) 
     """Return 'train', 'calibration' (10 %) or 'validation' (30 % by default), by a hash of customer and split seed."""
     share, fitting = hash_share(customer, split_seed), round(1 - validation_share, 6)
     return "train" if share < round(fitting - 0.1, 6) else "calibration" if share < fitting else "validation"
+
+
+def part_of(group: str, split_seed: int, val_share: float, dev_share: float) -> str:
+    """Return the file that a group's documents or tasks go into: 'validation', which is the same whatever `dev_share`
+    is, 'val' or 'sft'."""
+    share = hash_share(group, split_seed)
+    return "validation" if share < val_share else "val" if share < val_share + dev_share else "sft"
 
 
 def is_gold(customer: str, gold_share: float, split_seed: int) -> bool:
@@ -47,8 +55,9 @@ def preparation(data: str, sha256: str | None = None) -> dict[str, Any]:
             raise InputError(f"{path}: not a note of prepared data (an object with files); prepare it again")
         files, sha256 = note.get("files", {}), sha256 or file_sha256(data)
         if sha256 in files.values():  # under this name or, renamed since, another
-            parts = [Path(name).stem for name, digest in files.items() if digest == sha256]
-            return note | {"part": "validation"} if parts[0].endswith("_validation") else note
+            name = next(Path(name).stem for name, digest in files.items() if digest == sha256)
+            part = _PARTS.get(name.rpartition("_")[2])
+            return note | {"part": part} if part else note
         if Path(data).name in files:
             changed = {"changed": str(path)}  # by another script, which left another note, or by hand
     return changed
@@ -152,10 +161,24 @@ def note_sources(origin: Provenance, sha256: str | None) -> None:
         print_note(f"{origin.name} was trained {', and '.join(places)}; they may be among the validation rows")
 
 
-def check_no_validation(data: str, note: dict[str, Any]) -> None:
-    """Raise InputError for the validation part of prepared data: what is trained on it cannot be evaluated on it."""
-    if note.get("part") == "validation" or (not note and Path(data).stem.endswith("_validation")):
-        raise InputError(f"{data}: is the validation part of prepared data; take the training part")
+def check_no_validation(data: str, note: dict[str, Any], calibration: bool = False) -> None:
+    """Raise InputError for the validation part of prepared data: what is trained on it cannot be evaluated on it.
+    calibration: allow the calibration part, which measures trainings and fits calibrations; no training has it."""
+    part = note.get("part") or ("validation" if not note and Path(data).stem.endswith("_validation") else None)
+    if part == "validation" or (part and not calibration):
+        right = "the calibration part, *_val.jsonl" if calibration else "the training part"
+        raise InputError(f"{data}: is the {part} part of prepared data; take {right}")
+
+
+def same_split(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two notes of prepared data are of one split of a raw file, so that parts of them do not meet, and
+    `one` has no labels that --gold_share keeps from `other`; also where neither has a note."""
+    if not one and not other:
+        return True
+    keys = ("split_seed", "task", "val_share", "dev_share")
+    raw = [{(source or {}).get("sha256") for source in recorded("", note).sources} for note in (one, other)]
+    gold = [1.0 if note.get("gold_share") is None else note["gold_share"] for note in (one, other)]
+    return all(one.get(k) == other.get(k) for k in keys) and bool(raw[0] & raw[1] - {None}) and gold[0] <= gold[1]
 
 
 def _other_files(note: Path, names: Iterable[str]) -> list[str]:

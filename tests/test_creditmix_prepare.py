@@ -40,7 +40,8 @@ def prepared(tmp_path_factory, credit_file) -> Path:
 
 
 def test_prepare_writes_three_files_in_the_trainers_formats(prepared):
-    names = [f"creditmix_{name}" for name in ("dpo.jsonl", "kd.jsonl", "prepared.json", "sft.jsonl")]
+    """And a fourth to measure trainings by (tests/test_validation.py)."""
+    names = [f"creditmix_{name}" for name in ("dpo.jsonl", "kd.jsonl", "prepared.json", "sft.jsonl", "val.jsonl")]
     assert sorted(digests(prepared)) == names
     sft, kd, dpo = (read_prepared(prepared, name) for name in ("sft", "kd", "dpo"))
     assert len(sft) == len(kd) == len(dpo) > 60

@@ -19,7 +19,7 @@ from distil.splits import split_of
 from distil.testing import ROOT
 
 DATA = ROOT / "data"
-FILES = ("idp_sft.jsonl", "idp_kd.jsonl", "idp_dpo.jsonl", "idp_validation.jsonl")
+FILES = ("idp_sft.jsonl", "idp_kd.jsonl", "idp_dpo.jsonl", "idp_validation.jsonl", "idp_val.jsonl")
 ANSWERS = {"output", "teacher_output", "chosen", "rejected", "expected"}
 
 
@@ -92,6 +92,7 @@ def test_files_have_their_fields_and_counts(rows):
         "idp_kd.jsonl": (600, {"input", "teacher_output"}),
         "idp_dpo.jsonl": (600, {"prompt", "chosen", "rejected"}),
         "idp_validation.jsonl": (400, {"document", "expected", "layouts"}),
+        "idp_val.jsonl": (100, {"input", "output"}),
     }
     for name, (count, names) in fields.items():
         assert len(rows[name]) == count
@@ -146,6 +147,7 @@ def test_rejected_answers_are_wrong_in_one_or_two_fields(rows):
 def test_vendors_are_split_and_never_meet(rows):
     train = {row["vendor"] for name in FILES[:3] for row in rows[name]}
     validation = {row["vendor"] for row in rows["idp_validation.jsonl"]}
+    assert {split_of(row["vendor"]) for row in rows["idp_val.jsonl"]} == {"calibration"}
     assert {split_of(name) for name in train} == {"train"}
     assert {split_of(name) for name in validation} == {"validation"}
     assert not train & validation
@@ -166,9 +168,9 @@ def test_held_out_layouts_are_in_validation_alone(rows):
 
 
 def test_validation_documents_are_no_training_documents(rows):
-    assert not {row["input"] for row in rows["idp_sft.jsonl"]} & {
-        idp_prompt(row["document"]) for row in rows["idp_validation.jsonl"]
-    }
+    train, val = ({row["input"] for row in rows[name]} for name in ("idp_sft.jsonl", "idp_val.jsonl"))
+    assert not (train | val) & {idp_prompt(row["document"]) for row in rows["idp_validation.jsonl"]}
+    assert not train & val
 
 
 def test_some_validation_goods_are_new(rows):
@@ -368,7 +370,7 @@ def test_generator_repeats_itself_and_heeds_the_seed(tmp_path):
     assert set(first) == {*FILES, "idp_schema.json"}
     other = written(tmp_path / "c", "--documents", "32", "--seed", "1")
     assert all(first[name] != other[name] for name in FILES)
-    assert [first[name].count(b"\n") for name in FILES] == [32, 12, 12, 8]
+    assert [first[name].count(b"\n") for name in FILES] == [32, 12, 12, 8, 2]
 
 
 def test_committed_files_are_what_the_default_command_writes(tmp_path):

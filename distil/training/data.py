@@ -13,6 +13,7 @@ from distil.files import hashed, read_jsonl
 from distil.scoring import common_beginning
 from distil.splits import Provenance, check_no_validation, joined, preparation, provenance, recorded
 from distil.support import check_tokens
+from distil.training.validation import Validation
 from distil.trie import check_distinct
 
 if TYPE_CHECKING:
@@ -24,14 +25,15 @@ NODE_COLUMNS = ("node_positions", "child_ids", "child_probs")
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows of a data file, the file's hash, the note of its preparation ({} without one) and the provenance of the
-    model that training starts from, a base or an adapter."""
+    """Rows of a data file, the file's hash, the note of its preparation ({} without one), the provenance of the model
+    that training starts from, a base or an adapter, and what the training is measured on."""
 
     file: str
     rows: list[dict]
     sha256: str
     note: dict[str, Any]
     start: Provenance | None = None
+    validation: Validation | None = None
 
     def for_model(self, name: str) -> TrainingData:
         """Return the data with the model to start from, after `resolve`: it may not change from then on."""

@@ -44,6 +44,8 @@ class TrainOptions:
     LIMITS: ClassVar[dict[str, Limit]] = {
         **dict.fromkeys(("epochs", "max_steps", "learning_rate", "warmup_steps"), AT_LEAST_0),
         **dict.fromkeys(("batch_size", "grad_accum", "max_length", "lora_r", "lora_alpha", "save_steps"), AT_LEAST_1),
+        "eval_steps": AT_LEAST_1,
+        "early_stopping": AT_LEAST_0,
         "lora_dropout": ("from 0 to below 1", lambda value: 0 <= value < 1),
         "max_memory_gb": ("above 0", lambda value: value > 0),
     }
@@ -67,6 +69,9 @@ class TrainOptions:
     lora_targets: str | list[str]
     seed: int = 0
     split_seed: int | None = None
+    val_data: str = "auto"
+    eval_steps: int
+    early_stopping: int = 0
     save_steps: int = 100
     resume: bool = False
     overwrite: bool = False
@@ -178,6 +183,12 @@ def training_parser(
     add("--lora_dropout", type=float, help=recipe("lora_dropout"))
     targets = "layers it goes to, NAME,... or all-linear; auto: the usual seven where all layers have them, else all"
     add("--lora_targets", help=f"{targets} (auto)")
+    add = parser.add_argument_group("validation").add_argument
+    rows = 'JSONL of {"input", "output"} to measure training on; auto: the <task>_val.jsonl of a prepare script next '
+    add("--val_data", metavar="FILE|auto|none", default="auto", help=f"{rows}to --data, if it is there (%(default)s)")
+    add("--eval_steps", type=int, help="steps between two measures (default: as --save_steps)")
+    stop = "stop after this number of measures without a better one and keep the best adapter; 0: never (%(default)s)"
+    add("--early_stopping", metavar="N", type=int, default=0, help=stop)
     add = parser.add_argument_group("run").add_argument
     files = "JSON or YAML file of flags by name, or the run.json of an earlier run to repeat it; the command line wins"
     add("--config", metavar="FILE", help=files)
@@ -194,7 +205,8 @@ def training_parser(
 
 def unused(flags: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the flags of all trainers that have no effect next to the others, for `distil.cli.refuse_unused`."""
-    return {"only without --max_steps": ["epochs"] if flags["max_steps"] else []}
+    measures = ["eval_steps"] if flags["val_data"] == "none" else []
+    return {"only without --max_steps": ["epochs"] if flags["max_steps"] else [], "only with --val_data": measures}
 
 
 def train_options(
@@ -235,4 +247,5 @@ def train_options(
         problems.append(f"--report_to {values['report_to']}: not installed here; possible are: {', '.join(trackers)}")
     if problems:
         raise InputError("; ".join(problems))
+    values["eval_steps"] = values["save_steps"] if values["eval_steps"] is None else values["eval_steps"]
     return kind(**values)

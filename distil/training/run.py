@@ -7,17 +7,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from common import InputError, compute_dtype, lora_config
+from common import InputError, PromptEncoder, compute_dtype, lora_config
 from distil import runs, workarounds
 from distil.files import write_json
 from distil.models import ModelRef, load, model_fingerprint
@@ -25,12 +24,15 @@ from distil.processes import print_note, rank_and_world
 from distil.splits import recorded
 from distil.support import lora_targets
 from distil.tasks import PROMPTS, TASK_FILE, Task, model_task, shared_task, task_of
-from distil.training.data import RowSizes, TrainingData
+from distil.training.curve import Records, plot_curve
+from distil.training.data import RowSizes, TrainingData, load_tokenizer
 from distil.training.flags import TrainOptions
 from distil.training.memory import check_memory, fit_to_memory, targets_of
+from distil.training.validation import Validation, read_validation, val_file, watch
 
 # Flags that do not decide a run's result: a resumed run may have others.
 _FREE_FLAGS = {"resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps"}
+_FREE_FLAGS |= {"val_data", "eval_steps", "early_stopping"}  # `run_settings` has them where there is validation
 
 
 def plan_and_train(
@@ -38,14 +40,28 @@ def plan_and_train(
 ) -> int:
     """Fit the options to the memory, then train and save the adapter, or print the plan (--dry_run); return the exit
     status. build(options, model, tokenizer): returns the trainer. Raises InputError where the run cannot fit."""
-    task_of_run(ref, data)
+    data = replace(data, validation=validation_of(options, ref, data))
     options, estimate = fit_to_memory(ref, options, sizes)
     if options.dry_run:
         return print_plan(options, ref, data, sizes, estimate)
     check_memory(ref, options, estimate)
     trainer = build(options, *load(ref, options.load, trainable=True))
+    if data.validation:
+        watch(trainer, data.validation, options.eval_steps, options.early_stopping)
     train_and_save(trainer, method, options, ref, data, estimate)
     return 0
+
+
+def validation_of(options: TrainOptions, ref: ModelRef, data: TrainingData) -> Validation | None:
+    """Return what a run is measured on, None where --val_data is none or auto finds nothing. Raises InputError as
+    `read_validation` and `task_of_run`, and for --early_stopping without it."""
+    task, file = task_of_run(ref, data), val_file(options.val_data, data.file, data.note)
+    if file is None and options.early_stopping:
+        raise InputError("--early_stopping: no rows to measure training on were found; give --val_data FILE")
+    if file is None:
+        return None
+    trained = {row.get("input") or row.get("prompt") for row in data.rows}
+    return read_validation(file, PromptEncoder(load_tokenizer(ref.path)), options.max_length, task, trained)
 
 
 def trainer_arguments(options: TrainOptions) -> dict[str, Any]:
@@ -113,26 +129,6 @@ class RowOrder(torch.utils.data.Sampler):
         return iter(get_length_grouped_indices(self.lengths, options.batch_size * options.grad_accum, generator=drawn))
 
 
-class Records(TrainerCallback):
-    """Makes the training curve of a resumed run that of an uninterrupted one: at each checkpoint the mean loss since
-    the last entry is logged, and entries have the seconds of training until then, those of killed runs included.
-    Ends a training whose loss is not a number, before that is saved."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.monotonic() - (state.log_history[-1]["seconds"] if state.log_history else 0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log |= control.should_save
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        entry = state.log_history[-1]
-        entry["seconds"] = round(time.monotonic() - self.started, 1)
-        entry.pop("num_tokens", None)  # TRL counts those since a resume
-        if not math.isfinite(entry.get("loss", 0)):
-            fix = "lower --learning_rate, or give --compute_dtype float32"
-            raise InputError(f"the loss is not a number at step {state.global_step}: {fix}")
-
-
 def steps_per_epoch(options: TrainOptions, rows: int) -> int:
     """Return the optimiser steps of an epoch; the processes of a launcher share the rows."""
     return math.ceil(math.ceil(rows / (options.batch_size * rank_and_world()[1])) / options.grad_accum)
@@ -146,6 +142,8 @@ def step_count(options: TrainOptions, rows: int) -> int:
 def run_settings(options: TrainOptions, ref: ModelRef, data: TrainingData) -> dict[str, Any]:
     """Return what decides a run's result: flags, content of data and model, processes (they share rows), machine."""
     settings = {name: value for name, value in asdict(options).items() if name not in _FREE_FLAGS}
+    own = {"eval_steps": options.eval_steps, "early_stopping": options.early_stopping}
+    settings["validation"] = data.validation and own | {"sha256": data.validation.sha256}
     settings |= {"data_sha256": data.sha256, "processes": rank_and_world()[1], "model": model_fingerprint(ref)}
     return settings | runs.conditions(options.compute_dtype)
 
@@ -182,6 +180,7 @@ def train_and_save(
             if bar := getattr(callback, "training_bar", None):
                 bar.close()  # it would be drawn once more, below the message
         raise
+    wait()  # the others may still read the best checkpoint, which the first removes
     if not main:
         return
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -191,6 +190,8 @@ def train_and_save(
     spans = pairwise([{"step": 0}, *history])
     total = sum(entry["loss"] * (entry["step"] - before["step"]) for before, entry in spans)
     metrics["train_loss"] = total / metrics["steps"]  # the Trainer's is of the steps since a resume
+    if best := trainer.state.best_global_step:
+        metrics |= {"best_step": best, f"best_{data.validation.metric}": trainer.state.best_metric}
     seconds, memory = round(time.monotonic() - records.started, 1), runs.peak_memory()
     run = facts | {"metrics": metrics, "wall_seconds": seconds}
     run["resumed_from"] = checkpoint and Path(checkpoint).name
@@ -198,7 +199,8 @@ def train_and_save(
     write_run(trainer, save_dir, run, history, task)
     files = f"{save_dir}: adapter, tokenizer, run.json and training_curve.png written"
     peak = f"peak memory {memory['peak_gb']:.2f} GB ({memory['device']})"
-    print(f"{files}; {metrics['steps']} steps in {seconds / 60:.1f} min, {peak}", file=sys.stderr)
+    kept = f" (kept: the adapter of step {best}, the best)" if best else ""
+    print(f"{files}; {metrics['steps']} steps{kept} in {seconds / 60:.1f} min, {peak}", file=sys.stderr)
 
 
 def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingData) -> dict[str, Any]:
@@ -206,6 +208,7 @@ def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingD
     facts = {"method": method, "base_model": ref.base, "flags": asdict(options), "prompts": PROMPTS}
     facts["base_fingerprint"] = model_fingerprint(ModelRef(ref.base, ref.base, ref.path))
     facts["data"] = {"file": data.file, "sha256": data.sha256, "rows": len(data.rows)}
+    facts["validation"] = data.validation and data.validation.record
     facts["lora_targets"] = targets_of(ref, options)
     facts |= data.origin().record | {"split_seed": options.split_seed, "seed": options.seed}
     facts |= {"packages": runs.package_versions(), "machine": runs.machine()}
@@ -246,21 +249,6 @@ def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[d
     shutil.rmtree(save_dir / "checkpoints", ignore_errors=True)
 
 
-def plot_curve(path: Path, history: list[dict], title: str) -> None:
-    """Draw the loss over steps, and the learning rate on a second axis."""
-    from matplotlib.figure import Figure
-
-    steps, losses, rates = ([entry[name] for entry in history] for name in ("step", "loss", "learning_rate"))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(steps, losses, color="tab:blue")
-    axis.set(xlabel="optimiser step", ylabel="training loss per supervised token", title=title)
-    rate = axis.twinx()
-    rate.plot(steps, rates, color="tab:gray", linestyle=":")
-    rate.set_ylabel("learning rate (dotted)")
-    figure.savefig(path, dpi=120)
-
-
 def print_plan(
     options: TrainOptions, ref: ModelRef, data: TrainingData, sizes: RowSizes, estimate: dict[str, float]
 ) -> int:
@@ -270,6 +258,8 @@ def print_plan(
     print(f"rows                 {rows} from {options.data}")
     print(f"tokens               {tokens} in an epoch; {tokens / rows:.0f} a sequence, longest {max(sizes.lengths)}")
     print(f"steps                {step_count(options, rows)} of {options.batch_size} x {options.grad_accum} rows")
+    own = step_count(options, rows), options.eval_steps, options.early_stopping
+    print(f"validation           {data.validation.plan(*own) if data.validation else 'none'}")
     print(f"gradient checkpoints {options.gradient_checkpointing}")
     print(f"learning rate        {options.learning_rate:g}, linear decay after {options.warmup_steps} warm-up steps")
     targets = targets_of(ref, options)
