@@ -18,18 +18,18 @@ class Records(TrainerCallback):
     An evaluation's values are in the entry of its step. Ends a training whose loss is not a number, before that is
     saved."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, config: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.best_global_step:  # the folder of a resumed run may have moved
-            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+            state.best_model_checkpoint = str(Path(config.output_dir) / f"checkpoint-{state.best_global_step}")
         self.started = time.monotonic() - (state.log_history[-1]["seconds"] if state.log_history else 0)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save |= control.should_evaluate and args.load_best_model_at_end
+    def on_step_end(self, config: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= control.should_evaluate and config.load_best_model_at_end
         control.should_log |= control.should_save | control.should_evaluate
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if "val_loss" in state.log_history[-1]:
-            values = state.log_history.pop()
+            values = state.log_history.pop()  # not in one line: [-1] would be evaluated first
             state.log_history[-1] |= values
         entry = state.log_history[-1]
         entry["seconds"] = round(time.monotonic() - self.started, 1)

@@ -56,9 +56,9 @@ def validation_of(options: TrainOptions, ref: ModelRef, data: TrainingData) -> V
     """Return what a run is measured on, None where --val_data is none or auto finds nothing. Raises InputError as
     `read_validation` and `task_of_run`, and for --early_stopping without it."""
     task, file = task_of_run(ref, data), val_file(options.val_data, data.file, data.note)
-    if file is None and options.early_stopping:
-        raise InputError("--early_stopping: no rows to measure training on were found; give --val_data FILE")
     if file is None:
+        if options.early_stopping:
+            raise InputError("--early_stopping: no rows to measure training on were found; give --val_data FILE")
         return None
     trained = {row.get("input") or row.get("prompt") for row in data.rows}
     return read_validation(file, PromptEncoder(load_tokenizer(ref.path)), options.max_length, task, trained)
@@ -208,7 +208,8 @@ def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingD
     facts = {"method": method, "base_model": ref.base, "flags": asdict(options), "prompts": PROMPTS}
     facts["base_fingerprint"] = model_fingerprint(ModelRef(ref.base, ref.base, ref.path))
     facts["data"] = {"file": data.file, "sha256": data.sha256, "rows": len(data.rows)}
-    facts["validation"] = data.validation and data.validation.record
+    if val := data.validation:
+        facts["validation"] = {"file": val.file, "sha256": val.sha256, "rows": len(val.rows)}
     facts["lora_targets"] = targets_of(ref, options)
     facts |= data.origin().record | {"split_seed": options.split_seed, "seed": options.seed}
     facts |= {"packages": runs.package_versions(), "machine": runs.machine()}
@@ -258,8 +259,10 @@ def print_plan(
     print(f"rows                 {rows} from {options.data}")
     print(f"tokens               {tokens} in an epoch; {tokens / rows:.0f} a sequence, longest {max(sizes.lengths)}")
     print(f"steps                {step_count(options, rows)} of {options.batch_size} x {options.grad_accum} rows")
-    own = step_count(options, rows), options.eval_steps, options.early_stopping
-    print(f"validation           {data.validation.plan(*own) if data.validation else 'none'}")
+    if val := data.validation:
+        times = f"{math.ceil(step_count(options, rows) / options.eval_steps)} times, every {options.eval_steps} steps"
+        stop = f", until {options.early_stopping} have no better {val.metric}" if options.early_stopping else ""
+        print(f"validation           {len(val.rows)} rows of {val.file}, {times} and at the end{stop}")
     print(f"gradient checkpoints {options.gradient_checkpointing}")
     print(f"learning rate        {options.learning_rate:g}, linear decay after {options.warmup_steps} warm-up steps")
     targets = targets_of(ref, options)

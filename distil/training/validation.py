@@ -12,50 +12,35 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common import InputError, PromptEncoder
 from distil.files import hashed, read_jsonl
 from distil.processes import print_note, rank_and_world
 from distil.scoring import FastLabelScorer
 from distil.splits import check_no_validation, preparation, same_split
-
-if TYPE_CHECKING:
-    from distil.tasks import Task
+from distil.tasks import Task
 
 MOST_LOGITS = 2**24  # float32 logits that are in memory at a time
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What a training is measured on: a file with its hash, user turns, answers, and the token ids of both.
+    """What a training is measured on: a file with its hash, its rows, the token ids of their prompts and answers.
     task: the one whose labels the answers are, or None. metric: what early stopping goes by."""
 
     file: str
     sha256: str
-    turns: list[str]
-    outputs: list[str]
-    prompts: list[list[int]]
-    answers: list[list[int]]
+    rows: list[dict]
+    tokens: list[tuple[list[int], list[int]]]
     task: Task | None
 
     @property
     def metric(self) -> str:
         return "val_nll" if self.task else "val_loss"
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Return what run.json has of it."""
-        return {"file": self.file, "sha256": self.sha256, "rows": len(self.turns)}
-
-    def plan(self, steps: int, eval_steps: int, early_stopping: int) -> str:
-        """Return what --dry_run prints of it for a training of this number of steps."""
-        stop = f", until {early_stopping} in a row have no better {self.metric}" if early_stopping else ""
-        times = f"{math.ceil(steps / eval_steps)} times: every {eval_steps} steps and at the end"
-        return f"{len(self.turns)} rows of {self.file}, {times}{stop}"
 
 
 def val_file(flag: str, data: str, note: Mapping[str, Any]) -> str | None:
@@ -65,11 +50,8 @@ def val_file(flag: str, data: str, note: Mapping[str, Any]) -> str | None:
     if flag != "auto":
         return None if flag == "none" else flag
     words = Path(data).stem.split("_")
-    for count in range(len(words), 0, -1):
-        path = Path(data).with_name(f"{'_'.join(words[:count])}_val.jsonl")
-        if path.is_file() and same_split(preparation(str(path)), note):
-            return str(path)
-    return None
+    paths = (Path(data).with_name(f"{'_'.join(words[:count])}_val.jsonl") for count in range(len(words), 0, -1))
+    return next((str(path) for path in paths if path.is_file() and same_split(preparation(str(path)), note)), None)
 
 
 def read_validation(
@@ -80,15 +62,14 @@ def read_validation(
     and for rows longer than `max_length` tokens."""
     rows, sha256 = hashed(file, lambda: read_jsonl(file, ("input", "output")))
     check_no_validation(file, preparation(file, sha256), calibration=True)
-    turns, outputs = [row["input"] for row in rows], [row["output"] for row in rows]
-    prompts, answers = list(map(encoder.prompt, turns)), list(map(encoder.completion, outputs))
-    longest, number = max((len(a) + len(b), i) for i, (a, b) in enumerate(zip(prompts, answers, strict=True), 1))
+    tokens = [(encoder.prompt(row["input"]), encoder.completion(row["output"])) for row in rows]
+    longest, number = max((len(prompt) + len(answer), i) for i, (prompt, answer) in enumerate(tokens, 1))
     if longest > max_length:
         raise InputError(f"{file}: row {number} has {longest} tokens, --max_length is {max_length}; raise it")
-    if known := sum(turn in trained for turn in turns):
+    if known := sum(row["input"] in trained for row in rows):
         print_note(f"{known} of {len(rows)} rows of {file} are training rows too: val_loss is too good by these")
-    task = task if task and set(outputs) <= set(task.labels) else None
-    return Validation(file, sha256, turns, outputs, prompts, answers, task)
+    labels = task and all(row["output"] in task.labels for row in rows)
+    return Validation(file, sha256, rows, tokens, task if labels else None)
 
 
 def watch(trainer: Any, validation: Validation, eval_steps: int, early_stopping: int) -> None:
@@ -104,12 +85,11 @@ def watch(trainer: Any, validation: Validation, eval_steps: int, early_stopping:
 def evaluate(trainer: Any, validation: Validation, early_stopping: int, **unused: Any) -> dict[str, float]:
     """Return the measure, log it, and stop the training where `early_stopping` evaluations had none better.
     The count comes from the log, which checkpoints have: a resumed run stops where an uninterrupted one does. Then no
-    checkpoint is saved, so that a run that is killed from here on stops here again. Raises InputError for NaN."""
-    state = trainer.state
+    checkpoint is saved, so that a run that is killed from here on stops here again."""
     with as_in_inference(trainer.model):
         values = measure(trainer, validation)
         trainer.log(dict(values))  # TRL adds the means of what training logged where the model is in training mode
-    metrics = {f"eval_{name}": value for name, value in values.items()}
+    metrics, state = {f"eval_{name}": value for name, value in values.items()}, trainer.state
     control = trainer.callback_handler.on_evaluate(trainer.args, state, trainer.control, metrics)
     losses = [entry[validation.metric] for entry in state.log_history if validation.metric in entry]
     if early_stopping and len(losses) - 1 - losses.index(min(losses)) >= early_stopping:
@@ -120,9 +100,9 @@ def evaluate(trainer: Any, validation: Validation, early_stopping: int, **unused
 
 @contextlib.contextmanager
 def as_in_inference(model: Any) -> Iterator[None]:
-    """Give adapters the base's type of computation, as `common.add_adapters` does, and switch dropout off; after the
+    """Switch dropout off and give adapters the base's type of computation, as `common.add_adapters` does; after the
     block they are exact again."""
-    exact = {p: p.data for name, p in model.named_parameters() if "lora_" in name}
+    exact = {parameter: parameter.data for name, parameter in model.named_parameters() if "lora_" in name}
     try:
         for parameter in exact:
             parameter.data = parameter.data.to(model.dtype)
@@ -139,50 +119,41 @@ def measure(trainer: Any, validation: Validation) -> dict[str, float]:
     Raises InputError where they are not numbers."""
     import torch
 
-    lengths = [len(a) + len(b) for a, b in zip(validation.prompts, validation.answers, strict=True)]
-    rank, world = rank_and_world()
-    rows = sorted(range(len(lengths)), key=lengths.__getitem__)[rank::world]
+    (rank, world), tokens = rank_and_world(), validation.tokens
+    rows = sorted(range(len(tokens)), key=lambda i: sum(map(len, tokens[i])))[rank::world]
     size, pad = trainer.args.per_device_train_batch_size, trainer.processing_class.pad_token_id
-    nll = tokens = label_nll = right = 0.0
+    batches = [[tokens[i] for i in rows[start : start + size]] for start in range(0, len(rows), size)]
     with torch.no_grad():
-        for part in (rows[start : start + size] for start in range(0, len(rows), size)):
-            prompts, answers = ([ids[i] for i in part] for ids in (validation.prompts, validation.answers))
-            nll += answer_nll(trainer.model.get_base_model(), prompts, answers, pad)
-            tokens += sum(map(len, answers))
-    if validation.task and rows:
-        label_nll, right = label_losses(trainer, validation, rows, size)
-    sums = torch.tensor([nll, tokens, label_nll, right], dtype=torch.float64, device=trainer.args.device)
-    nll, tokens, label_nll, right = trainer.accelerator.reduce(sums, "sum").tolist()
-    values = {"val_loss": nll / tokens}
-    if validation.task:
-        values |= {"val_nll": label_nll / len(lengths), "val_accuracy": right / len(lengths)}
-    if not all(map(math.isfinite, values.values())):
+        nll = sum(answer_nll(trainer.model.get_base_model(), batch, pad) for batch in batches)
+    sums = [nll, sum(len(tokens[i][1]) for i in rows)]
+    sums += label_sums(trainer, validation, rows) if validation.task and rows else [0.0, 0.0]
+    sums = torch.tensor(sums, dtype=torch.float64, device=trainer.args.device)
+    nll, count, label_nll, right = trainer.accelerator.reduce(sums, "sum").tolist()
+    labels = {"val_nll": label_nll / len(tokens), "val_accuracy": right / len(tokens)} if validation.task else {}
+    if not math.isfinite(nll + label_nll):
         fix = "lower --learning_rate, or give --compute_dtype float32"
         raise InputError(f"the validation loss is not a number at step {trainer.state.global_step}: {fix}")
-    return values
+    return {"val_loss": nll / count, **labels}
 
 
-def answer_nll(model: Any, prompts: list[list[int]], answers: list[list[int]], pad: int) -> float:
+def answer_nll(model: Any, batch: Sequence[tuple[list[int], list[int]]], pad: int) -> float:
     """Return the summed NLL of the tokens of answers after prompts, by the model's own logits of these tokens alone.
-    The layers run once. What comes out is kept for the tokens that predict an answer's and goes through the output
-    head in parts of MOST_LOGITS, each in a forward whose layers see one token."""
+    The layers run once. What they return for the tokens before an answer's goes through the output head in parts of
+    MOST_LOGITS, each in a forward whose layers see one token."""
     import torch
 
-    sequences, device = [a + b for a, b in zip(prompts, answers, strict=True)], model.device
-    width = max(map(len, sequences))
-    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in sequences], device=device)
-    pairs = zip(prompts, answers, strict=True)
-    places = [(i, len(a) - 1 + j) for i, (a, b) in enumerate(pairs) for j in range(len(b))]
-    row, column = torch.tensor(places, device=device).T
+    width = max(len(prompt) + len(answer) for prompt, answer in batch)
+    ids = [prompt + answer + [pad] * (width - len(prompt) - len(answer)) for prompt, answer in batch]
+    places = [(i, len(prompt) - 1 + j) for i, (prompt, answer) in enumerate(batch) for j in range(len(answer))]
+    ids, (row, column) = torch.tensor(ids, device=model.device), torch.tensor(places, device=model.device).T
     size = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
-    targets, waiting = ids[row, column + 1].split(size), []
+    targets, waiting, total = ids[row, column + 1].split(size), [], 0.0
 
-    def part(module: Any, inputs: tuple) -> tuple:
-        if not waiting:
-            waiting.extend(inputs[0][row, column].split(size))
+    def next_part(module: Any, inputs: tuple) -> tuple:
+        waiting.extend([] if waiting else inputs[0][row, column].split(size))
         return (waiting.pop(0)[None],)
 
-    hook, total = model.get_output_embeddings().register_forward_pre_hook(part), 0.0
+    hook = model.get_output_embeddings().register_forward_pre_hook(next_part)
     try:
         for target in targets:
             logits = model(input_ids=ids, use_cache=False).logits[0].float()
@@ -193,15 +164,15 @@ def answer_nll(model: Any, prompts: list[list[int]], answers: list[list[int]], p
     return total
 
 
-def label_losses(trainer: Any, validation: Validation, rows: list[int], size: int) -> tuple[float, float]:
+def label_sums(trainer: Any, validation: Validation, rows: list[int]) -> list[float]:
     """Return the summed NLL of the right labels among the task's, and how many of them have the best score."""
-    import numpy as np
     from scipy.special import log_softmax
 
-    task, encoder = validation.task, PromptEncoder(trainer.processing_class)
-    forms = {label: [label] for label in task.labels}
-    how = {"batch_size": size, "shared_by": validation.turns, "label_tokens": task.label_tokens}
-    scorer = FastLabelScorer(trainer.model, encoder, forms, **how)
-    scores = log_softmax(scorer.score([validation.prompts[i] for i in rows]), axis=1)
-    gold = np.array([task.labels.index(validation.outputs[i]) for i in rows])
-    return -float(scores[np.arange(len(rows)), gold].sum()), float((scores.argmax(axis=1) == gold).sum())
+    labels, chosen = validation.task.labels, [validation.rows[i] for i in rows]
+    how = {"batch_size": trainer.args.per_device_train_batch_size, "label_tokens": validation.task.label_tokens}
+    how["shared_by"] = [row["input"] for row in chosen]
+    encoder = PromptEncoder(trainer.processing_class)
+    scorer = FastLabelScorer(trainer.model, encoder, {label: [label] for label in labels}, **how)
+    scores = log_softmax(scorer.score([validation.tokens[i][0] for i in rows]), axis=1)
+    gold = [labels.index(row["output"]) for row in chosen]
+    return [-float(scores[range(len(rows)), gold].sum()), float((scores.argmax(axis=1) == gold).sum())]
