@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common import InputError
 from distil.files import read_jsonl
+from distil.thoughts import after_thoughts
 
 NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)  # what ast.parse raises
 
@@ -35,7 +36,9 @@ def plan_answer(plan: str, code: str) -> str:
 
 
 def extract_code(answer: str) -> str:
-    """Return the code in an answer: between its <CODE> tags, and there in the first Markdown fence, if it has any."""
+    """Return the code in an answer: between its <CODE> tags, and there in the first Markdown fence, if it has any.
+    Code in the thoughts before an answer is none of it."""
+    answer = after_thoughts(answer) or ""
     inside = re.search(r"<CODE>\n?(.*?)(?:</CODE>|\Z)", answer, re.DOTALL)
     answer = inside[1] if inside else answer.split("</CODE>")[0]
     before, fence, _ = answer.partition("```")
@@ -60,7 +63,8 @@ def plan_ended(written: str) -> bool:
 
 def code_ended(written: str) -> bool:
     """Return whether an answer's code is complete: its tag or fence is closed, or a fence follows bare code.
-    An opening fence, whatever is before it, ends nothing."""
+    An opening fence, whatever is before it, ends nothing, nor does code in a thought."""
+    written = after_thoughts(written) or ""
     before, *fences = re.split(r"^```", written, flags=re.MULTILINE)
     return "</CODE>" in written or len(fences) > 1 or (bool(fences) and _bare_code(before))
 

@@ -12,6 +12,7 @@ from distil.creditmix.tabular import simple_baselines
 from distil.files import parse_json
 from distil.tasks import Task
 from distil.teachers.answers import PROMPT_VERSION, Prompts, label_first, label_of
+from distil.thoughts import after_thoughts
 
 TEST_SECONDS = 5.0  # for an answer's code and the row's tests
 MOST_SHOWN = 20  # labels up to which each has a line in the gate's report
@@ -75,8 +76,7 @@ def checked_rows(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return (training rows, report of the gate) of a teacher's answers, and print what is left out and why.
     name: of the teacher; keep: --filter; task: of the prompts, None where it is not known."""
-    labels, empty = prompts.labels, {"left_out": "is empty"}  # the trainer would refuse an empty answer
-    answers = [a if a["teacher_output"].strip() else empty | a for a in answers]
+    labels, answers = prompts.labels, [_bare(answer) for answer in answers]
     texts = [answer["teacher_output"] for answer in answers]
     predictions = [label_of(text, labels) if labels else text.strip() for text in texts]
     for reason, count in Counter(a["left_out"] for a in answers if "left_out" in a).most_common(5):
@@ -108,6 +108,15 @@ def checked_rows(
             teacher |= {"probability": probability} if answer.get("label_probs") else {}
             rows.append({"input": prompt, **answer, "teacher_output": text, "teacher": teacher})
     return probabilities_or_none(rows), report
+
+
+def _bare(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer without its thoughts and its account of tokens; one that has no text then is left out."""
+    text = after_thoughts(before := answer["teacher_output"])
+    text = text.strip() if text and text != before else text
+    reason = "is empty" if text is not None else "has a thought without an end, or in its middle"
+    rest = {name: value for name, value in answer.items() if name != "usage"} | {"teacher_output": text or ""}
+    return rest if (text or "").strip() else {"left_out": reason} | rest  # the trainer would refuse an empty answer
 
 
 def probabilities_or_none(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
