@@ -20,14 +20,14 @@ from pathlib import Path
 
 from distil import cli
 from distil.batch import check_output
-from distil.endpoint import is_http, shown_url
+from distil.endpoint import shown_url
 from distil.files import InputError, hashed, hold, write_jsonl
 from distil.models import resolve
 from distil.processes import gather, only_one, rank_and_world
 from distil.splits import Provenance, check_note, joined, note_preparation, provenance, recorded, unchanged_preparation
 from distil.tasks import Task, chosen_task, data_task, shared_task
 from distil.teachers import answers as asking
-from distil.teachers.endpoint import HttpTeacher
+from distil.teachers.endpoint import HttpTeacher, extra_fields
 from distil.teachers.gate import checked_rows
 from distil.teachers.local import ModelTeacher
 from distil.teachers.tabular import TABULAR, tabular_rows, teacher_name
@@ -42,6 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher_model", help="name of the model there")
     cli.add_connection_flags(add)
     add("--retries", type=int, default=6, help="further tries where it is busy or unreachable (%(default)s)")
+    extra = 'more fields of its requests, such as {"chat_template_kwargs": {"enable_thinking": false}}'
+    add("--extra_body", default="{}", metavar="JSON", help=extra)
+    add("--price_in", type=float, default=0.0, help="of a million tokens of prompts, for the cost in the note")
+    add("--price_out", type=float, default=0.0, help="of a million tokens of answers (%(default)s)")
     add = parser.add_argument_group("prompts").add_argument
     add("--input", help='JSONL with "input" or "prompt", and "output" where a right answer is known')
     add("--src", default="data/creditmix_dataset.json", help=f"raw rows for the {TABULAR} teacher (%(default)s)")
@@ -76,21 +80,17 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise InputError for flags that contradict each other or are out of range."""
     if bool(args.teacher) == bool(args.teacher_url):
         raise InputError("give either --teacher or --teacher_url")
-    if args.teacher_url and not args.teacher_model:
-        raise InputError("--teacher_url needs --teacher_model")
-    if args.teacher_url and not is_http(args.teacher_url):
-        shown = shown_url(args.teacher_url)
-        raise InputError(f"--teacher_url {shown}: an address such as http://127.0.0.1:8000/v1 is needed")
+    if args.teacher_url:
+        cli.server_of(vars(args), "teacher_url", "teacher_model", args.retries)
+    extra_fields(args.extra_body)
     if args.teacher != TABULAR and not args.input:
         raise InputError("--input is needed: JSONL with the prompts")
-    least = {"concurrency": 1, "retries": 0, "max_new_tokens": 1, "batch_size": 1, "per_class": 0, "temperature": 0}
+    least = {"max_new_tokens": 1, "batch_size": 1, "per_class": 0, "temperature": 0, "price_in": 0, "price_out": 0}
     problems = [f"--{name} is at least {low}" for name, low in least.items() if not getattr(args, name) >= low]
     if not 0 <= args.min_confidence <= 1:
         problems.append("--min_confidence is from 0 to 1")
-    if not 0 < args.timeout <= 86400:
-        problems.append("--timeout is above 0 and at most 86400")
-    if args.temperature == inf:
-        problems.append("--temperature is a finite number")
+    if inf in (args.temperature, args.price_in, args.price_out):
+        problems.append("--temperature, --price_in and --price_out are finite numbers")
     if problems:
         raise InputError("; ".join(problems))
     check_output(Path(args.output), args.overwrite)
@@ -102,9 +102,11 @@ def unused_flags(args: argparse.Namespace, is_label_task: bool) -> dict[str, lis
     tabular, endpoint = args.teacher == TABULAR, bool(args.teacher_url)
     local, writes = not (tabular or endpoint), args.rationale or not is_label_task
     scores = is_label_task and not (tabular or (endpoint and args.rationale))
+    connection = ["teacher_model", "api_key_env", "concurrency", "retries", "timeout"]
+    connection += ["extra_body", "price_in", "price_out"]
     answers, samples = ["max_new_tokens", "temperature"], local and writes and args.temperature > 0
     checks = [
-        ("only with --teacher_url", endpoint, ["teacher_model", "api_key_env", "concurrency", "retries", "timeout"]),
+        ("only with --teacher_url", endpoint, connection),
         ("only with --teacher_url, which can fail for some prompts", endpoint, ["partial"]),
         (f"only for the {TABULAR} teacher", tabular, ["src", "decimal", "per_class", "gold_share", "split_seed"]),
         ("only for a model that runs here", local, ["batch_size", "quantization", "compute_dtype", "offload_folder"]),
@@ -149,8 +151,9 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
         note = drawn | {"source": {"file": args.src, "sha256": sha256}, "task": task.record}
         learnt = recorded(args.src, note)
     else:
-        scored = {"label_tokens": task.label_tokens} if task else {}
-        options = asking.teacher_options(vars(args) | scored, sha256, labels=prompts.labels)
+        more = {"label_tokens": task.label_tokens} if task else {}
+        more["extra_body"] = extra_fields(args.extra_body)
+        options = asking.teacher_options(vars(args) | more, sha256, labels=prompts.labels)
         ref = resolve(args.teacher) if args.teacher else None  # it may not change from here on
         task = shared_task([ref], task, args.input) if ref and task else task
         note = unchanged_preparation(args.input, options.input_sha256) | ({"task": task.record} if task else {})
@@ -166,6 +169,8 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
             teacher = partial(HttpTeacher, options, any(one["teacher_output"] for one in file.answers.values()))
         asking.collect_answers(file, turns, name := args.teacher or args.teacher_model, teacher)
         origin = {"model": file.settings["model"]} if ref else {"url": url}
+        origin |= {"extra_body": options.extra_body} if options.extra_body else {}
+        origin |= {} if ref else asking.spent(file.answers.values(), args.price_in, args.price_out)
         if missing := len(turns) - len(file.answers):
             print(f"{missing} of {len(turns)} prompts got no answer; {file.path} has the others", file=sys.stderr)
             if not args.partial or missing == len(turns):

@@ -148,18 +148,20 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add_connection_flags(add)
 
 
-def server_of(flags: Mapping[str, Any]) -> Server:
-    """Return the server of `add_engine_flags`. Raises InputError."""
-    if not is_http(flags["url"]):
-        raise InputError(f"--url {shown_url(flags['url'])}: an address such as http://127.0.0.1:8080/v1 is needed")
-    if not flags["served_model"]:
-        raise InputError("--url needs --served_model")
-    if isinstance(flags["model_dir"], list) and len(flags["model_dir"]) > 1:
-        raise InputError("--url: one --model_dir is needed, that of --served_model")
-    if flags["concurrency"] < 1 or not 0 < flags["timeout"] <= 86400:
-        raise InputError("--concurrency is at least 1, --timeout above 0 and at most 86400")
-    how = {name: flags[name] for name in ("api_key_env", "concurrency", "timeout")}
-    return Server(flags["url"], flags["served_model"], **how)
+def server_of(flags: Mapping[str, Any], url: str = "url", model: str = "served_model", retries: int = 6) -> Server:
+    """Return the server of `add_connection_flags` and of the flags named `url` and `model`. Raises InputError."""
+    problems = []
+    if not is_http(flags[url]):
+        problems.append(f"--{url} {shown_url(flags[url])}: an address such as http://127.0.0.1:8080/v1 is needed")
+    if not flags[model]:
+        problems.append(f"--{url} needs --{model}")
+    if isinstance(flags.get("model_dir"), list) and len(flags["model_dir"]) > 1:
+        problems.append(f"--{url}: one --model_dir is needed, that of --{model}")
+    if flags["concurrency"] < 1 or not 0 < flags["timeout"] <= 86400 or retries < 0:
+        problems.append("--concurrency is at least 1, --retries at least 0, --timeout above 0 and at most 86400")
+    if problems:
+        raise InputError("; ".join(problems))
+    return Server(flags[url], flags[model], flags["api_key_env"], flags["concurrency"], retries, flags["timeout"])
 
 
 def unused_engine(flags: Mapping[str, Any]) -> dict[str, list[str]]:

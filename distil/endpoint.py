@@ -20,9 +20,12 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 from common import InputError
+from distil.quirks import Failed, changed, quirk_of, reply_of
 
 REFUSED = (400, 413, 422)  # statuses that may be about one request
 BUSY = (408, 409, 425, 429)  # statuses below 500 that are worth another try
+# What reading half a reply, or one of another form, raises.
+MISREAD = (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 LONGEST_PAUSE = 600.0  # seconds; where a server asks for a longer pause it is not waited for
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -110,6 +113,7 @@ class Client:
         self.server, self.url = server, shown_url(server.url)
         self.problem: BaseException | None = None
         self._reported: set[str] = set()
+        self._quirks: dict[str, None] = {}  # of this server, in the order in which they were found
         self._stopped = Event()
         # Retries are ours: the client's own do not cover a reply that is half a JSON text.
         key = os.environ.get(server.api_key_env) or "none"
@@ -180,6 +184,35 @@ class Client:
                 bar.update()
         return [found[number] for number in range(len(items))]
 
+    def sent(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the reply to a request, which is changed as the server turns out to need it (`quirks.QUIRKS`); a
+        change that helped is made to all later ones. body: None for GET. Raises what `tried` understands."""
+        found: list[str] = []
+        while True:
+            request = changed(body or {}, [*self._quirks, *found])
+            try:
+                reply = self._reply(path, request)
+                break
+            except Failed as failure:
+                quirk = quirk_of(request, str(failure)) if failure.status in (*REFUSED, 500, 501) else None
+                if not quirk:
+                    raise
+                found.append(quirk)
+        if found:
+            self._quirks |= dict.fromkeys(found)
+            self.report(f"note: {self.url} refuses parts of the requests: they go {', '.join(self._quirks)}")
+        return reply
+
+    def _reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        import openai
+
+        how: dict[str, Any] = {"cast_to": openai.HttpxBinaryResponseContent}
+        try:
+            reply = self.client.post(path, body=body, **how) if body else self.client.get(path, **how)
+        except openai.APIStatusError as error:
+            raise Failed(str(error), error.status_code, error.response.headers.get("retry-after", "")) from None
+        return reply_of(reply.content.decode("utf-8-sig", "replace"))
+
     def tried(self, send: Callable[[], Result]) -> Result:
         """Return send(), tried again as the class says. Raises Refused, InputError for a refusal of key, model or
         address, NoAnswer."""
@@ -190,18 +223,19 @@ class Client:
             pause = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.5)
             try:
                 return send()
-            except openai.APIStatusError as error:
-                status, text = error.status_code, f"answers {error.status_code}: {self.line(error)}"
-                if status in REFUSED:
+            except Failed as error:
+                status, text = error.status, f"answers {error.status}: {self.line(error)}"
+                if status in REFUSED or (
+                    status == 403 and re.search("flagged|moderat|content.(policy|filter)", str(error), re.I)
+                ):
                     raise Refused(text, str(error)) from None
                 if status not in BUSY and status < 500:
                     raise InputError(f"{self.url} {text}") from None
-                pause = max(pause, min(LONGEST_PAUSE, seconds_of(error.response.headers.get("retry-after", ""))))
+                pause = max(pause, min(LONGEST_PAUSE, seconds_of(error.retry_after)))
                 if pause > 60:
                     self.report(f"{self.url} answers {status} and asks for a pause of {pause:.0f} s")
                 reason = error
-            # Half a reply, or one of another form, raises what reading it raises.
-            except (openai.APIError, ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+            except (openai.APIError, *MISREAD) as error:
                 reason = error.__cause__ or error
             if self._stopped.is_set():
                 break

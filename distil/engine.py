@@ -14,6 +14,7 @@ from common import SYSTEM_PROMPT, THINKING_OFF, InputError, LabelScorer, PromptE
 from distil.endpoint import Client, NoAnswer, Refused, Server
 from distil.generation import Written
 from distil.processes import print_note
+from distil.quirks import Reply, first_tokens, is_log_prob, read_reply
 from distil.support import context_length
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 # Most probable tokens to request: the next size where a label is not among them. vLLM's limit is 20, others' is 5.
 SIZES = (5, 20, 400, 8000, 1_000_000)
-LEAST = -1000.0  # log-probabilities below it stand for 0, as -9999 of vLLM and the least float of llama.cpp do
 FORMS = {"ids": "token ids", "text": "text", "chat": "a chat, by the server's own template"}
 
 
@@ -68,7 +68,8 @@ class ServedModel:
         text = self.tokenizer.decode(self.encoder.prompt("-"))
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}  # vLLM
         body |= {"content": text, "add_special": False, "parse_special": True}  # llama.cpp
-        tokens = self._fact("../tokenize", body).get("tokens")
+        address = str(self.client.client.base_url).rstrip("/").removesuffix("/v1")
+        tokens = self._fact(f"{address}/tokenize", body).get("tokens")
         if isinstance(tokens, list) and tokens != self._tokens(text):
             other = f"has another tokenizer than {self.tokenizer.name_or_path}"
             raise InputError(f"{self.url}: {self.model} {other}; give the folder that it serves as --model_dir")
@@ -76,22 +77,16 @@ class ServedModel:
     def _fact(self, path: str, body: dict | None = None) -> dict:
         """Return what a server says of itself, {} where it does not."""
         try:
-            return self.client.tried(lambda: dict(self._send(path, body)))
+            return self.client.tried(lambda: self.client.sent(path, body))
         except (Refused, InputError, NoAnswer):
             return {}
-
-    def _send(self, path: str, body: dict | None) -> Any:
-        client = self.client.client
-        if path.startswith("../"):
-            path = str(client.base_url).rstrip("/").removesuffix("/v1") + path[2:]
-        return client.post(path, cast_to=object, body=body) if body else client.get(path, cast_to=object)
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def complete(self, ids: list[int], **how: Any) -> dict:
-        """Return {"text", "finish_reason", "logprobs", "tokens"} of what follows these token ids. how: fields of the
-        request. Raises Refused, InputError where the server reads another prompt, NoAnswer."""
+    def complete(self, ids: list[int], **how: Any) -> Reply:
+        """Return what follows these token ids. how: fields of the request. Raises Refused, InputError where the
+        server reads another prompt, NoAnswer."""
         path, body = "/completions", {"model": self.model, "prompt": ids} | how
         if self.form != "ids":
             body["prompt"] = self.tokenizer.decode(ids)
@@ -100,21 +95,14 @@ class ServedModel:
         if self.form == "chat":
             path, body = "/chat/completions", self._chat(body, ids)
 
-        def answer() -> dict:
-            reply = self._send(path, body)
-            if problem := reply.get("error"):  # with status 200
-                raise ValueError(str(problem))
-            choice, usage = reply["choices"][0], reply.get("usage") or {}
-            if (count := usage.get("prompt_tokens") or len(ids)) != len(ids):
+        def answer() -> Reply:
+            reply = read_reply(self.client.sent(path, body))
+            if (count := reply.read or len(ids)) != len(ids):
                 read = f"{self.url} reads {count} tokens of a prompt of {len(ids)}"
                 if self.form != "chat":
                     raise InputError(f"{read}: its context is too small, or it is not the model of --model_dir")
                 self.client.report(f"note: {read}: its chat template is not that of --model_dir")
-            text = (choice["message"]["content"] if self.form == "chat" else choice["text"]) or ""
-            if not text and not choice["finish_reason"]:
-                raise ValueError("half a reply")
-            known = {name: choice.get(name) for name in ("finish_reason", "logprobs")}
-            return known | {"text": text, "tokens": usage.get("completion_tokens") or 0}
+            return reply
 
         return self.client.tried(answer)
 
@@ -156,14 +144,11 @@ class ServedModel:
         how = {"max_tokens": 1, "logprobs": size, "n_probs": size, "return_tokens_as_token_ids": True}
         how |= {"temperature": 1, "top_p": 1}  # some servers tell log-probabilities as changed by these
         for _ in range(4):  # llama.cpp sends none with half a character, so another token is drawn then
-            logprobs = self.complete(ids, **how)["logprobs"] or {}
-            pairs: list[tuple] = []
-            if content := logprobs.get("content"):  # llama.cpp, and chats
-                entries = [*(content[0].get("top_logprobs") or []), content[0]]
-                pairs = [(one.get("id", one["token"]), one["logprob"]) for one in entries]
-            elif top := logprobs.get("top_logprobs"):
-                pairs = list((top[0] or {}).items())
-            pairs = [(token, value) for token, value in pairs if _is_log_prob(value)]
+            logprobs = self.complete(ids, **how).logprobs
+            entries = first_tokens(logprobs)
+            if content := logprobs.get("content"):  # llama.cpp, and chats: the token itself may not be among them
+                entries.append(content[0])
+            pairs = [(one.get("id", one["token"]), one["logprob"]) for one in entries if is_log_prob(one["logprob"])]
             if pairs:
                 return {self._id(token, wanted, -number): value for number, (token, value) in enumerate(pairs, 1)}
         raise InputError(f"{self.url} sends no log-probabilities, which label scores are")
@@ -187,10 +172,10 @@ class ServedModel:
         Raises InputError where it does not."""
         how = {"max_tokens": 1, "logprobs": 1, "echo": True, "return_tokens_as_token_ids": True}
         try:
-            logprobs = self.complete([*ids, *form], **how)["logprobs"]
+            logprobs = self.complete([*ids, *form], **how).logprobs
             part = slice(len(ids), len(ids) + len(form))
             tokens = [self._id(token, set(form), -1) for token in logprobs["tokens"][part]]
-            if tokens == form and all(map(_is_log_prob, values := logprobs["token_logprobs"][part])):
+            if tokens == form and all(map(is_log_prob, values := logprobs["token_logprobs"][part])):
                 return values
         except (Refused, TypeError, LookupError):
             pass
@@ -217,18 +202,14 @@ class ServedModel:
         def one(item: tuple[int, list[int]]) -> Written:
             sampled = {"seed": seed + item[0]} if temperature else {}  # another one for each sample of a prompt
             try:
-                choice = self.complete(item[1], **how, **sampled)
+                reply = self.complete(item[1], **how, **sampled)
             except Refused as refusal:
                 raise InputError(f"{self.url} {refusal}") from None
-            text = choice["text"].removeprefix(self._blank)
+            text = reply.text.removeprefix(self._blank)
             text = next((text[:size] for size in range(len(text)) if stop(text[:size])), text)
-            return Written(text, choice["tokens"], choice["finish_reason"] != "length")
+            return Written(text, reply.written or 0, not reply.cut)
 
         return self.client.all(list(enumerate(starts)), one, progress)
-
-
-def _is_log_prob(value: Any) -> bool:
-    return isinstance(value, int | float) and LEAST < value < 0.01
 
 
 class ServedScorer(LabelScorer):

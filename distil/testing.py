@@ -226,7 +226,8 @@ class TinyEngine:
 class Endpoint:
     """An OpenAI-compatible server that answers by rule; `faults` are played before the answers.
 
-    It records the requests, how often each prompt was answered, and the keys and paths that were sent."""
+    It records the requests, how often each prompt was answered, and the keys and paths that were sent.
+    rule(body): status, content and headers of a reply that is sent instead, None for the usual one."""
 
     def __init__(self, faults: tuple[str, ...] = (), logprobs: bool = False, seconds: float = 0.0):
         self.faults, self.logprobs, self.seconds = list(faults), logprobs, seconds
@@ -235,6 +236,7 @@ class Endpoint:
         self.keys: set[str] = set()
         self.paths: set[str] = set()
         self.refusal = b'{"error": {"message": "not now"}}'
+        self.rule: Any = lambda body: None
         endpoint, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -253,6 +255,9 @@ class Endpoint:
                     return
                 if fault and fault.isdigit():
                     self.reply(int(fault), endpoint.refusal, {"retry-after": "1"})
+                    return
+                if reply := endpoint.rule(body):
+                    self.reply(*reply)
                     return
                 prompt = body["messages"][-1]["content"]
                 content = json.dumps(endpoint.reply_to(prompt)).encode()

@@ -25,6 +25,7 @@ class ModelServer:
         self.encoder = PromptEncoder(tokenizer)
         self.most = 20 if kind == "vllm" else 10**6
         self.capped, self.context = 10**6, 10**6
+        self.refuses: Any = lambda body: ""  # why a request is refused
         self.grammar: Any = None  # of the one schema of the requests
         self.tempered = False  # log-probabilities are sent as temperature changes them
         self.decoder: Any = None  # writes JSON where a request has a schema
@@ -79,6 +80,9 @@ class ModelServer:
         chat = path == "/v1/chat/completions"
         if chat != (self.kind == "chat"):
             return 404, b'{"error": {"message": "no such path"}}'
+        if refusal := self.refuses(body):
+            return 400, json.dumps({"error": {"message": refusal}}).encode()
+        body = {"max_tokens": body.get("max_completion_tokens")} | body
         refusal, reply = self.reply_to(body, chat)
         if refusal:
             return 400, json.dumps({"error": {"message": refusal}}).encode()

@@ -137,6 +137,37 @@ def test_what_fails_for_a_while_is_tried_again(fault, loaded, serve, model_dir):
     assert not server.faults
 
 
+def in_parts(reply):
+    message = reply["choices"][0]["message"]
+    message["content"] = [{"type": "text", "text": message["content"]}]
+
+
+def test_quirks_of_a_server_change_no_answer(loaded, serve, model_dir):
+    """It takes none of the fields that other engines need, and has content in parts; "busy" comes with status 200."""
+
+    def refusal(body):
+        known = {"model", "messages", "max_completion_tokens", "temperature", "logprobs", "top_logprobs", "stop"}
+        return next((f"Unrecognized request argument supplied: {name}" for name in body if name not in known), "")
+
+    def busy_once(reply):
+        in_parts(reply)
+        if not seen:
+            reply.clear()
+            reply["error"] = {"message": "overloaded"}
+        seen.append(reply)
+
+    forms = {label: [label] for label in TASK.labels}
+    server, seen = serve("chat", change=busy_once), []
+    server.refuses = refusal
+    scorer = ServedScorer(engine_of(server, model_dir), forms)
+    np.testing.assert_allclose(scorer.raw_scores(TURNS), local_scores(loaded, forms=forms), atol=1e-4)
+    plain, start = engine_of(serve("chat"), model_dir), scorer.engine.encoder.prompt(TURNS[0])
+    assert scorer.engine.write([start], 8) == plain.write([start], 8)
+    asked = len(server.requests)
+    scorer.engine.write([start], 8)
+    assert len(server.requests) == asked + 1  # refused no more
+
+
 def test_a_server_that_ends(serve, model_dir):
     server = serve()
     scorer = ServedScorer(engine_of(server, model_dir, retries=1), FORMS)

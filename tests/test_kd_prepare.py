@@ -186,6 +186,9 @@ def test_an_existing_output_is_kept(here):
     assert Path("kd.jsonl").read_text() == "precious"
 
 
+URL = ["--teacher_url", "http://a", "--teacher_model", "m", "--input", "in.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -206,10 +209,13 @@ def test_an_existing_output_is_kept(here):
         (["--teacher", "", "--input", "in.jsonl"], "give either --teacher or --teacher_url"),
         (["--teacher_url", "foo", "--teacher_model", "m"], "--teacher_url foo: an address such as http://127"),
         (["--teacher_url", "http://a:99999", "--teacher_model", "m"], "--teacher_url http://a:99999: an address"),
-        (["--teacher", "m", "--input", "in.jsonl", "--temperature", "inf"], "--temperature is a finite number"),
+        (
+            ["--teacher", "m", "--input", "in.jsonl", "--temperature", "inf"],
+            "--temperature, --price_in and --price_out are finite numbers",
+        ),
         (["--teacher", "m", "--input", "in.jsonl", "--temperature", "nan"], "--temperature is at least 0"),
-        (["--teacher", "m", "--input", "in.jsonl", "--timeout", "nan"], "--timeout is above 0 and at most 86400"),
-        (["--teacher", "m", "--input", "in.jsonl", "--timeout", "inf"], "--timeout is above 0 and at most 86400"),
+        ([*URL, "--timeout", "nan"], "--timeout above 0 and at most 86400"),
+        ([*URL, "--timeout", "inf"], "--timeout above 0 and at most 86400"),
         (["--teacher", "tabular", "--input", "in.jsonl"], "--input: not for the tabular teacher"),
         (["--teacher", "tabular", "--rationale"], "--rationale: not for the tabular teacher"),
         (["--teacher", "tabular", "--src", "rows.json", "--gold_share", "1e-9"], "no training row has a label"),

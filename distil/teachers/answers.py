@@ -10,7 +10,7 @@ import functools
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,13 +18,14 @@ from urllib.parse import urlsplit
 from common import Calibration, InputError
 from distil.batch import AnswerFile
 from distil.calibration import choose_method, row_losses, uncalibrated
-from distil.cli import loading_options
+from distil.cli import loading_options, server_of
 from distil.codegen.tasks import Task, task_of
-from distil.endpoint import shown_url
+from distil.endpoint import Server, shown_url
 from distil.files import read_jsonl
 from distil.models import LoadOptions, ModelRef, model_fingerprint
-from distil.processes import gather, own_share, print_note
+from distil.processes import gather, own_share, print_note, rank_and_world
 from distil.runs import conditions
+from distil.thoughts import after_thoughts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +44,8 @@ MIN_SHARE = 1e-4  # of a label that is not among an endpoint's most probable tok
 @dataclass(frozen=True)
 class TeacherOptions:
     """Which prompts a teacher answers and how; the fields are named after the flags that explain them.
-    labels: of a label task, empty for free text; teacher_url: None for a local model."""
+    labels: of a label task, empty for free text; server: None for a local model; extra_body: more fields of its
+    requests."""
 
     input: str = ""
     input_sha256: str = ""
@@ -58,12 +60,8 @@ class TeacherOptions:
     batch_size: int = 16
     calibration: str = "auto"
     load: LoadOptions = field(default_factory=LoadOptions)
-    teacher_url: str | None = None
-    teacher_model: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    retries: int = 6
-    timeout: float = 120.0
+    server: Server | None = None
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
 
 
 def teacher_options(
@@ -72,6 +70,8 @@ def teacher_options(
     """Return options of this `kind` from a script's flags. input_sha256: of --input; labels: of the prompts."""
     flags = {**flags, "labels": tuple(labels), "input_sha256": input_sha256}
     flags["load"] = loading_options(flags)
+    if flags.get("teacher_url"):
+        flags["server"] = server_of(flags, "teacher_url", "teacher_model", flags["retries"])
     return kind(**{field.name: flags[field.name] for field in fields(kind) if field.name in flags})
 
 
@@ -115,9 +115,11 @@ def answer_file(ref: ModelRef | None, options: TeacherOptions, **more: Any) -> A
     """Open the answers to the prompts of options.input, also those of an interrupted run.
     Raises InputError where that run had another model `ref` (None: endpoint), options, or settings `more`."""
     settings = {"teacher": ref.name if ref else None, "prompt": PROMPT_VERSION, "input": options.input_sha256}
-    names = ["teacher_model", "rationale", "max_new_tokens", "temperature", "seed"]
+    names = ["rationale", "max_new_tokens", "temperature", "seed"]
     names += ["batch_size", "calibration"] if ref else []
-    if url := options.teacher_url:
+    names += ["extra_body"] if options.extra_body else []
+    settings["teacher_model"] = options.server.model if options.server else None
+    if url := options.server and options.server.url:
         # Of a query's values, which may hold a key, 16 bits: enough to see that they differ.
         query = hashlib.sha256(urlsplit(url).query.encode()).hexdigest()[:4]
         settings |= {"teacher_url": shown_url(url), "teacher_query": query}
@@ -138,9 +140,18 @@ def collect_answers(file: AnswerFile, turns: Sequence[str], name: str, start: Ca
         file.answers |= others
 
 
-def _after_thoughts(answer: str) -> str:
-    """Return the answer after its <think> part."""
-    return answer.rpartition("</think>")[2].lstrip()
+def spent(answers: Iterable[Mapping[str, Any]], price_in: float, price_out: float) -> dict[str, Any]:
+    """Return and print the tokens that an endpoint read and wrote for its answers, left out ones too, and their cost.
+    Prices are of a million tokens; answers that came without an account are not in it."""
+    usage = [answer["usage"] for answer in answers if "usage" in answer]
+    read, written = (sum(counts[i] for counts in usage) for i in (0, 1))
+    report = {"tokens_in": read, "tokens_out": written, "answers_with_tokens": len(usage)}
+    if price_in or price_out:
+        report["cost"] = round((read * price_in + written * price_out) / 1e6, 6)
+    if usage and rank_and_world()[0] == 0:
+        cost = f"; cost {report['cost']:.4f}" if "cost" in report else ""
+        print(f"tokens: {read} in, {written} out, reported with {len(usage)} answers{cost}")
+    return report
 
 
 @functools.lru_cache(maxsize=8)
@@ -161,8 +172,8 @@ def label_of(answer: str, labels: Sequence[str]) -> str | None:
     """Return the label that an answer begins with, or else the only one in it.
     None where there is no such label, and where the answer repeats the choice ("Good, Standard or Bad") or denies its
     label ("not good"). A label that is part of a longer one ("card" in "virtual card") does not count."""
-    if (text := _after_thoughts(answer)).strip() in labels:
-        return text.strip()
+    if (text := (after_thoughts(answer) or "").strip()) in labels:
+        return text
     text, (by_text, start, inside, unsure) = text.casefold(), _label_patterns(tuple(labels))
     if first := start.match(text):
         return None if unsure.match(text, first.end()) else by_text[first[1]]
@@ -180,7 +191,7 @@ def label_first(answer: str, label: str, rationale: bool) -> str:
     """Return the answer with its label first, where a student's labels are scored; only the label without a reason."""
     if not rationale:
         return label
-    text = _after_thoughts(answer)
+    text = (after_thoughts(answer) or "").lstrip()
     bare = text.lstrip(MARKS)
     return next((words for words in (text, bare) if words.startswith(label)), f"{label}. {bare}")
 

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common import SYSTEM_PROMPT, InputError
-from distil.endpoint import Client, NoAnswer, Refused, Server
-from distil.teachers.answers import CUT, TeacherOptions
+from distil.endpoint import Client, NoAnswer, Refused
+from distil.files import parse_json
+from distil.quirks import Reply, first_tokens, read_reply
+from distil.teachers.answers import CUT, MARKS, TeacherOptions
+from distil.thoughts import after_thoughts
 
 ALL_REFUSED = 8  # prompts without one answer: the request is wrong, not these prompts
 TOP_LOGPROBS = {20: 5, 5: 0}  # probabilities requested, and how many where an endpoint refuses that
+OWN = {"model": "--teacher_model", "messages": "--input", "temperature": "--temperature"}  # fields and their flags
+OWN |= dict.fromkeys(("max_tokens", "max_completion_tokens"), "--max_new_tokens")
+OWN |= dict.fromkeys(("logprobs", "top_logprobs", "stream", "n"), "this script alone")
+LATIN, UNSPACED = "A-Za-z\u00c0-\u036f\u1e00-\u1eff", "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+# Words and numbers; four letters of Thai, Lao, Khmer, Japanese or Chinese; of other scripts what is between blanks.
+PIECES = re.compile(f"[{LATIN}]+|[0-9]+|[{UNSPACED}]{{4}}|[^\\s\\x00-\\x7f{LATIN}{UNSPACED}]+")
+CUT_PROMPT = "the endpoint read far fewer tokens than the prompt has; give its model a larger context"
+
+
+def extra_fields(text: str) -> dict[str, Any]:
+    """Return the fields of --extra_body. Raises InputError where it is no JSON object or a flag sets one of them."""
+    try:
+        fields = parse_json(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise InputError(f'--extra_body {text}: a JSON object such as {{"reasoning_effort": "low"}} is needed')
+    if problems := [f"{name} is set by {OWN[name]}" for name in fields if name in OWN]:
+        raise InputError(f"--extra_body: {', '.join(problems)}")
+    return fields
 
 
 class HttpTeacher(Client):
@@ -20,8 +44,7 @@ class HttpTeacher(Client):
     answered a prompt of this run."""
 
     def __init__(self, options: TeacherOptions, answered: bool = False):
-        how = options.api_key_env, options.concurrency, options.retries, options.timeout
-        super().__init__(Server(options.teacher_url, options.teacher_model, *how))
+        super().__init__(options.server)
         self.options, self.answered = options, answered
         self._top = max(TOP_LOGPROBS) if options.labels else 0
 
@@ -29,11 +52,14 @@ class HttpTeacher(Client):
         """Yield (number, answer) of each numbered user turn, as they come; one that got none in all tries is missing.
         Raises InputError where the endpoint refuses key, model or every request, or answers none of the first, and
         KeyboardInterrupt after Ctrl-C; see `Client.results`."""
-        given_up = 0
+        given_up, failures = 0, []
         refused: list[tuple[int, dict[str, Any]]] = []  # yielded once another prompt got an answer
         for number, answer in self.results(prompts, self._try):
             if answer and answer["teacher_output"]:
                 self.answered = True
+            elif answer:
+                failures.append(answer["left_out"])
+            if answer and (answer["teacher_output"] or "usage" in answer):  # paid for, whatever it is
                 yield number, answer
             elif answer:
                 refused.append((number, answer))
@@ -41,12 +67,12 @@ class HttpTeacher(Client):
                 yield from refused
                 refused.clear()
             given_up += answer is None
-            self.problem = self.problem or self._all_failed(refused, given_up, len(prompts))
+            self.problem = self.problem or self._all_failed(failures, given_up, len(prompts))
 
-    def _all_failed(self, refused: list[tuple[int, dict[str, Any]]], given_up: int, total: int) -> InputError | None:
+    def _all_failed(self, failures: list[str], given_up: int, total: int) -> InputError | None:
         """Return the error of an endpoint that has answered no prompt yet and failed for as many as are tried."""
-        if not self.answered and len(refused) == min(ALL_REFUSED, total):
-            return InputError(f"{self.url} {refused[0][1]['left_out']}")
+        if not self.answered and len(failures) == min(ALL_REFUSED, total):
+            return InputError(f"{self.url} {failures[0]}")
         if not self.answered and given_up == ALL_REFUSED:
             return InputError(f"{self.url}: {given_up} prompts got no answer in all tries")
         return None
@@ -55,7 +81,7 @@ class HttpTeacher(Client):
         """Return the answer, None where all tries failed. Raises InputError for a refusal of key or model."""
         top = self._top
         try:
-            return self.tried(lambda: self._answer(self._request(prompt, top)))
+            return self.tried(lambda: self._answer(read_reply(self._request(prompt, top)), prompt))
         except Refused as refusal:
             if not top or "logprob" not in refusal.words:
                 return {"teacher_output": "", "left_out": str(refusal)}
@@ -68,42 +94,54 @@ class HttpTeacher(Client):
                 self.report(f"{self.url}: a prompt is given up: {error.reason}")
             return None
 
-    def _request(self, prompt: str, top_logprobs: int) -> Any:
+    def _request(self, prompt: str, top_logprobs: int) -> dict[str, Any]:
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
         how = {"temperature": self.options.temperature, "max_tokens": self.options.max_new_tokens}
         how |= {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
-        return self.client.chat.completions.create(model=self.options.teacher_model, messages=messages, **how)
+        body = {"model": self.server.model, "messages": messages} | how
+        return self.sent("/chat/completions", body | dict(self.options.extra_body))
 
-    def _answer(self, reply: Any) -> dict[str, Any]:
-        """Return the answer in a reply. Raises ValueError for half a reply.
-        A complete one without text, or that was cut or filtered, is left out: a retry would get it again."""
+    def _answer(self, reply: Reply, prompt: str) -> dict[str, Any]:
+        """Return the answer in a reply. One that is complete but without text, or that was cut or filtered, is left
+        out: a retry would get it again."""
         labels = self.options.labels
-        choice = reply.choices[0] if getattr(reply, "choices", None) else None
-        if choice is None or not (choice.finish_reason or choice.message.content):
-            raise ValueError("no text")
-        text = (choice.message.content or "").strip().encode("utf-8", "replace").decode()  # half a surrogate pair
+        text = reply.text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair
         answer: dict[str, Any] = {"teacher_output": text}
-        if choice.finish_reason == "length" and (not labels or self.options.rationale or not text):
+        if reply.read or reply.written:
+            answer["usage"] = [reply.read or 0, reply.written or 0]
+        starts = tuple(label.casefold() for label in labels)
+        begins = any(one.casefold().startswith(starts) for one in (text, text.lstrip(MARKS)) if starts)
+        if reply.cut and (self.options.rationale or not begins):
             return answer | {"left_out": CUT}
-        if not text or choice.finish_reason == "content_filter":
-            reason = f"ends with finish_reason {choice.finish_reason}"
+        if reply.refused:
+            return answer | {"left_out": "is a refusal"}
+        if not text or not (reply.complete or reply.cut):
+            reason = f"ends with finish_reason {reply.finish or 'none'}"
             return answer | {"left_out": reason if text else f"{reason}, no text"}
-        probabilities = label_probabilities(choice, labels)
+        if reply.read and reply.read < least_tokens(f"{SYSTEM_PROMPT}\n\n{prompt}"):
+            return answer | {"left_out": CUT_PROMPT}
+        thought = reply.thought or after_thoughts(text) != text  # the first token is one of the thought
+        probabilities = {} if thought else label_probabilities(reply, labels)
         return answer | ({"label_probs": probabilities} if probabilities else {})
 
 
-def label_probabilities(choice: Any, labels: Sequence[str]) -> dict[str, float]:
-    """Return {label: probability} from a choice's log-probabilities of its first token.
+def least_tokens(text: str) -> int:
+    """Return a number of tokens that no tokenizer goes below for a text: half its PIECES. A token has no more than one
+    in nearly all tokenizers; SuperBPE's go beyond words, and English has 0.9 of them for a word."""
+    return len(PIECES.findall(text)) // 2
+
+
+def label_probabilities(reply: Reply, labels: Sequence[str]) -> dict[str, float]:
+    """Return {label: probability} from a reply's log-probabilities of its first token.
     Empty where there are none (some endpoints accept the request and send none), labels have less than half, or a
     token that several labels begin with has more than a few percent: it does not distinguish them."""
-    first = (getattr(choice.logprobs, "content", None) or [None])[0]
     mass, shared = dict.fromkeys(labels, 0.0), 0.0
-    for token in (first.top_logprobs or []) if labels and first else []:
-        text = token.token.strip().casefold()
+    for token in first_tokens(reply.logprobs) if labels else []:
+        text = token["token"].strip().casefold()
         starts = [label for label in labels if text and label.casefold().startswith(text)]
         if len(starts) == 1:
-            mass[starts[0]] += math.exp(token.logprob)
+            mass[starts[0]] += math.exp(token["logprob"])
         elif starts:
-            shared += math.exp(token.logprob)
+            shared += math.exp(token["logprob"])
     total = sum(mass.values())
     return {label: p / total for label, p in mass.items()} if total >= 0.5 and shared < 0.05 else {}
