@@ -166,7 +166,7 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
         if ref:
             teacher = partial(ModelTeacher, ref, options, turns, prompts.gold)
         else:
-            teacher = partial(HttpTeacher, options, any(one["teacher_output"] for one in file.answers.values()))
+            teacher = partial(HttpTeacher, options, any("left_out" not in one for one in file.answers.values()))
         asking.collect_answers(file, turns, name := args.teacher or args.teacher_model, teacher)
         origin = {"model": file.settings["model"]} if ref else {"url": url}
         origin |= {"extra_body": options.extra_body} if options.extra_body else {}

@@ -78,9 +78,12 @@ def reply_of(text: str) -> dict[str, Any]:
     events = [] if text[:1] in ("{", "[") else re.findall(r"^data: ?(.+)$", text, re.MULTILINE)
     try:
         reply = _joined(events) if events else json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"a reply that is not JSON: {text[:80]!r} ({error}); is the address right?") from None
-    reply = reply[0] if isinstance(reply, list) else reply
+        reply = reply[0] if isinstance(reply, list) else reply
+        reply.keys()
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"a reply that is not a JSON object: {text[:80]!r} ({error}); is the address right?"
+        ) from None
     problem = reply.get("error") or (reply.get("choices") or [{}])[0].get("error")
     if not problem and not reply.keys() & {"choices", "data", "tokens"}:
         problem = reply if reply.get("message") else reply.get("detail")

@@ -290,6 +290,8 @@ def test_a_change_that_does_not_help_is_not_kept(here, endpoint, capsys):
     [
         ((b"<!DOCTYPE html><html>", HTML), r"/v1: 8 prompts got no answer in all tries"),
         (raw(said(None, "length", usage=COUNTED)), r"/v1 cut off at --max_new_tokens"),
+        (raw(said(None, reasoning_content="Good")), r"/v1 ends with finish_reason stop, no text"),
+        (raw(said("Good", usage=FEW)), r"/v1 the endpoint read far fewer tokens than the prompt has"),
         (raw({"error": {"code": 401, "message": "no such key"}}), r"/v1 answers 401: .*no such key"),
         (raw({"error": {"code": 402, "message": "no credit"}}), r"/v1 answers 402: .*no credit"),
         (raw({"error": "model not found"}), r"/v1 answers 400: model not found"),
@@ -304,8 +306,8 @@ def test_what_no_prompt_gets_past_is_one_error(reply, message, here, endpoint, c
         with pytest.raises(InputError, match=message):
             ask_endpoint(server.url, "--concurrency", 1, "--retries", 0)
     if headers == HTML:
-        assert "a reply that is not JSON: '<!DOCTYPE html><html>'" in capsys.readouterr().err
-    if b"completion_tokens" in content:  # paid for, so kept
+        assert "a reply that is not a JSON object: '<!DOCTYPE html><html>'" in capsys.readouterr().err
+    if b"choices" in content:  # paid for, so kept
         assert set(Counter(map(name_in, server.requests)).values()) == {1}
 
 

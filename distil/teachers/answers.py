@@ -1,7 +1,8 @@
 """What a teacher gets and how its answers are read: options, prompts, labels, probabilities and their calibration.
 
 A teacher yields (number, answer) as answers come, in any order. An answer is {"teacher_output"}, with "label_probs"
-where the teacher's probabilities can be read, and with "left_out", the reason why it must not be trained on.
+where the teacher's probabilities can be read, and with "left_out", the reason why it must not be trained on. A reply
+of an endpoint has "usage": tokens read and written, None where it does not tell.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def collect_answers(file: AnswerFile, turns: Sequence[str], name: str, start: Ca
 def spent(answers: Iterable[Mapping[str, Any]], price_in: float, price_out: float) -> dict[str, Any]:
     """Return and print the tokens that an endpoint read and wrote for its answers, left out ones too, and their cost.
     Prices are of a million tokens; answers that came without an account are not in it."""
-    usage = [answer["usage"] for answer in answers if "usage" in answer]
+    usage = [answer["usage"] for answer in answers if answer.get("usage")]
     read, written = (sum(counts[i] for counts in usage) for i in (0, 1))
     report = {"tokens_in": read, "tokens_out": written, "answers_with_tokens": len(usage)}
     if price_in or price_out:

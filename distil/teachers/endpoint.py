@@ -41,7 +41,7 @@ def extra_fields(text: str) -> dict[str, Any]:
 class HttpTeacher(Client):
     """A model behind an OpenAI-compatible endpoint.
     A prompt that is refused for good, or gets no answer in all tries, is left out. answered: whether the endpoint has
-    answered a prompt of this run."""
+    given an answer to a prompt of this run that is not left out."""
 
     def __init__(self, options: TeacherOptions, answered: bool = False):
         super().__init__(options.server)
@@ -55,11 +55,11 @@ class HttpTeacher(Client):
         given_up, failures = 0, []
         refused: list[tuple[int, dict[str, Any]]] = []  # yielded once another prompt got an answer
         for number, answer in self.results(prompts, self._try):
-            if answer and answer["teacher_output"]:
-                self.answered = True
-            elif answer:
+            if answer and "left_out" in answer:
                 failures.append(answer["left_out"])
-            if answer and (answer["teacher_output"] or "usage" in answer):  # paid for, whatever it is
+            elif answer:
+                self.answered = True
+            if answer and "usage" in answer:  # a reply, which is paid for whatever it is
                 yield number, answer
             elif answer:
                 refused.append((number, answer))
@@ -106,9 +106,8 @@ class HttpTeacher(Client):
         out: a retry would get it again."""
         labels = self.options.labels
         text = reply.text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair
-        answer: dict[str, Any] = {"teacher_output": text}
-        if reply.read or reply.written:
-            answer["usage"] = [reply.read or 0, reply.written or 0]
+        usage = [reply.read or 0, reply.written or 0] if reply.read or reply.written else None
+        answer: dict[str, Any] = {"teacher_output": text, "usage": usage}
         starts = tuple(label.casefold() for label in labels)
         begins = any(one.casefold().startswith(starts) for one in (text, text.lstrip(MARKS)) if starts)
         if reply.cut and (self.options.rationale or not begins):
