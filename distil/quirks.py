@@ -167,7 +167,7 @@ def is_log_prob(value: Any) -> bool:
 
 
 def first_tokens(logprobs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return {"token", "logprob", "id" if known} of the likeliest first tokens, as far as a server tells them."""
+    """Return {"token", "logprob", "id" if known} of the most probable first tokens that a server sends."""
     try:
         if content := logprobs.get("content"):
             found = content[0].get("top_logprobs") or []
