@@ -20,6 +20,7 @@ MARKERS = (  # where published models begin a thought, and where they end it
     (r"analysis(?=[A-Z])", "assistantfinal"),  # gpt-oss where its control tokens are left out
     ("Here(?:'s| is) my thought process:", "Here(?:'s| is) my response:"),  # Granite 3.2
 )
+WORDS = ("think", "thought", "channel", "inner_prefix", "unused16", "analysis", "response", "solution")  # in each mark
 OPENING = "|".join(f"({opening})" for opening, _ in MARKERS)
 # A template may have opened the thought in the prompt. An end within quotes is one that the answer is about.
 LONE_END = re.compile(f"(?<![\"'`])(?:{'|'.join(end for _, end in MARKERS if 'think' in end.lower())})(?![\"'`])")
@@ -30,7 +31,9 @@ BEGINNINGS = rf"{FRAME}final<\|message\|>|<\|START_RESPONSE\|>|<\|begin_of_solut
 def after_thoughts(text: str) -> str | None:
     """Return the answer after a model's thoughts, without the marks around it; a text without thoughts as it is.
     None where a thought has no end, or comes after a part of the answer."""
-    rest, thought = text, False
+    lower, rest, thought = text.lower(), text, False
+    if not any(word in lower for word in WORDS):  # a text is looked at once for each token that is written
+        return text
     while opened := re.match(rf"\s*(?:{OPENING})", rest):
         end = re.compile(MARKERS[opened.lastindex - 1][1]).search(rest, opened.end())
         if not end:
