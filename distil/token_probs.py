@@ -1,0 +1,136 @@
+"""A teacher's probabilities for each token of its answers, in a file next to the JSONL whose rows refer to it.
+
+A row has "token_probs": {"file": name of a safetensors file in the JSONL's folder, "row": number in it}; rows may be
+shuffled, left out or joined with others. The file has, for tokens of `PromptEncoder.completion`, row after row,
+
+    starts      int64 [rows + 1]     row i has the tokens from starts[i] to starts[i + 1]
+    answer_ids  int32 [tokens]       the answer
+    ids         int32 [tokens, K]    the K likeliest tokens in its place, the likeliest first
+    log_probs   float16 [tokens, K]  their log-probabilities
+    rest        float16 [tokens]     log of the probability of all others together, -inf for none
+
+A teacher that gave fewer than K has id -1 and log-probability -inf in the last places. At K = 32 a token takes 198
+bytes, a row 8 more. The file's name has a hash of its content, so that no JSONL refers to a file of another run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from common import InputError
+from distil.files import file_sha256
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = "1"
+DTYPES = {"starts": "<i8", "answer_ids": "<i4", "ids": "<i4", "log_probs": "<f2", "rest": "<f2"}
+CODES = {"<i8": "I64", "<i4": "I32", "<f2": "F16"}  # safetensors' names
+
+
+class TokenRow(NamedTuple):
+    """An answer's token probabilities. answer_ids, rest: [tokens]; ids, log_probs: [tokens, K]."""
+
+    answer_ids: np.ndarray
+    ids: np.ndarray
+    log_probs: np.ndarray
+    rest: np.ndarray
+
+    def packed(self) -> dict[str, str]:
+        """Return the row as values that JSON can have."""
+        pairs = self._asdict().items()
+        return {name: b64encode(array.astype(DTYPES[name]).tobytes()).decode() for name, array in pairs}
+
+
+def unpacked(packed: dict[str, str]) -> TokenRow:
+    """Return the row that `TokenRow.packed` packed."""
+    import numpy as np
+
+    row = TokenRow(*(np.frombuffer(b64decode(packed[name]), DTYPES[name]) for name in TokenRow._fields))
+    shape = len(row.answer_ids), -1
+    return row._replace(ids=row.ids.reshape(shape), log_probs=row.log_probs.reshape(shape))
+
+
+def write_token_probs(output: Path, rows: Iterable[TokenRow], counts: Sequence[int], k: int, teacher: str) -> str:
+    """Write rows of `counts` tokens and K = k, one at a time in memory, to a file next to `output`, a JSONL; return
+    its name. teacher: its name and fingerprint, for people. The file is complete before it has its name."""
+    import numpy as np
+
+    rows_before = np.array([0, *accumulate(counts)])
+    tokens, header, end = int(rows_before[-1]), {}, 0
+    shapes = {"starts": [len(counts) + 1], "ids": [tokens, k], "log_probs": [tokens, k]}
+    for name, dtype in DTYPES.items():
+        shape = shapes.get(name, [tokens])
+        offsets = [end, end := end + int(np.prod(shape)) * int(dtype[-1])]
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": offsets}
+    about = {"format": FORMAT, "k": str(k), "teacher": teacher}
+    text = json.dumps({"__metadata__": about} | header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    scratch = output.with_name(f".{output.name}.{os.getpid()}.safetensors")
+    try:
+        with open(scratch, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.write(rows_before.astype(DTYPES["starts"]).tobytes())
+            for start, row in zip(rows_before.tolist(), rows, strict=False):
+                for name, array in row._asdict().items():
+                    tensor, width = header[name], array[:1].nbytes
+                    out.seek(8 + len(text) + tensor["data_offsets"][0] + start * width)
+                    out.write(array.tobytes())
+        name = f"{output.stem}.{file_sha256(scratch)[:12]}.safetensors"
+        scratch.replace(output.with_name(name))
+    finally:
+        scratch.unlink(missing_ok=True)
+    return name
+
+
+class TokenProbs:
+    """Reads the files that the rows of a JSONL in `folder` refer to; what is read is memory-mapped."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._files: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}  # starts, the other tensors on disk
+
+    def row(self, reference: Any, completion_ids: Sequence[int]) -> TokenRow:
+        """Return the arrays of a row's "token_probs", whose answer has these ids for the student; rest in float32.
+        Raises InputError where the file is missing or damaged, and where the answer has other tokens in it."""
+        name, number = (reference.get(key) for key in ("file", "row")) if isinstance(reference, dict) else (None, None)
+        if not isinstance(name, str) or Path(name).name != name or type(number) is not int:
+            raise InputError(f'"token_probs" {str(reference)[:80]}: {{"file": name, "row": number}} is needed')
+        path = self.folder / name
+        starts, tensors = self._files[name] = self._files.get(name) or self._open(path)
+        if not 0 <= number < len(starts) - 1:
+            raise InputError(f"{path}: has no row {number}; prepare it again")
+        first, last = int(starts[number]), int(starts[number + 1])
+        row = TokenRow(*(tensors[field][first:last] for field in TokenRow._fields))
+        if row.answer_ids.tolist() != list(completion_ids):
+            why = "the teacher has another tokenizer, or the answer was changed"
+            raise InputError(f"{path}: row {number} has other tokens than the student's answer: {why}")
+        return row._replace(rest=row.rest.astype("f4"))
+
+    def _open(self, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; copy it with the JSONL, or run kd_prepare.py --top_k again")
+        try:
+            file = safe_open(path, framework="numpy")
+            version = (file.metadata() or {}).get("format")
+            tensors = {name: file.get_slice(name) for name in DTYPES}
+            starts = file.get_tensor("starts")
+            tokens, k = tensors["ids"].get_shape()
+            shapes = {"starts": list(starts.shape), "ids": [tokens, k], "log_probs": [tokens, k]}
+            dtypes = [tensor.get_dtype() for tensor in tensors.values()]
+            good = dtypes == [CODES[dtype] for dtype in DTYPES.values()]
+            good &= all(tensor.get_shape() == shapes.get(name, [tokens]) for name, tensor in tensors.items())
+            good &= version == FORMAT and (starts[1:] > starts[:-1]).all() and [*starts[[0, -1]]] == [0, tokens]
+        except (SafetensorError, OSError, ValueError, LookupError) as error:
+            raise InputError(f"{path}: damaged ({error}); copy it, or run kd_prepare.py --top_k, again") from None
+        if not good:
+            raise InputError(f"{path}: not of this version's token probabilities; run kd_prepare.py --top_k again")
+        return starts, tensors
