@@ -19,7 +19,7 @@ from math import inf
 from pathlib import Path
 
 from distil import cli
-from distil.batch import check_output
+from distil.batch import check_output, stored_token_probs
 from distil.endpoint import shown_url
 from distil.files import InputError, hashed, hold, write_jsonl
 from distil.models import resolve
@@ -31,6 +31,7 @@ from distil.teachers.endpoint import HttpTeacher, extra_fields
 from distil.teachers.gate import checked_rows
 from distil.teachers.local import ModelTeacher
 from distil.teachers.tabular import TABULAR, tabular_rows, teacher_name
+from distil.token_probs import older_files, unpacked, write_token_probs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("answers").add_argument
     add("--rationale", action="store_true", help="label first, then a short reason")
     add("--max_new_tokens", type=int, default=256, help="of an answer (%(default)s)")
+    add(
+        "--top_k",
+        type=int,
+        default=0,
+        help="keep the likeliest K tokens of each, for kd_train.py; 0: off (%(default)s)",
+    )
+    add("--answers", choices=("teacher", "gold"), default="teacher", help="of which --top_k is kept (%(default)s)")
+    add(
+        "--tokenizer",
+        help="with --top_k and --teacher_url: base model of the student, whose tokenizer the teacher has",
+    )
     add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
     add("--seed", type=cli.seed_number, default=0, help="of a local teacher's samples and tabular rows (%(default)s)")
     add("--batch_size", type=int, default=16, help="prompts a model answers together (%(default)s)")
@@ -85,7 +97,14 @@ def check_flags(args: argparse.Namespace) -> None:
     extra_fields(args.extra_body)
     if args.teacher != TABULAR and not args.input:
         raise InputError("--input is needed: JSONL with the prompts")
-    least = {"max_new_tokens": 1, "batch_size": 1, "per_class": 0, "temperature": 0, "price_in": 0, "price_out": 0}
+    if args.teacher_url and args.top_k and not args.tokenizer:
+        raise InputError("--top_k with --teacher_url needs --tokenizer, the student's base model")
+    if args.teacher_url and args.answers == "gold":
+        raise InputError(
+            "--answers gold: an endpoint has probabilities of its own answers alone; take a local teacher"
+        )
+    least = {"top_k": 0, "max_new_tokens": 1, "batch_size": 1, "per_class": 0, "temperature": 0}
+    least |= {"price_in": 0, "price_out": 0}
     problems = [f"--{name} is at least {low}" for name, low in least.items() if not getattr(args, name) >= low]
     if not 0 <= args.min_confidence <= 1:
         problems.append("--min_confidence is from 0 to 1")
@@ -100,7 +119,8 @@ def check_flags(args: argparse.Namespace) -> None:
 def unused_flags(args: argparse.Namespace, is_label_task: bool) -> dict[str, list[str]]:
     """Return the flags that have no effect with the teacher, the answers and the other flags, by reason."""
     tabular, endpoint = args.teacher == TABULAR, bool(args.teacher_url)
-    local, writes = not (tabular or endpoint), args.rationale or not is_label_task
+    local, gold = not (tabular or endpoint), args.answers == "gold"
+    writes = args.rationale or not (is_label_task or gold)
     scores = is_label_task and not (tabular or (endpoint and args.rationale))
     connection = ["teacher_model", "api_key_env", "concurrency", "retries", "timeout"]
     connection += ["extra_body", "price_in", "price_out"]
@@ -110,7 +130,11 @@ def unused_flags(args: argparse.Namespace, is_label_task: bool) -> dict[str, lis
         ("only with --teacher_url, which can fail for some prompts", endpoint, ["partial"]),
         (f"only for the {TABULAR} teacher", tabular, ["src", "decimal", "per_class", "gold_share", "split_seed"]),
         ("only for a model that runs here", local, ["batch_size", "quantization", "compute_dtype", "offload_folder"]),
-        (f"not for the {TABULAR} teacher, which has --src", not tabular, ["input", "labels", "rationale"]),
+        (f"not for the {TABULAR} teacher, which has --src", not tabular, ["input", "labels", "rationale", "top_k"]),
+        ("only with --top_k", args.top_k > 0, ["answers", "tokenizer"]),
+        ("only with --teacher_url: a local teacher has its own", endpoint, ["tokenizer"]),
+        ("only with --answers teacher", not gold, ["rationale"]),
+        ("only for labels and with --answers teacher", is_label_task or not gold, ["filter"]),
         ("only where the teacher writes text, not a label alone", endpoint or (local and writes), answers),
         (f"only for the {TABULAR} teacher and samples of a local one (--temperature)", tabular or samples, ["seed"]),
         ("only where a teacher's label probabilities are used", scores, ["calibration"]),
@@ -135,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
             elif task and set(prompts.labels) != set(task.labels):
                 raise InputError(f"--labels {args.labels}: the task {task.name} has other labels; leave it out")
         cli.refuse_unused(parser, argv, unused_flags(args, prompts is None or bool(prompts.labels)))
+        if args.answers == "gold" and (without := sum(not one for one in prompts.gold)):
+            raise InputError(f"{args.input}: {without} rows have no right answer (--answers gold)")
         return write_answers(args, prompts, sha256, task)
 
 
@@ -166,7 +192,8 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
         if ref:
             teacher = partial(ModelTeacher, ref, options, turns, prompts.gold)
         else:
-            teacher = partial(HttpTeacher, options, any("left_out" not in one for one in file.answers.values()))
+            answered = any("left_out" not in one for one in file.answers.values())
+            teacher = partial(HttpTeacher, options, answered, resolve(args.tokenizer).path if args.top_k else None)
         asking.collect_answers(file, turns, name := args.teacher or args.teacher_model, teacher)
         origin = {"model": file.settings["model"]} if ref else {"url": url}
         origin |= {"extra_body": options.extra_body} if options.extra_body else {}
@@ -183,7 +210,10 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
         answers = [file.answers.get(i, {"teacher_output": "", "left_out": "none"}) for i in range(len(turns))]
         if prompts.labels and args.teacher_url and not args.rationale:
             answers = asking.calibrate_answers(answers, prompts, args.calibration)
-    rows, report = checked_rows(prompts, answers, name, args.rationale, args.filter, args.min_confidence, task)
+    how = args.rationale, args.filter, args.min_confidence, task, args.answers == "gold"
+    rows, report = checked_rows(prompts, answers, name, *how)
+    if args.top_k:
+        rows = with_token_probs(rows, Path(args.output), f"{name} {origin.get('model', '')}".strip())
     if not rows:
         raise InputError(f"no row is left (--filter {args.filter})")
     write_jsonl(args.output, rows)
@@ -193,6 +223,27 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
         file.remove()
     print(f"wrote {len(rows)} of {len(prompts.texts)} rows to {args.output} (--filter {args.filter})")
     return 0
+
+
+def with_token_probs(rows: list[dict], output: Path, teacher: str) -> list[dict]:
+    """Return the rows that have token probabilities, which are written next to the output; the others are left out."""
+    if without := sum("token_probs" not in row for row in rows):
+        why = "which are of the text before its label was read or calibrated"
+        print(f"{without} answers without token probabilities, {why}, are left out", file=sys.stderr)
+    rows = [row for row in rows if "token_probs" in row]
+    places = [row["token_probs"] for row in rows]
+    if places:
+        k = max(place["k"] for place in places)
+        arrays = (unpacked(stored_token_probs(place), k) for place in places)
+        name = write_token_probs(output, arrays, [place["tokens"] for place in places], k, teacher)
+        for number, row in enumerate(rows):
+            row["token_probs"] = {"file": name, "row": number}
+        for other in older_files(output, name):
+            print(
+                f"note: {other}: older token probabilities; remove them where no other file needs them",
+                file=sys.stderr,
+            )
+    return rows
 
 
 if __name__ == "__main__":

@@ -267,6 +267,7 @@ def _resume_point(part: Path, settings: dict, answering: str = "model", together
 
 class AnswerFile:
     """Answers as they come, in <output>.part; a killed run's are read back, but for a last group under `together`.
+    Their "token_probs" (`TokenRow.packed`) stay there, since they may not fit memory: see `stored_token_probs`.
     The caller holds the output: a second run would send the same prompts."""
 
     def __init__(self, output: str, settings: dict[str, Any], overwrite: bool, together: int = 1):
@@ -277,13 +278,16 @@ class AnswerFile:
             self.path.unlink(missing_ok=True)
         with _alone(self.path):
             _resume_point(self.path, settings, "teacher", together)
-            for number, line in enumerate(_lines(self.path), 1):
-                try:
-                    answer = parse_json(line)
-                    self.answers[answer.pop("row")] = answer
-                except (ValueError, KeyError, AttributeError, TypeError):
-                    fix = "remove it, and its prompt is sent again"
-                    raise InputError(f"{self.path}: line {number} is damaged; {fix}") from None
+            at = 0
+            with open(self.path, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        answer = parse_json(line.decode())
+                        self._keep(answer.pop("row"), answer, at)
+                    except (ValueError, KeyError, AttributeError, TypeError):
+                        fix = "remove it, and its prompt is sent again"
+                        raise InputError(f"{self.path}: line {number} is damaged; {fix}") from None
+                    at += len(line)
         if self.answers:
             print(f"{self.path}: resuming after {len(self.answers)} answers", file=sys.stderr)
 
@@ -294,10 +298,25 @@ class AnswerFile:
         bar = tqdm(total=total, initial=len(self.answers), desc=name, unit="row", file=sys.stderr)
         with _alone(self.path) as out, bar:
             for number, answer in answers:
+                at = out.tell()
                 _append(out, [{"row": number} | answer])
-                self.answers[number] = answer
+                self._keep(number, answer, at)
                 bar.update()
+
+    def _keep(self, number: int, answer: dict[str, Any], at: int) -> None:
+        """Keep an answer, whose line begins at byte `at` of the file."""
+        if packed := answer.get("token_probs"):
+            place = {"part": str(self.path), "at": at}
+            answer = answer | {"token_probs": place | {name: packed[name] for name in ("tokens", "k")}}
+        self.answers[number] = answer
 
     def remove(self) -> None:
         """Remove the .part files, once the output is written."""
         _remove_parts(self.output)
+
+
+def stored_token_probs(place: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the "token_probs" of an answer in a .part file, `place` being what AnswerFile.answers has of them."""
+    with open(place["part"], "rb") as lines:
+        lines.seek(place["at"])
+        return json.loads(lines.readline())["token_probs"]

@@ -303,10 +303,11 @@ class Endpoint:
         return completion(text, shares if self.logprobs else {})
 
 
-def completion(text: str, shares: dict[str, float]) -> dict:
-    """Return a chat completion. shares: {token: probability} of the first token, empty for none."""
+def completion(text: str, *shares: dict[str, float]) -> dict:
+    """Return a chat completion. shares: of each token, or of the first alone, itself and its alternatives as {token:
+    probability}; none or empty for no log-probabilities."""
     choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    if shares:
-        top = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in shares.items()]
-        choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}]}
+    tops = [[{"token": token, "logprob": math.log(p), "bytes": None} for token, p in one.items()] for one in shares]
+    if any(tops):
+        choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top} for top in tops]}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -42,19 +43,21 @@ class TokenRow(NamedTuple):
     log_probs: np.ndarray
     rest: np.ndarray
 
-    def packed(self) -> dict[str, str]:
-        """Return the row as values that JSON can have."""
-        pairs = self._asdict().items()
-        return {name: b64encode(array.astype(DTYPES[name]).tobytes()).decode() for name, array in pairs}
+    def packed(self) -> dict[str, Any]:
+        """Return the row as values that JSON can have, with its numbers of "tokens" and "k"."""
+        arrays = {name: array.astype(DTYPES[name]).tobytes() for name, array in self._asdict().items()}
+        tokens, k = self.ids.shape
+        return {"tokens": tokens, "k": k} | {name: b64encode(data).decode() for name, data in arrays.items()}
 
 
-def unpacked(packed: dict[str, str]) -> TokenRow:
-    """Return the row that `TokenRow.packed` packed."""
+def unpacked(packed: dict[str, Any], k: int) -> TokenRow:
+    """Return the row that `TokenRow.packed` packed, with K = k, not less than it has."""
     import numpy as np
 
     row = TokenRow(*(np.frombuffer(b64decode(packed[name]), DTYPES[name]) for name in TokenRow._fields))
-    shape = len(row.answer_ids), -1
-    return row._replace(ids=row.ids.reshape(shape), log_probs=row.log_probs.reshape(shape))
+    shape, more = (packed["tokens"], packed["k"]), ((0, 0), (0, k - packed["k"]))
+    ids = np.pad(row.ids.reshape(shape), more, constant_values=-1)
+    return row._replace(ids=ids, log_probs=np.pad(row.log_probs.reshape(shape), more, constant_values=-np.inf))
 
 
 def write_token_probs(output: Path, rows: Iterable[TokenRow], counts: Sequence[int], k: int, teacher: str) -> str:
@@ -87,6 +90,12 @@ def write_token_probs(output: Path, rows: Iterable[TokenRow], counts: Sequence[i
     finally:
         scratch.unlink(missing_ok=True)
     return name
+
+
+def older_files(output: Path, name: str) -> list[Path]:
+    """Return the files of earlier runs to this output: rows that were copied from it may still refer to them."""
+    pattern = re.escape(output.stem) + r"\.[0-9a-f]{12}\.safetensors"
+    return [path for path in sorted(output.parent.iterdir()) if re.fullmatch(pattern, path.name) and path.name != name]
 
 
 class TokenProbs:

@@ -32,7 +32,7 @@ from distil.scoring import BASE, FastLabelScorer
 from distil.support import check_supported
 from distil.tasks import default_task
 from distil.teachers.answers import TeacherOptions
-from distil.teachers.local import ModelTeacher
+from distil.teachers.local import ModelTeacher, token_rows
 from distil.testing import build_tokenizer
 from distil.training import run
 
@@ -433,6 +433,40 @@ def own_loss(method: str, model, encoder: PromptEncoder) -> float:
             divergence += (teacher / teacher.sum() * (teacher / teacher.sum() / student).log()).sum().item()
         sums.append(0.5 * nll + 0.5 * divergence if method == "kd" else nll)
     return sum(sums) / (len(PAIRS) if method == "dpo" else tokens)
+
+
+OWN_WAYS = ("granite", "gemma2", "cohere", "gemma3_text", "gemma4", "qwen3_5_text", "lfm2", "falcon", "opt", "LoRA")
+
+
+@pytest.mark.parametrize("name", OWN_WAYS)
+def test_token_probabilities_are_those_of_a_plain_forward(encoder, tmp_path, name):
+    """In batches as alone, a few positions at a time as all at once; K = vocabulary leaves nothing for the rest."""
+    if name in MATRIX:
+        folder = saved_model(tmp_path / "model", name, MATRIX[name][0], encoder.tokenizer)
+        model = load(resolve(folder), LoadOptions("none", "float32"))[0]
+    else:  # OPT goes past the forward of its body
+        model = tiny({"LoRA": "llama"}.get(name, name), {}, len(encoder.tokenizer))
+    if name == "LoRA":
+        config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+        model = get_peft_model(model, config).eval()
+    rows = [(encoder.prompt(turn), encoder.completion(answer)) for turn, answer, _ in PAIRS]
+    rows.append((encoder.prompt("x"), encoder.completion("a long answer, " * 12)))  # more than POSITIONS
+    for k in (5, len(encoder.tokenizer)):
+        found = list(token_rows(model, rows, k, 0))
+        alone = [row for one in rows for row in token_rows(model, [one], k, 0)]
+        for (prompt, completion), row, other in zip(rows, found, alone, strict=True):
+            wanted = answer_log_probs(model, prompt, completion)
+            assert row.answer_ids.tolist() == completion
+            best = torch.tensor(row.ids, dtype=torch.long)
+            torch.testing.assert_close(
+                torch.tensor(row.log_probs).double(), wanted.gather(1, best), atol=2e-3, rtol=1e-3
+            )
+            np.testing.assert_allclose(np.sort(row.log_probs)[:, ::-1], row.log_probs)
+            assert (wanted.gather(1, best)[:, -1:] >= wanted.scatter(1, best, -torch.inf) - 1e-5).all()
+            np.testing.assert_allclose(row.log_probs, other.log_probs, atol=2e-3, rtol=1e-3)
+            probabilities = np.exp(row.log_probs.astype("f8")).sum(axis=1) + np.exp(row.rest.astype("f8"))
+            np.testing.assert_allclose(probabilities, 1, atol=2e-3)
+            assert (row.rest == -np.inf).all() == (k > 5)
 
 
 def lora_weights(model) -> list[tuple[str, torch.Tensor]]:

@@ -12,16 +12,28 @@ import time
 from base64 import b64encode
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import FLOAT32, HOLD, all_files, ask_endpoint, gold_rows, other_process, read_lines, write_lines
+from conftest import (
+    FLOAT32,
+    HOLD,
+    all_files,
+    ask_endpoint,
+    gold_rows,
+    in_two_processes,
+    other_process,
+    read_lines,
+    write_lines,
+)
 
 import kd_prepare
-from common import InputError
+from common import InputError, PromptEncoder
 from distil.endpoint import shown_url
 from distil.files import write_json
 from distil.tasks import TASK_FILE, default_task
 from distil.teachers import answers, local
 from distil.testing import ROOT, credit_rows, save_adapter
+from distil.token_probs import TokenProbs
 
 TASK = default_task()
 
@@ -89,6 +101,85 @@ def test_killed_and_resumed(here, endpoint):
     assert [row["input"] for row in read_lines("kd.jsonl")] == [row["input"] for row in rows]
     # At each kill at most two were under way and two on their way to the file.
     assert sum(server.answered.values()) <= 40 + 2 * 4
+
+
+GOLD = ["--top_k", "4", "--answers", "gold", "--batch_size", "2", *FLOAT32]
+
+
+def token_files() -> dict[str, bytes]:
+    """Return the content of the token probabilities in the working directory, by name."""
+    return {path.name: path.read_bytes() for path in sorted(Path().glob("*.safetensors"))}
+
+
+def test_token_probabilities_are_resumed_after_a_kill(here, model_dir):
+    """kill -9 in the middle: at most the batch under way is lost, and the end is that of a run without it."""
+    rows = [{"input": f"Copy {i}", "output": f"{i} and so on " * 10} for i in range(400)]
+    write_lines("in.jsonl", rows)
+    command = [sys.executable, str(ROOT / "kd_prepare.py"), "--teacher", model_dir, "--input", "in.jsonl", *GOLD]
+    process = subprocess.Popen([*command, "--output", "kd.jsonl"], stderr=subprocess.DEVNULL)
+    part = Path("kd.jsonl.part")
+    deadline = time.monotonic() + 100
+    while not part.exists() or part.read_bytes().count(b"\n") < 20:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lines = part.read_bytes().count(b"\n")
+    assert lines < 400 and not token_files() and not Path("kd.jsonl").exists()
+    assert "token_probs" in json.loads(part.read_text().splitlines()[0])
+    result = subprocess.run([*command, "--output", "kd.jsonl"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"resuming after {lines - lines % 2} answers" in result.stderr
+    killed = token_files(), Path("kd.jsonl").read_bytes()
+    assert kd_prepare.main([*command[2:], "--output", "kd.jsonl", "--overwrite"]) == 0
+    assert (token_files(), Path("kd.jsonl").read_bytes()) == killed
+    assert not list(here.glob(".kd*")) and not part.exists()
+
+
+def test_an_output_never_refers_to_another_runs_token_probabilities(here, model_dir, monkeypatch, capsys):
+    """A run that ends between the two files leaves the old pair; rows copied from it keep theirs."""
+    flags = ["--teacher", model_dir, "--input", "in.jsonl", "--output", "kd.jsonl", *GOLD]
+    write_lines("in.jsonl", [{"input": f"Copy {i}", "output": f"{i} and"} for i in range(6)])
+    assert kd_prepare.main(flags) == 0
+    before, old = token_files(), Path("kd.jsonl").read_bytes()
+    write_lines("in.jsonl", [{"input": f"Copy {i}", "output": f"{i} or"} for i in range(6)])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kd_prepare, "write_jsonl", lambda *rest: signal.raise_signal(signal.SIGINT))
+        kd_prepare.main([*flags, "--overwrite"])
+    assert Path("kd.jsonl").read_bytes() == old and token_files().items() > before.items()
+    monkeypatch.setattr(local, "token_rows", None)  # all answers are there
+    assert kd_prepare.main(flags) == 0
+    assert f"note: {next(iter(before))}: older token probabilities" in capsys.readouterr().err
+    assert {row["token_probs"]["file"] for row in read_lines("kd.jsonl")} == token_files().keys() - before.keys()
+
+
+def test_token_probabilities_of_the_rows_that_are_written(here, model_dir, tokenizer):
+    write_lines("in.jsonl", gold_rows(30))
+    flags = ["--teacher", model_dir, "--input", "in.jsonl", "--top_k", "4", *FLOAT32]
+    assert kd_prepare.main([*flags, "--output", "all.jsonl"]) == 0
+    assert kd_prepare.main([*flags, "--output", "kd.jsonl", "--filter", "agree"]) == 0
+    every, kept = ({row["input"]: row for row in read_lines(f"{name}.jsonl")} for name in ("all", "kd"))
+    assert 0 < len(kept) < len(every)
+    reader, encoder = TokenProbs("."), PromptEncoder(tokenizer)
+    for number, (prompt, row) in enumerate(kept.items()):
+        ids = encoder.completion(row["teacher_output"])
+        assert row["token_probs"]["row"] == number
+        one, other = (reader.row(rows[prompt]["token_probs"], ids) for rows in (kept, every))
+        assert all((a == b).all() for a, b in zip(one, other, strict=True))
+
+
+def test_token_probabilities_from_several_processes(here, model_dir, tokenizer):
+    write_lines("in.jsonl", [{"input": f"Copy {i}", "output": f"{i} and so on " * (i % 5) + "."} for i in range(11)])
+    flags = ["--teacher", model_dir, "--input", "in.jsonl", *GOLD]
+    result = in_two_processes("kd_prepare.py", *flags, "--output", "two.jsonl", cwd=here)
+    assert result.returncode == 0, result.stderr
+    assert kd_prepare.main([*flags, "--output", "kd.jsonl"]) == 0
+    reader, encoder = TokenProbs("."), PromptEncoder(tokenizer)
+    for one, two in zip(read_lines("kd.jsonl"), read_lines("two.jsonl"), strict=True):
+        ids = encoder.completion(one["teacher_output"])
+        pair = [reader.row(row["token_probs"], ids).log_probs for row in (one, two)]
+        np.testing.assert_allclose(*pair, atol=2e-3, rtol=1e-3)
+    assert not [name for name in all_files(here) if "part" in name]
 
 
 @pytest.fixture

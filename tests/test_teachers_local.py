@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import FLOAT32, gold_rows, read_lines, write_lines
 
 import kd_prepare
@@ -14,9 +15,10 @@ from distil.models import LoadOptions, resolve
 from distil.scoring import FastLabelScorer
 from distil.tasks import default_task
 from distil.teachers import local
-from distil.teachers.answers import TeacherOptions
+from distil.teachers.answers import RATIONALE, TeacherOptions
 from distil.teachers.local import ModelTeacher
 from distil.testing import load_named, save_adapter
+from distil.token_probs import TokenProbs, TokenRow
 
 TASK = default_task()
 
@@ -141,3 +143,80 @@ def test_a_prompt_beyond_the_teachers_context_is_refused(here, model_dir):
     write_lines("in.jsonl", [{"input": "x y " * 400}])
     with pytest.raises(InputError, match="exceed the model's context of 512"):
         ask(model_dir)
+
+
+def assert_token_probs(rows: list[dict], model_dir: str, k: int, turns: list[str] | None = None) -> None:
+    """Compare the token probabilities of kd_prepare.py's rows with one plain forward of each; turns: other prompts."""
+    model, tokenizer = load_named(model_dir, "none", "float32")
+    encoder = PromptEncoder(tokenizer)
+    for row, turn in zip(rows, turns or [row["input"] for row in rows], strict=True):
+        prompt, completion = encoder.prompt(turn), encoder.completion(row["teacher_output"])
+        stored = TokenProbs(".").row(row["token_probs"], completion)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        wanted = logits.double().log_softmax(dim=-1).numpy()
+        best = -np.sort(-wanted, axis=1)[:, :k]
+        np.testing.assert_allclose(stored.log_probs, best, atol=2e-3, rtol=1e-3)
+        np.testing.assert_allclose(np.take_along_axis(wanted, stored.ids, axis=1), best, atol=1e-4)
+        np.testing.assert_allclose(np.exp(stored.rest), 1 - np.exp(best).sum(axis=1), atol=2e-3)
+
+
+def test_token_probabilities_of_labels_reasons_and_free_text(here, model_dir, monkeypatch):
+    rows = gold_rows(9)
+    write_lines("in.jsonl", rows)
+    plain = ask(model_dir, output="plain.jsonl")
+    answers = ask(model_dir, "--top_k", 6)
+    assert [{name: value for name, value in row.items() if name != "token_probs"} for row in answers] == plain
+    assert_token_probs(answers, model_dir, 6)
+    write = local.generate
+    monkeypatch.setattr(local, "generate", lambda *args, **how: [replace(w, ended=True) for w in write(*args, **how)])
+    monkeypatch.setattr(local, "POSITIONS", 5)
+    how = ("--max_new_tokens", 12, "--top_k", 6, "--overwrite")
+    answers = ask(model_dir, *how, "--rationale")
+    assert_token_probs(answers, model_dir, 6, [f"{row['input']}\n{RATIONALE}" for row in answers])
+    write_lines("in.jsonl", [{"prompt": f"Write {i}"} for i in range(5)])
+    assert_token_probs(ask(model_dir, *how), model_dir, 6)
+
+
+@pytest.mark.parametrize("size, tokens", [(1, 2048), (16, 2048), (16, 300)])
+def test_token_probabilities_of_gold_answers(here, model_dir, monkeypatch, capsys, size, tokens):
+    """Nothing is written; an answer that does not fit the context with its prompt is left out."""
+    monkeypatch.setattr(local, "generate", None)
+    monkeypatch.setattr(local, "TOKENS", tokens)
+    rows = [{"input": f"Copy {i}", "output": f"{i} and " * (1 + 5 * i)} for i in range(12)]
+    write_lines("in.jsonl", [*rows, {"input": "long", "output": "x y " * 300}])
+    answers = ask(model_dir, "--top_k", 6, "--answers", "gold", "--batch_size", size)
+    assert [row["teacher_output"] for row in answers] == [row["output"] for row in rows]
+    assert "1 prompts are left out, their answer: longer with its prompt than" in capsys.readouterr().err
+    assert_token_probs(answers, model_dir, 6)
+
+
+def test_gold_labels_keep_the_teachers_probabilities(here, model_dir, capsys):
+    """The gate is about its own labels, whichever label a row gets."""
+    rows = gold_rows(9)
+    write_lines("in.jsonl", rows)
+    own = ask(model_dir, output="own.jsonl")
+    gate = capsys.readouterr().out.splitlines()[:-1]
+    answers = ask(model_dir, "--top_k", 6, "--answers", "gold")
+    assert capsys.readouterr().out.splitlines()[:-1] == gate
+    assert [row["teacher_output"] for row in answers] == [row["output"] for row in rows]
+    assert [row["label_probs"] for row in answers] == [row["label_probs"] for row in own]
+    assert_token_probs(answers, model_dir, 6)
+
+
+def test_the_body_of_a_model_runs_once(model_dir):
+    model, _ = load_named(model_dir, "none", "float32")
+    calls: list[tuple] = []
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape))
+    (row,) = local.token_rows(model, [([1, 2, 3], list(range(200)))], 4, 0)
+    assert isinstance(row, TokenRow) and row.ids.shape == (200, 4)
+    assert calls == [(1, 202, 64)]
+
+
+def test_the_vocabulary_is_all_there_is(here, model_dir):
+    write_lines("in.jsonl", gold_rows(3))
+    for row in ask(model_dir, "--top_k", 10**6):
+        stored = TokenProbs(".")._open(here / row["token_probs"]["file"])[1]
+        assert stored["ids"].get_shape()[1] == len(load_named(model_dir, "none", "float32")[1])
+        assert (stored["rest"][:] == -np.inf).all()
+        np.testing.assert_allclose(np.exp(stored["log_probs"][:].astype("f8")).sum(axis=1), 1, atol=2e-3)

@@ -60,6 +60,9 @@ class TeacherOptions:
     seed: int = 0
     batch_size: int = 16
     calibration: str = "auto"
+    top_k: int = 0
+    answers: str = "teacher"
+    tokenizer: str | None = None
     load: LoadOptions = field(default_factory=LoadOptions)
     server: Server | None = None
     extra_body: Mapping[str, Any] = field(default_factory=dict)
@@ -117,6 +120,7 @@ def answer_file(ref: ModelRef | None, options: TeacherOptions, **more: Any) -> A
     Raises InputError where that run had another model `ref` (None: endpoint), options, or settings `more`."""
     settings = {"teacher": ref.name if ref else None, "prompt": PROMPT_VERSION, "input": options.input_sha256}
     names = ["rationale", "max_new_tokens", "temperature", "seed"]
+    names += ["top_k", "answers", "tokenizer"] if options.top_k else []
     names += ["batch_size", "calibration"] if ref else []
     names += ["extra_body"] if options.extra_body else []
     settings["teacher_model"] = options.server.model if options.server else None
@@ -139,6 +143,12 @@ def collect_answers(file: AnswerFile, turns: Sequence[str], name: str, start: Ca
         file.collect(start().answers(waiting), len(mine), name)
     for others in gather(file.answers):
         file.answers |= others
+
+
+def bare_text(answer: str) -> str | None:
+    """Return the text that a student gets of an answer: what comes after thoughts, None where they do not end."""
+    text = after_thoughts(answer)
+    return text.strip() if text and text != answer else text
 
 
 def spent(answers: Iterable[Mapping[str, Any]], price_in: float, price_out: float) -> dict[str, Any]:
@@ -243,4 +253,6 @@ def calibrate_answers(answers: list[dict[str, Any]], prompts: Prompts, method: s
     result = list(answers)
     for i, row in zip(scored, calibration.probabilities(raw), strict=True):
         result[i] = answers[i] | answer_of_probabilities(labels, row)
+        if result[i]["teacher_output"] != answers[i]["teacher_output"]:
+            result[i].pop("token_probs", None)  # they are of the other text
     return result

@@ -11,11 +11,12 @@ from common import SYSTEM_PROMPT, InputError
 from distil.endpoint import Client, NoAnswer, Refused
 from distil.files import parse_json
 from distil.quirks import Reply, first_tokens, read_reply
-from distil.teachers.answers import CUT, MARKS, TeacherOptions
+from distil.teachers.answers import CUT, MARKS, TeacherOptions, bare_text
+from distil.teachers.tokens import TokenReader
 from distil.thoughts import after_thoughts
 
 ALL_REFUSED = 8  # prompts without one answer: the request is wrong, not these prompts
-TOP_LOGPROBS = {20: 5, 5: 0}  # probabilities requested, and how many where an endpoint refuses that
+TOP_LOGPROBS = (20, 5, 0)  # probabilities requested; the next where an endpoint refuses that many
 OWN = {"model": "--teacher_model", "messages": "--input", "temperature": "--temperature"}  # fields and their flags
 OWN |= dict.fromkeys(("max_tokens", "max_completion_tokens"), "--max_new_tokens")
 OWN |= dict.fromkeys(("logprobs", "top_logprobs", "stream", "n"), "this script alone")
@@ -41,12 +42,14 @@ def extra_fields(text: str) -> dict[str, Any]:
 class HttpTeacher(Client):
     """A model behind an OpenAI-compatible endpoint.
     A prompt that is refused for good, or gets no answer in all tries, is left out. answered: whether the endpoint has
-    given an answer to a prompt of this run that is not left out."""
+    given an answer to a prompt of this run that is not left out; student: path of the base model whose tokens answers
+    must have, with options.top_k."""
 
-    def __init__(self, options: TeacherOptions, answered: bool = False):
+    def __init__(self, options: TeacherOptions, answered: bool = False, student: str | None = None):
         super().__init__(options.server)
         self.options, self.answered = options, answered
-        self._top = max(TOP_LOGPROBS) if options.labels else 0
+        self._top = max(options.top_k, TOP_LOGPROBS[0] if options.labels else 0)
+        self._tokens = TokenReader(student, options.top_k) if student else None
 
     def answers(self, prompts: dict[int, str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (number, answer) of each numbered user turn, as they come; one that got none in all tries is missing.
@@ -85,7 +88,9 @@ class HttpTeacher(Client):
         except Refused as refusal:
             if not top or "logprob" not in refusal.words:
                 return {"teacher_output": "", "left_out": str(refusal)}
-            self._top = min(self._top, TOP_LOGPROBS[top])
+            self._top = min(self._top, next(fewer for fewer in TOP_LOGPROBS if fewer < top))
+            if not self._top and self._tokens:
+                raise InputError(f"{self.url} {refusal}: --top_k needs log-probabilities") from None
             if not self._top:
                 self.report(f"{self.url} {refusal}: continuing without probabilities, there are no label_probs")
             return self._try(prompt)
@@ -121,7 +126,15 @@ class HttpTeacher(Client):
             return answer | {"left_out": CUT_PROMPT}
         thought = reply.thought or after_thoughts(text) != text  # the first token is one of the thought
         probabilities = {} if thought else label_probabilities(reply, labels)
-        return answer | ({"label_probs": probabilities} if probabilities else {})
+        answer |= {"label_probs": probabilities} if probabilities else {}
+        if not self._tokens:
+            return answer
+        try:
+            row = self._tokens.row(bare_text(text) or "", reply.logprobs.get("content") or [])
+            return answer | {"token_probs": row.packed()}
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            reason = f"does not have the tokens of {self.options.tokenizer} (--tokenizer): {self.line(error)}"
+            return answer | {"left_out": reason}
 
 
 def least_tokens(text: str) -> int:

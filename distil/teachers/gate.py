@@ -11,8 +11,7 @@ from distil.codegen.judge import code_scores
 from distil.creditmix.tabular import simple_baselines
 from distil.files import parse_json
 from distil.tasks import Task
-from distil.teachers.answers import PROMPT_VERSION, Prompts, label_first, label_of
-from distil.thoughts import after_thoughts
+from distil.teachers.answers import PROMPT_VERSION, Prompts, bare_text, label_first, label_of
 
 TEST_SECONDS = 5.0  # for an answer's code and the row's tests
 MOST_SHOWN = 20  # labels up to which each has a line in the gate's report
@@ -73,9 +72,11 @@ def checked_rows(
     keep: str,
     min_confidence: float,
     task: Task | None = None,
+    keep_gold: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return (training rows, report of the gate) of a teacher's answers, and print what is left out and why.
-    name: of the teacher; keep: --filter; task: of the prompts, None where it is not known."""
+    name: of the teacher; keep: --filter; task: of the prompts, None where it is not known; keep_gold: the rows get the
+    gold answers, of which an answer has the "token_probs"."""
     labels, answers = prompts.labels, [_bare(answer) for answer in answers]
     texts = [answer["teacher_output"] for answer in answers]
     predictions = [label_of(text, labels) if labels else text.strip() for text in texts]
@@ -88,7 +89,9 @@ def checked_rows(
         print(f"{right.count(None)} rows without a gold answer are left out (--filter agree)", file=sys.stderr)
     report: dict[str, Any] = {}
     checked = [one for one in (prompts.gold if labels else right) if one is not None]
-    if not checked:
+    if keep_gold and not labels:
+        print("the teacher wrote nothing that could be checked before training")
+    elif not checked:
         print("no gold answers: the teacher cannot be checked before training", file=sys.stderr)
     elif labels:
         report = gate(predictions, prompts.gold, labels, prompts.texts, task)
@@ -98,6 +101,8 @@ def checked_rows(
         report = {"rows": len(checked), "teacher": sum(checked) / len(checked)}
     if labels:
         texts = [label_first(text, p or "", rationale) for text, p in zip(texts, predictions, strict=True)]
+    if keep_gold:
+        texts = prompts.gold
     version, rows = f"{PROMPT_VERSION}, for a reason" if rationale else str(PROMPT_VERSION), []
     columns = zip(prompts.texts, answers, texts, predictions, right, strict=True)
     for prompt, answer, text, prediction, is_right in columns:
@@ -106,14 +111,15 @@ def checked_rows(
         if passes and prediction is not None and "left_out" not in answer:
             teacher = {"name": name, "prompt": version}
             teacher |= {"probability": probability} if answer.get("label_probs") else {}
+            if not keep_gold and text != answer["teacher_output"]:
+                answer.pop("token_probs", None)  # they are of the other text
             rows.append({"input": prompt, **answer, "teacher_output": text, "teacher": teacher})
     return probabilities_or_none(rows), report
 
 
 def _bare(answer: dict[str, Any]) -> dict[str, Any]:
     """Return an answer without its thoughts and its account of tokens; one that has no text then is left out."""
-    text = after_thoughts(before := answer["teacher_output"])
-    text = text.strip() if text and text != before else text
+    text = bare_text(answer["teacher_output"])
     reason = "is empty" if text is not None else "has a thought without an end, or in its middle"
     rest = {name: value for name, value in answer.items() if name != "usage"} | {"teacher_output": text or ""}
     return rest if (text or "").strip() else {"left_out": reason} | rest  # the trainer would refuse an empty answer

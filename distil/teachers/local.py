@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common import Calibration, PromptEncoder
+from common import Calibration, PromptEncoder, right_padded
 from distil.calibration import uncalibrated
 from distil.generation import generate
 from distil.models import ModelRef, load
 from distil.scoring import FastLabelScorer
-from distil.teachers.answers import CUT, FEW_PROMPTS, TeacherOptions, answer_of_probabilities, teacher_calibration
+from distil.support import context_length
+from distil.teachers.answers import (
+    CUT,
+    FEW_PROMPTS,
+    TeacherOptions,
+    answer_of_probabilities,
+    bare_text,
+    teacher_calibration,
+)
+from distil.token_probs import TokenRow
 from distil.workarounds import pack_for_decoding
 
+if TYPE_CHECKING:
+    import torch
+
 PRIOR_PROMPTS = 128  # from which the shift of a model's label scores is estimated
+POSITIONS = 64  # whose logits are in memory at once: in float32 39 MB of a vocabulary of 152,000
+TOKENS = 2048  # that several rows may have together in a forward for token probabilities; a longer row has its own
 
 
 class ModelTeacher:
@@ -23,13 +37,14 @@ class ModelTeacher:
     Label scores are calibrated by their mean over prompts (`teacher_calibration`), since an unknown task has no
     content-free prompts. A base model needs it, an adapter that was trained on balanced rows is harmed by it: without
     gold answers 'auto' goes by the kind of teacher.
+    With options.top_k an answer gets "token_probs", also a gold one (options.answers), which is then not written anew.
     turns: all user turns of the run, also those that are answered or another process's, since the mean is over them.
     gold: [turns] their right answers, None where unknown."""
 
     def __init__(
         self, ref: ModelRef, options: TeacherOptions, turns: Sequence[str] = (), gold: Sequence[str | None] = ()
     ):
-        self.ref, self.options = ref, options
+        self.ref, self.options, self.gold = ref, options, gold
         pairs = list(zip(turns, gold, strict=True))
         self.sample = random.Random(0).sample(pairs, min(PRIOR_PROMPTS, len(pairs)))
         self.model, self.tokenizer = load(ref, options.load)
@@ -45,11 +60,11 @@ class ModelTeacher:
         """Yield (number, answer) of each user turn, the longest first. Raises InputError for one that is too long."""
         import torch
 
-        labels, size = self.options.labels, self.options.batch_size
+        labels, size, gold = self.options.labels, self.options.batch_size, self.options.answers == "gold"
         if labels:
             scorer = self.scorer(labels)
             calibration = self._calibration(scorer)
-        writes = not labels or self.options.rationale
+        writes = self.options.rationale or not (labels or gold)
         if writes:
             pack_for_decoding(self.model)
         # sort: the order decides which sample a seed draws for which row
@@ -61,8 +76,10 @@ class ModelTeacher:
             chosen = numbers[first : first + size]
             turns = [prompts[number] for number in chosen]
             torch.manual_seed(self.options.seed + (chosen[0] << 32))  # the same samples when a killed run is resumed
-            answers: list[dict[str, Any]] = [{} for _ in chosen]
-            starts = [self.encoder.prompt(turn) for turn in turns]
+            answers: list[dict[str, Any]] = [
+                {"teacher_output": self.gold[number]} if gold else {} for number in chosen
+            ]
+            starts = prompts_ids = [self.encoder.prompt(turn) for turn in turns]
             if labels:
                 rows = calibration.probabilities(scorer.raw_scores(turns))
                 answers = [answer_of_probabilities(labels, row) for row in rows]
@@ -73,7 +90,24 @@ class ModelTeacher:
                     answer["teacher_output"] = answer.get("teacher_output", "") + written.text
                     if not written.ended:
                         answer["left_out"] = CUT
+            if self.options.top_k:
+                written = [bare_text(answer["teacher_output"]) or "" for answer in answers]
+                texts = [self.gold[number] for number in chosen] if gold else written
+                self._add_token_probs(answers, prompts_ids, texts)
             yield from zip(chosen, answers, strict=True)
+
+    def _add_token_probs(self, answers: list[dict[str, Any]], prompts: list[list[int]], texts: Sequence[str]) -> None:
+        """Add "token_probs" of the texts [answers] after the prompts, but to answers that are left out."""
+        context, rows = context_length(self.model.config.get_text_config()), {}
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            rows[i] = prompt, self.encoder.completion(text)
+            if len(prompt) + len(rows[i][1]) > context:
+                answers[i].setdefault("left_out", f"longer with its prompt than the teacher's context of {context}")
+            if "left_out" in answers[i]:
+                del rows[i]
+        found = token_rows(self.model, list(rows.values()), self.options.top_k, self.tokenizer.pad_token_id)
+        for i, row in zip(rows, found, strict=True):
+            answers[i]["token_probs"] = row.packed()
 
     def _calibration(self, scorer: FastLabelScorer) -> Calibration:
         labels, method = self.options.labels, self.options.calibration
@@ -82,3 +116,66 @@ class ModelTeacher:
         turns, gold = [turn for turn, _ in self.sample], [answer for _, answer in self.sample]
         least = "none" if self.ref.adapter or len(turns) < FEW_PROMPTS else "batch"
         return teacher_calibration(method, scorer.raw_scores(turns), turns, gold, labels, least)
+
+
+def token_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], k: int, filler: int) -> Iterator[TokenRow]:
+    """Yield the token probabilities of each row's completion, as the model predicts it; rows: (prompt, completion) as
+    token ids. k: at most the vocabulary. Raises FloatingPointError where the model returns NaN."""
+    import torch
+
+    batches: list[list[tuple[list[int], list[int]]]] = [[]]
+    for row in rows:
+        width = max(len(prompt) + len(completion) for prompt, completion in [*batches[-1], row])
+        if batches[-1] and width * (len(batches[-1]) + 1) > TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    for batch in batches if rows else ():
+        counts = [len(completion) for _, completion in batch]
+        with torch.inference_mode():
+            ids, _ = right_padded([prompt + completion[:-1] for prompt, completion in batch], 1, filler, model.device)
+            keep = torch.zeros_like(ids, dtype=torch.bool)
+            for i, (prompt, completion) in enumerate(batch):
+                keep[i, len(prompt) - 1 :][: len(completion)] = True
+            parts = [likeliest(logits, k) for logits in logits_at(model, ids, keep)]
+            arrays = [torch.cat(part).cpu().split(counts) for part in zip(*parts, strict=True)]
+        for (_, completion), *row in zip(batch, *arrays, strict=True):
+            if row[-1].isnan().any():
+                raise FloatingPointError("the model's scores are NaN; try --compute_dtype float32")
+            yield TokenRow(torch.tensor(completion).numpy(), *(array.numpy() for array in row))
+
+
+def likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the k likeliest tokens [positions, k], the likeliest first, their log-probabilities and, [positions], the
+    log of what all others have together, of logits [positions, vocabulary] in float32, which are overwritten."""
+    total = logits.logsumexp(dim=-1)
+    best, ids = logits.topk(min(k, logits.shape[-1]))
+    rest = logits.scatter_(1, ids, -float("inf")).logsumexp(dim=-1)  # 1 - their sum would be rounded away
+    return ids.int(), (best - total[:, None]).half(), (rest - total).half()
+
+
+def logits_at(model: Any, ids: torch.Tensor, keep: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the model's own logits [POSITIONS or fewer, vocabulary] in float32 of the positions `keep` of `ids`, both
+    [rows, tokens], row after row. The body runs once; after that only its output goes through the head and whatever
+    the model does to logits, some positions at a time."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body, outputs, parts = getattr(causal, causal.base_model_prefix), [], []
+    forward = body.forward
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        outputs.extend([] if outputs else [forward(*args, **kwargs)])
+        return outputs[0]
+
+    def some(module: Any, inputs: tuple) -> tuple:
+        if not given:
+            parts.extend(inputs[0][keep.to(inputs[0].device)].split(POSITIONS))
+        return (parts[given][None],)
+
+    body.forward, given = once, 0
+    hook = causal.get_output_embeddings().register_forward_pre_hook(some)
+    try:
+        while not given or given < len(parts):
+            yield model(input_ids=ids, use_cache=False).logits[0].float()
+            given += 1
+    finally:
+        hook.remove()
+        body.forward = forward
