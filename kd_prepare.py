@@ -2,10 +2,11 @@
 
 Departures from storing a teacher's answers as they are: its accuracy against gold labels is measured and compared with
 simple baselines before a single training step, each row records its teacher, and after an interruption only prompts
-without an answer are sent.
+without an answer are sent. --top_k keeps the teacher's token probabilities too (distil/token_probs.py).
 
     python kd_prepare.py --teacher tabular --output data/creditmix_tabular_kd.jsonl
     python kd_prepare.py --teacher smollm2-135m --input data/creditmix_sft.jsonl --output data/creditmix_llm_kd.jsonl
+    python kd_prepare.py --teacher runs/idp_sft --top_k 32 --answers gold --input data/idp_sft.jsonl --output kd.jsonl
     python kd_prepare.py --teacher_url http://127.0.0.1:8000/v1 --teacher_model NAME --input a.jsonl --output kd.jsonl
 """
 
@@ -59,12 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("answers").add_argument
     add("--rationale", action="store_true", help="label first, then a short reason")
     add("--max_new_tokens", type=int, default=256, help="of an answer (%(default)s)")
-    add(
-        "--top_k",
-        type=int,
-        default=0,
-        help="keep the likeliest K tokens of each, for kd_train.py; 0: off (%(default)s)",
-    )
+    likely = "keep the K most probable tokens for each token of an answer, for kd_train.py; 0: off (%(default)s)"
+    add("--top_k", type=int, default=0, help=likely)
     add("--answers", choices=("teacher", "gold"), default="teacher", help="of which --top_k is kept (%(default)s)")
     add(
         "--tokenizer",
@@ -100,9 +97,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.teacher_url and args.top_k and not args.tokenizer:
         raise InputError("--top_k with --teacher_url needs --tokenizer, the student's base model")
     if args.teacher_url and args.answers == "gold":
-        raise InputError(
-            "--answers gold: an endpoint has probabilities of its own answers alone; take a local teacher"
-        )
+        raise InputError("--answers gold: an endpoint scores only what it writes; take a local teacher")
     least = {"top_k": 0, "max_new_tokens": 1, "batch_size": 1, "per_class": 0, "temperature": 0}
     least |= {"price_in": 0, "price_out": 0}
     problems = [f"--{name} is at least {low}" for name, low in least.items() if not getattr(args, name) >= low]
@@ -217,6 +212,7 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
     if not rows:
         raise InputError(f"no row is left (--filter {args.filter})")
     write_jsonl(args.output, rows)
+    origin |= {"top_k": args.top_k, "answers": args.answers} if args.top_k else {}
     note_preparation(args.output, note, learnt, teacher={"name": name, **origin, **report})
     if file:
         gather(None)

@@ -5,7 +5,7 @@ shuffled, left out or joined with others. The file has, for tokens of `PromptEnc
 
     starts      int64 [rows + 1]     row i has the tokens from starts[i] to starts[i + 1]
     answer_ids  int32 [tokens]       the answer
-    ids         int32 [tokens, K]    the K likeliest tokens in its place, the likeliest first
+    ids         int32 [tokens, K]    the K most probable tokens in its place, sorted
     log_probs   float16 [tokens, K]  their log-probabilities
     rest        float16 [tokens]     log of the probability of all others together, -inf for none
 
@@ -129,16 +129,10 @@ class TokenProbs:
             raise InputError(f"{path}: no such file; copy it with the JSONL, or run kd_prepare.py --top_k again")
         try:
             file = safe_open(path, framework="numpy")
-            version = (file.metadata() or {}).get("format")
-            tensors = {name: file.get_slice(name) for name in DTYPES}
-            starts = file.get_tensor("starts")
-            tokens, k = tensors["ids"].get_shape()
-            shapes = {"starts": list(starts.shape), "ids": [tokens, k], "log_probs": [tokens, k]}
-            dtypes = [tensor.get_dtype() for tensor in tensors.values()]
-            good = dtypes == [CODES[dtype] for dtype in DTYPES.values()]
-            good &= all(tensor.get_shape() == shapes.get(name, [tokens]) for name, tensor in tensors.items())
-            good &= version == FORMAT and (starts[1:] > starts[:-1]).all() and [*starts[[0, -1]]] == [0, tokens]
-        except (SafetensorError, OSError, ValueError, LookupError) as error:
+            good = (file.metadata() or {}).get("format") == FORMAT
+            tensors = {name: file.get_slice(name) for name in DTYPES} if good else {}
+            starts = file.get_tensor("starts") if good else None
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: damaged ({error}); copy it, or run kd_prepare.py --top_k, again") from None
         if not good:
             raise InputError(f"{path}: not of this version's token probabilities; run kd_prepare.py --top_k again")

@@ -136,7 +136,7 @@ def token_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], k: int, 
             keep = torch.zeros_like(ids, dtype=torch.bool)
             for i, (prompt, completion) in enumerate(batch):
                 keep[i, len(prompt) - 1 :][: len(completion)] = True
-            parts = [likeliest(logits, k) for logits in logits_at(model, ids, keep)]
+            parts = [most_probable(logits, k) for logits in logits_at(model, ids, keep)]
             arrays = [torch.cat(part).cpu().split(counts) for part in zip(*parts, strict=True)]
         for (_, completion), *row in zip(batch, *arrays, strict=True):
             if row[-1].isnan().any():
@@ -144,8 +144,8 @@ def token_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], k: int, 
             yield TokenRow(torch.tensor(completion).numpy(), *(array.numpy() for array in row))
 
 
-def likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the k likeliest tokens [positions, k], the likeliest first, their log-probabilities and, [positions], the
+def most_probable(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the k most probable tokens [positions, k], sorted, their log-probabilities and, [positions], the
     log of what all others have together, of logits [positions, vocabulary] in float32, which are overwritten."""
     total = logits.logsumexp(dim=-1)
     best, ids = logits.topk(min(k, logits.shape[-1]))

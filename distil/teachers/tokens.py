@@ -15,7 +15,7 @@ HALF_A_SIGN = "\ufffd".encode()  # some servers write it for each token that is 
 
 
 class TokenReader:
-    """Reads the log-probabilities of an answer's tokens, of which it keeps the k likeliest.
+    """Reads the log-probabilities of an answer's tokens, of which it keeps the k most probable.
     path: of the student's base model, whose tokenizer the teacher must have."""
 
     def __init__(self, path: str, k: int):
@@ -40,10 +40,10 @@ class TokenReader:
             at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
             raise ValueError(f"it has {theirs[at : at + 3]} where --tokenizer has {ours[at : at + 3]}")
         first = len(content) - after - len(answer)
-        found = [self._likeliest(number, token) for number, token in zip(answer, content[first:], strict=False)]
+        found = [self._kept(number, token) for number, token in zip(answer, content[first:], strict=False)]
         last = content[first + len(answer) :][:1]
         stops = last and self._ids.get(_word(last[0])) == end
-        found.append(self._likeliest(end, last[0]) if stops else [(0.0, end)])  # not sent: it ended there
+        found.append(self._kept(end, last[0]) if stops else [(0.0, end)])  # not sent: it ended there
         ids = np.full((len(found), max(map(len, found))), -1, "i4")
         log_probs = np.full(ids.shape, -np.inf)
         for i, pairs in enumerate(found):
@@ -58,15 +58,17 @@ class TokenReader:
         texts = [_word(token).decode(errors="replace") for token in tail]
         return texts == [self._words[number].decode(errors="replace") for number in answer]
 
-    def _likeliest(self, number: int, token: dict[str, Any]) -> list[tuple[float, int]]:
-        """Return (log-probability, id), the likeliest first, of a token that is `number` and of its alternatives, but
+    def _kept(self, number: int, token: dict[str, Any]) -> list[tuple[float, int]]:
+        """Return (log-probability, id), sorted, of a token that is `number` and of its most probable alternatives, but
         for those that are no tokens of the student's: they belong to the rest."""
+        if not is_log_prob(token["logprob"]):
+            raise ValueError("a token has no log-probability")
         found = {number: token["logprob"]}
         for other in token.get("top_logprobs") or []:
             word = _word(other)
-            if word in self._ids and HALF_A_SIGN not in word:
+            if word in self._ids and HALF_A_SIGN not in word and is_log_prob(other["logprob"]):
                 found.setdefault(self._ids[word], other["logprob"])
-        pairs = ((min(float(value), 0.0), other) for other, value in found.items() if is_log_prob(value))
+        pairs = ((min(float(value), 0.0), other) for other, value in found.items())
         return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[: self.k]
 
 
