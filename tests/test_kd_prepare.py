@@ -308,6 +308,7 @@ URL = ["--teacher_url", "http://a", "--teacher_model", "m", "--input", "in.jsonl
         ([*URL, "--timeout", "inf"], "--timeout above 0 and at most 86400"),
         (["--teacher", "tabular", "--input", "in.jsonl"], "--input: not for the tabular teacher"),
         (["--teacher", "tabular", "--rationale"], "--rationale: not for the tabular teacher"),
+        (["--teacher", "tabular", "--top_k", "4"], "--top_k: not for the tabular teacher"),
         (["--teacher", "tabular", "--src", "rows.json", "--gold_share", "1e-9"], "no training row has a label"),
     ],
 )
@@ -442,11 +443,18 @@ def test_a_url_is_shown_without_password_and_query(url, shown):
         ("--rationale --seed 3", "--seed: only for the tabular teacher and samples"),
         ("--input text.jsonl --calibration auto", "--calibration: only where a teacher's label probabilities"),
         ("--min_confidence 0.6", "--min_confidence: only with --filter confident"),
+        ("--answers gold", "--answers: only with --top_k"),
+        ("--top_k 4 --tokenizer m", "--tokenizer: only with --teacher_url"),
+        ("--top_k 4 --answers gold --rationale", "--rationale: only with --answers teacher"),
+        ("--top_k 4 --answers gold --max_new_tokens 9", "--max_new_tokens: only where the teacher writes text"),
+        ("--input gold.jsonl --top_k 4 --answers gold --filter agree", "--filter: only for labels and with"),
+        ("--input text.jsonl --top_k 4 --answers gold", "text.jsonl: 1 rows have no right answer"),
     ],
 )
 def test_flags_without_effect_are_refused(here, model_dir, flags, message):
     write_lines("in.jsonl", gold_rows(6))
     write_lines("text.jsonl", [{"input": "a"}])
+    write_lines("gold.jsonl", [{"input": "a", "output": "b"}])
     argv = ["--teacher", model_dir, "--input", "in.jsonl", "--output", "kd.jsonl", *flags.split()]
     with pytest.raises(InputError, match=message):
         kd_prepare.main(argv)
