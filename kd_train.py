@@ -1,9 +1,11 @@
-"""Knowledge distillation (KD): imitate a teacher's answers and, where rows carry them, its label probabilities.
+"""Knowledge distillation (KD): imitate a teacher's answers and, where rows carry them, its probabilities.
 
-Rows are {"input", "teacher_output"}, optionally with "label_probs": {label: p}. Departures from the textbook: no
-teacher is in memory. The KL term compares teacher and student where labels part: at the assistant start the labels'
-first tokens, and along a row's answer the tokens that other labels with the same beginning continue with. It is summed
-over rows and divided by the step's supervised tokens, so it obeys gradient accumulation.
+Rows are {"input", "teacher_output"}, optionally with "token_probs" (kd_prepare.py --top_k) or "label_probs": {label:
+p}. Departures from the textbook: no teacher is in memory. With token_probs the KL term compares teacher and student at
+every token of the answer, over the teacher's K most probable tokens and one class for the rest; with
+label_probs where labels part: at the assistant start the labels' first tokens, and along a row's answer the tokens
+that other labels with the same beginning continue with. It is summed over rows and divided by the step's supervised
+tokens, so it obeys gradient accumulation.
 
     python kd_train.py --student smollm2-135m --data data/creditmix_kd.jsonl --save_dir runs/creditmix_kd
 """
@@ -19,8 +21,16 @@ from typing import TYPE_CHECKING
 from common import PromptEncoder
 from distil.cli import refuse_unused, run_script
 from distil.models import resolve_student
+from distil.processes import print_note
 from distil.runs import claimed
-from distil.training.data import completion_dataset, label_probabilities, load_tokenizer, read_data, with_label_nodes
+from distil.training.data import (
+    completion_dataset,
+    label_probabilities,
+    load_tokenizer,
+    read_data,
+    with_label_nodes,
+    with_token_probs,
+)
 from distil.training.flags import ABOVE_0, LORA, SHARE, TrainOptions, train_options, training_parser, unused
 
 if TYPE_CHECKING:
@@ -43,7 +53,7 @@ class KdOptions(TrainOptions):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    fields = '{"input", "teacher_output"}, optional "label_probs"'
+    fields = '{"input", "teacher_output"}, optional "token_probs" or "label_probs"'
     parser = training_parser(__doc__, SMALL, LARGE, "creditmix_kd", fields, kind=KdOptions)
     add = parser.add_argument_group("distillation").add_argument
     add("--kd_alpha", type=float, default=0.9, help="share of KL(teacher || student) in the loss, 0..1 (%(default)s)")
@@ -76,32 +86,62 @@ def distillation_loss_sum(
     return (1 - alpha) * cross_entropy_sum(logits, batch) + alpha * temperature**2 * divergence
 
 
+def token_distillation_loss_sum(
+    logits: torch.Tensor, batch: dict[str, torch.Tensor], alpha: float, temperature: float
+) -> torch.Tensor:
+    """Return the same sum with a KL term for every token, over the teacher's K tokens and the rest as one class.
+    logits: [tokens, vocabulary], float32, and batch["labels"]: [tokens]; batch["token_ids"]: [tokens, K], -1 for none;
+    batch["token_log_probs"]: [tokens, K] and batch["token_rest"]: [tokens], the teacher's log-probabilities."""
+    import torch
+
+    ids, nothing = batch["token_ids"], -1e9  # a score of no probability, and not -inf: 0 * inf would be NaN
+    none = (ids < 0) | (ids >= logits.shape[-1]) | batch["token_log_probs"].isinf()
+    ids = torch.where(none, ids[:, :1], ids).clamp(0, logits.shape[-1] - 1)
+    teacher = torch.cat([batch["token_log_probs"].masked_fill(none, nothing), batch["token_rest"][:, None]], dim=-1)
+    # Of the tokens that are left: 1 minus the sum of the K would be lost in rounding.
+    rest = logits.scatter(1, ids, nothing).logsumexp(dim=-1, keepdim=True)
+    scores = torch.cat([logits.gather(1, ids).masked_fill(none, nothing), rest], dim=-1)
+    student = torch.log_softmax(scores / temperature, dim=-1)
+    teacher = torch.log_softmax(teacher.clamp(min=nothing) / temperature, dim=-1)
+    divergence = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
+    right = logits.gather(1, batch["labels"][:, None])[:, 0]
+    return (1 - alpha) * (scores.logsumexp(dim=-1) - right).sum() + alpha * temperature**2 * divergence
+
+
 def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     data = read_data(args.data, ("input", "teacher_output"))
-    labels, probabilities = label_probabilities(data)
+    by_token = any("token_probs" in row for row in data.rows)
+    labels, probabilities = ([], []) if by_token else label_probabilities(data)
     with claimed(vars(args)):
         ref = resolve_student(args.student, args.adapter)
         data = data.for_model(ref.name)
         options = train_options(vars(args), SMALL, LARGE, ref, data, KdOptions)
-        own = {"only for label_probs, and --data has none": [] if labels else ["kd_alpha", "kd_temperature"]}
+        without = [] if labels or by_token else ["kd_alpha", "kd_temperature"]
+        own = {"only for token_probs or label_probs, and --data has neither": without}
         own |= {"only with --kd_alpha above 0": [] if args.kd_alpha else ["kd_temperature"]}
         refuse_unused(parser, argv, own | unused(vars(args)))
 
         from distil.training import loss, run
 
-        encoder, loss_sum = PromptEncoder(load_tokenizer(ref.path)), loss.cross_entropy_sum
+        encoder = PromptEncoder(load_tokenizer(ref.path))
         dataset, sizes = completion_dataset(data, "teacher_output", encoder, options.max_length)
-        sizes = replace(sizes, label_probs=bool(labels))
-        if labels:
+        sizes = replace(sizes, label_probs=bool(labels), token_probs=by_token)
+        build = functools.partial(loss.completion_trainer, sizes=sizes)
+        values = {"alpha": options.kd_alpha, "temperature": options.kd_temperature}
+        if by_token:
+            dataset, data, reader = with_token_probs(dataset, data)
+            loss_sum = functools.partial(token_distillation_loss_sum, **values)
+            build = functools.partial(build, loss_sum=loss_sum, token_probs=reader)
+            if any("label_probs" in row for row in data.rows):
+                print_note(f"{data.file}: label_probs are not used, since rows have token_probs")
+        elif labels:
             dataset = with_label_nodes(dataset, encoder, labels, probabilities)
-            values = {"alpha": options.kd_alpha, "temperature": options.kd_temperature}
-            loss_sum = functools.partial(distillation_loss_sum, **values)
+            build = functools.partial(build, loss_sum=functools.partial(distillation_loss_sum, **values))
         else:
-            text = "no label_probs, so --kd_alpha has no effect: teacher_output is imitated"
+            text = "no token_probs or label_probs, so --kd_alpha has no effect: teacher_output is imitated"
             print(f"{data.file}: {text}", file=sys.stderr)
-        build = functools.partial(loss.completion_trainer, dataset=dataset, sizes=sizes, loss_sum=loss_sum)
-        return run.plan_and_train("kd", options, ref, data, sizes, build)
+        return run.plan_and_train("kd", options, ref, data, sizes, functools.partial(build, dataset=dataset))
 
 
 if __name__ == "__main__":

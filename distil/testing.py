@@ -311,3 +311,21 @@ def completion(text: str, *shares: dict[str, float]) -> dict:
     if any(tops):
         choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top} for top in tops]}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+def with_token_probs(rows: list[dict], folder: Path, tokenizer: Any, k: int = 4, seed: int = 0) -> list[dict]:
+    """Return rows with references to a random teacher's probabilities, which are written to the folder."""
+    import torch
+
+    from common import PromptEncoder
+    from distil.token_probs import TokenRow, write_token_probs
+
+    encoder, generator, cached = PromptEncoder(tokenizer), torch.Generator().manual_seed(seed), []
+    for row in rows:
+        answer = torch.tensor(encoder.completion(row["teacher_output"]), dtype=torch.int32)
+        scores = 3 * torch.randn(len(answer), len(tokenizer), generator=generator)
+        log_probs, ids = scores.log_softmax(dim=-1).topk(k)
+        rest = torch.log((1 - log_probs.exp().sum(dim=-1)).clamp(min=0))
+        cached.append(TokenRow(*(t.numpy() for t in (answer, ids.int(), log_probs.half(), rest.half()))))
+    name = write_token_probs(folder / "kd.jsonl", iter(cached), [len(row.answer_ids) for row in cached], k, "random")
+    return [row | {"token_probs": {"file": name, "row": number}} for number, row in enumerate(rows)]

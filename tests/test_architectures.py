@@ -497,8 +497,9 @@ def test_a_model_trains_scores_and_is_exported(architecture, encoder, tmp_path, 
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         batch, model = next(iter(trainer.get_train_dataloader())), trainer.model.eval()
         own = own_loss(method, model, encoder)
-        for way in (True, False) if method == "sft" else (True,):  # by our loss, by TRL's fused head
-            trainer._own = way
+        # By our loss, in chunks, by TRL's fused head.
+        for way, at_once in ((True, 999), (True, 2), (False, 999)) if method == "sft" else ((True, 999),):
+            trainer._own, trainer._at_once = way, at_once
             with torch.no_grad():
                 compared.append((trainer.compute_loss(model, dict(batch)).item(), own))
 

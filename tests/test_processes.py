@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import in_two_processes, read_lines
+from conftest import in_two_processes, read_lines, with_token_probs
 from safetensors.numpy import load_file
 
 from common import InputError
@@ -100,6 +100,7 @@ LABEL_PROBS = {"Standard, after a long and careful look": 0.1, "Good": 0.7, "Bad
 ROWS = {
     "sft": lambda turn, answer, other: {"input": turn, "output": answer},
     "kd": lambda turn, answer, other: {"input": turn, "teacher_output": answer, "label_probs": LABEL_PROBS},
+    "kd_tokens": lambda turn, answer, other: {"input": turn, "teacher_output": answer},
     "dpo": lambda turn, answer, other: {"prompt": turn, "chosen": answer, "rejected": other},
 }
 # Trainings one after the other, so that the libraries are loaded once.
@@ -111,7 +112,7 @@ for script, argv in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, model_dir) -> Path:
+def trained(tmp_path_factory, model_dir, tokenizer) -> Path:
     """Train in one process and in two, which take half as many micro-batches a step; return the folder.
 
     SGD, since Adam hides a gradient of the wrong scale. In the way of the two lies a checkpoint that a kill left half
@@ -120,6 +121,7 @@ def trained(tmp_path_factory, model_dir) -> Path:
     commands = {"one": [], "two": []}
     for method, row in ROWS.items():
         rows = [row(f"Debt: {n * 37}, Age: {20 + n}", *pair) for n, pair in enumerate(PAIRS)]
+        rows = with_token_probs(rows, folder, tokenizer) if method == "kd_tokens" else rows
         (folder / f"{method}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         half = folder / f"{method}_two" / "checkpoints" / "checkpoint-3"
         half.mkdir(parents=True)
@@ -128,7 +130,9 @@ def trained(tmp_path_factory, model_dir) -> Path:
         flags += ["--epochs", "2", "--batch_size", "2", "--warmup_steps", "0", "--save_steps", "3"]
         flags += ["--optimizer", "sgd", "--learning_rate", "0.5"]
         for name, more in (("one", ["--grad_accum", "2"]), ("two", ["--grad_accum", "1", "--resume"])):
-            commands[name].append((f"{method}_train", [*flags, "--save_dir", f"{folder / method}_{name}", *more]))
+            commands[name].append(
+                (f"{method.split('_')[0]}_train", [*flags, "--save_dir", f"{folder / method}_{name}", *more])
+            )
     for script, argv in commands["one"]:
         assert importlib.import_module(script).main(argv) == 0
     (folder / "trainings.py").write_text(TRAININGS)

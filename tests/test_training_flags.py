@@ -143,7 +143,7 @@ def test_kd_flags_out_of_range_are_refused(flags, tmp_path, model_dir):
     ("method", "flags", "message"),
     [
         ("sft", ("--max_steps", 2, "--epochs", 1), "--epochs: only without --max_steps"),
-        ("kd", ("--kd_alpha", 0.9), "--kd_alpha: only for label_probs, and --data has none"),
+        ("kd", ("--kd_alpha", 0.9), "--kd_alpha: only for token_probs or label_probs, and --data has neither"),
         ("dpo", ("--lora_dropout", 0.1), "--lora_dropout: DPO trains without dropout"),
     ],
 )

@@ -209,6 +209,6 @@ def test_a_sure_teacher_decides_the_label(train, training_files, model_dir, tmp_
 
 
 @pytest.mark.parametrize("rows", ["kd", "kd_hard"])
-def test_kd_without_label_probs_reports_that_alpha_has_no_effect(rows, train, capsys):
+def test_kd_without_probabilities_reports_that_alpha_has_no_effect(rows, train, capsys):
     train("kd", "run", rows=rows)
-    assert ("no label_probs" in capsys.readouterr().err) == (rows == "kd_hard")
+    assert ("--kd_alpha has no effect" in capsys.readouterr().err) == (rows == "kd_hard")

@@ -47,8 +47,8 @@ def test_all_batches_take_one_head(train, monkeypatch, tmp_path):
     rows = [{"input": f"Debt: {n}", "output": "Good Bad " * (9 if n == 7 else 1)} for n in range(8)]
     mixed = ("--data", write_lines(tmp_path / "mixed.jsonl", rows), "--batch_size", 1)
     own = []
-    logits = loss.supervised_logits
-    monkeypatch.setattr(loss, "supervised_logits", lambda *args: own.append(1) or logits(*args))
+    states = loss.supervised_states
+    monkeypatch.setattr(loss, "supervised_states", lambda *args: own.append(1) or states(*args))
     train("sft", "below", *mixed)
     assert own
     own.clear()
@@ -95,9 +95,8 @@ def test_a_shared_beginning_is_run_once_with_the_same_gradients(folder, built, t
         trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(1)).backward()
         return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
 
-    trainer.model.get_base_model().model.register_forward_pre_hook(
-        lambda _, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    embeddings = trainer.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, inputs: widths.append(tuple(inputs[0].shape)))
     once = gradients()
     monkeypatch.setattr(loss, "shared_columns", lambda ids, most: 0)
     plain = gradients()
@@ -124,8 +123,9 @@ def test_only_supervised_positions_go_through_the_head(built, model_dir, trainin
     head = trainer.model.get_output_embeddings()
     head.register_forward_hook(lambda _, inputs, output: positions.append(output.shape[:-1].numel()))
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
-    prefix = len(positions) - 1  # a common beginning of the prompts ends in one more position
-    assert sum(positions) == int((batch["labels"] != -100).sum()) + prefix and prefix <= 1
+    *others, selected = positions
+    assert selected == int((batch["labels"] != -100).sum())
+    assert others in ([1], [1, 1])  # the last position of what goes before it, and of a common beginning
 
 
 def test_padding_does_not_change_the_loss(built, model_dir, training_files):

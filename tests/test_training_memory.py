@@ -117,6 +117,8 @@ POINTS = {
     "sft, two layers": ("sft", ["--lora_targets", "q_proj,v_proj"]),
     "sft, two layers and dropout": ("sft", ["--lora_targets", "q_proj,v_proj", "--lora_dropout", 0.1]),
     "kd": ("kd", []),
+    "token_kd": ("token_kd", []),
+    "token_kd, chunks": ("token_kd", ["--gradient_checkpointing", "on"]),
     "dpo": ("dpo", []),
     "dpo, checkpoints": ("dpo", ["--gradient_checkpointing", "on"]),
 }
@@ -124,11 +126,13 @@ POINTS = {
 
 @pytest.mark.skipif(GPU, reason="tracks the CPU's kernels")
 @pytest.mark.parametrize("name", POINTS)
-def test_estimate_of_a_step(name, small, tokenizer):
+def test_estimate_of_a_step(name, small, tokenizer, monkeypatch):
     """Within 10 % of the tracked peak of the trainer's own step."""
     task, flags = POINTS[name]
+    if "chunks" in name:
+        monkeypatch.setattr(memory, "CHUNK_BYTES", 4 * small.vocab_size * 200)
     tokens = 200 if "--max_length" in flags else 300
-    peak, estimate = memory_8gb.training_point(task, small, tokenizer, 4, tokens, 9, flags)
+    peak, estimate = memory_8gb.training_point(task, small, tokenizer, 4, tokens, 90 if "chunks" in name else 9, flags)
     assert 1e9 * (estimate["total"] - estimate["libraries"]) == pytest.approx(sum(peak.values()), rel=0.1)
     for kind in ("adapter", "gradients", "optimiser"):
         assert 1e9 * estimate[kind] == pytest.approx(peak.get(kind, 0), rel=0.01)

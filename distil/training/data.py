@@ -3,16 +3,19 @@ Nothing heavy is imported at the top: trainers read their data before they impor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import InputError, PromptEncoder
-from distil.files import hashed, read_jsonl
+from distil.files import file_sha256, hashed, read_jsonl
 from distil.scoring import common_beginning
 from distil.splits import Provenance, check_no_validation, joined, preparation, provenance, recorded
 from distil.support import check_tokens
+from distil.token_probs import TokenProbs
 from distil.training.validation import Validation
 from distil.trie import check_distinct
 
@@ -26,7 +29,8 @@ NODE_COLUMNS = ("node_positions", "child_ids", "child_probs")
 @dataclass(frozen=True)
 class TrainingData:
     """Rows of a data file, the file's hash, the note of its preparation ({} without one), the provenance of the model
-    that training starts from, a base or an adapter, and what the training is measured on."""
+    that training starts from, a base or an adapter, what the training is measured on, and the hashes by name of the
+    files with token probabilities."""
 
     file: str
     rows: list[dict]
@@ -34,6 +38,12 @@ class TrainingData:
     note: dict[str, Any]
     start: Provenance | None = None
     validation: Validation | None = None
+    token_probs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def hashes(self) -> dict[str, Any]:
+        """Return the hashes of all that is read of the rows."""
+        return {"sha256": self.sha256} | ({"token_probs": self.token_probs} if self.token_probs else {})
 
     def for_model(self, name: str) -> TrainingData:
         """Return the data with the model to start from, after `resolve`: it may not change from then on."""
@@ -73,7 +83,7 @@ def read_data(path: str, required: Sequence[str]) -> TrainingData:
 class RowSizes:
     """What the memory of a step depends on in its rows. lengths: tokens of each row's sequence; answer: tokens of the
     longest answer; shared: tokens that all rows begin with; pairs: two sequences a row; prompt_once: they share the
-    prompt in one; label_probs: the loss has a KL term."""
+    prompt in one; label_probs: the loss has a KL term of labels; token_probs: it has one of every token."""
 
     lengths: tuple[int, ...]
     answer: int
@@ -81,6 +91,7 @@ class RowSizes:
     pairs: bool = False
     prompt_once: bool = False
     label_probs: bool = False
+    token_probs: bool = False
 
 
 def load_tokenizer(path: str) -> Any:
@@ -104,11 +115,11 @@ def completion_dataset(
     for number, row in enumerate(data.rows, 1):
         prompt, completion = encoder.prompt(row["input"]), encoder.completion(row[answer])
         ids, labels = prompt + completion, [-100] * len(prompt) + completion
-        supervised = sum(label != -100 for label in labels)
+        count = len(supervised(labels))
         if len(ids) > max_length:
             too_long.append((len(ids), number))
-        elif not 1 < supervised < len(labels) or labels[-1] != end:
-            raise InputError(f"{data.file}: row {number}: {supervised} of {len(labels)} tokens supervised")
+        elif not 1 < count < len(labels) or labels[-1] != end:
+            raise InputError(f"{data.file}: row {number}: {count} of {len(labels)} tokens supervised")
         examples.append({"input_ids": ids, "labels": labels})
     if too_long:
         length, number = max(too_long)
@@ -164,28 +175,53 @@ def with_label_nodes(
     Raises InputError as `check_distinct` and `PromptEncoder.label`."""
     forms = [encoder.label(label) + encoder.completion(label)[-1:] for label in labels]
     check_distinct(labels, forms)
-    answers = ([token for token in row if token != -100] for row in dataset["labels"])
-    rows = [answer_nodes(forms, *row) for row in zip(answers, probabilities, strict=True)]
+    rows = [answer_nodes(forms, *row) for row in zip(map(supervised, dataset["labels"]), probabilities, strict=True)]
     for i, name in enumerate(NODE_COLUMNS):
         dataset = dataset.add_column(name, [[node[i] for node in nodes] for nodes in rows])
     return dataset
 
 
+def with_token_probs(dataset: Dataset, data: TrainingData) -> tuple[Dataset, TrainingData, TokenProbs]:
+    """Return a completion dataset with its rows' references to their token probabilities, the data with the hashes of
+    the files that these are in, and their reader. Raises InputError where rows have none, and as `TokenProbs.row`."""
+    references, reader = [row.get("token_probs") for row in data.rows], TokenProbs(Path(data.file).parent)
+    if missing := references.count(None):
+        fix = "prepare them with kd_prepare.py --top_k, or leave them out"
+        raise InputError(f'{data.file}: {missing} of {len(references)} rows have no "token_probs": {fix}')
+    for number, (reference, labels) in enumerate(zip(references, dataset["labels"], strict=True), 1):
+        try:
+            reader.row(reference, supervised(labels))
+        except InputError as error:
+            raise InputError(f"{data.file}: row {number}: {error}") from None
+    files = sorted({reference["file"] for reference in references})
+    hashes = {name: file_sha256(reader.folder / name) for name in files}
+    return dataset.add_column("token_probs", references), replace(data, token_probs=hashes), reader
+
+
+def supervised(labels: Sequence[int]) -> list[int]:
+    """Return those of a row's labels that the loss supervises: the tokens of its answer."""
+    return [label for label in labels if label != -100]
+
+
 def row_sizes(dataset: Dataset) -> RowSizes:
     """Return the sizes of a completion dataset."""
     ids, labels = list(dataset["input_ids"]), list(dataset["labels"])
-    lengths, answer = tuple(map(len, ids)), max(sum(label != -100 for label in row) for row in labels)
+    lengths, answer = tuple(map(len, ids)), max(len(supervised(row)) for row in labels)
     shared = len(common_beginning([min(ids), max(ids)]))  # a beginning that these two share is shared by all
     return RowSizes(lengths, answer, min(shared, max(lengths) - answer - 1))
 
 
-def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+def completion_collator(
+    pad_token_id: int, token_probs: TokenProbs | None = None
+) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
     """Return a function that makes right-padded batches: under causal attention no real token sees the padding.
     Rows with NODE_COLUMNS add the nodes of all rows: nodes [nodes], where each is among the batch's supervised tokens,
-    row after row; child_ids, padded with -1, and child_probs [nodes, children]."""
+    row after row; child_ids, padded with -1, and child_probs [nodes, children]. token_probs: reads what
+    `with_token_probs` refers to: token_ids [tokens, K], padded with -1, token_log_probs [tokens, K] and token_rest
+    [tokens], of the supervised tokens row after row."""
     import torch
 
-    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    def padded(rows: list, value: float) -> torch.Tensor:
         tensors = [torch.tensor(row) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -194,12 +230,17 @@ def completion_collator(pad_token_id: int) -> Callable[[list[dict]], dict[str, t
         batch = {"input_ids": padded(ids, pad_token_id), "labels": padded(labels, -100)}
         batch["attention_mask"] = padded([[1] * len(row) for row in ids], 0)
         if NODE_COLUMNS[0] in examples[0]:
-            starts = accumulate((sum(label != -100 for label in row) for row in labels), initial=0)
+            starts = accumulate((len(supervised(row)) for row in labels), initial=0)
             rows = [zip(*(example[name] for name in NODE_COLUMNS), strict=True) for example in examples]
             nodes = [(start + i, *children) for start, row in zip(starts, rows, strict=False) for i, *children in row]
             batch["nodes"] = torch.tensor([node[0] for node in nodes], dtype=torch.long)
             batch["child_ids"] = padded([node[1] for node in nodes] or [[-1]], -1)[: len(nodes)]
             batch["child_probs"] = padded([node[2] for node in nodes] or [[0.0]], 0.0)[: len(nodes)]
+        if token_probs:
+            rows = [token_probs.row(example["token_probs"], supervised(example["labels"])) for example in examples]
+            batch["token_ids"] = padded([ids for row in rows for ids in row.ids], -1).long()
+            batch["token_log_probs"] = padded([scores for row in rows for scores in row.log_probs], -math.inf).float()
+            batch["token_rest"] = torch.cat([torch.tensor(row.rest) for row in rows])
         return batch
 
     return collate

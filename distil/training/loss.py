@@ -5,19 +5,25 @@ of the model, so their logits are computed here. The beginning that a batch's pr
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from trl import SFTConfig, SFTTrainer
 
 from distil.support import recurrent
+from distil.token_probs import TokenProbs
 from distil.training.data import RowSizes, batch_order, completion_collator
 from distil.training.flags import TrainOptions
-from distil.training.memory import MIN_SHARED_TOKENS, eager_attention, logits_fit
+from distil.training.memory import MIN_SHARED_TOKENS, eager_attention, logits_at_once, logits_fit
 from distil.training.run import adapter_trainer, trainer_arguments
+
+# Columns of a batch that have a row for each supervised token.
+TOKEN_COLUMNS = ("labels", "token_ids", "token_log_probs", "token_rest")
 
 
 def cross_entropy_sum(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -33,10 +39,13 @@ def shared_columns(input_ids: torch.Tensor, most: int, least: int = MIN_SHARED_T
     return shared if len(input_ids) > 1 and shared >= least else 0
 
 
-def supervised_logits(model: Any, inner: Any, ids: torch.Tensor, keep: torch.Tensor, shared: int) -> torch.Tensor:
-    """Return logits [selected, vocabulary] of the positions `keep` of `ids`, both [batch, tokens], row after row.
-    No other position goes through the output head. The first `shared` columns, none of them in `keep`, are run once
-    for all rows, gradients included; under dropout the rows share the prefix's masks. inner: the unwrapped model."""
+def supervised_states(
+    model: Any, inner: Any, ids: torch.Tensor, keep: torch.Tensor, shared: int = 0
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return what goes into the output head at the positions `keep` of `ids`, both [batch, tokens]: states [selected,
+    hidden], row after row; and the function that makes logits [tokens, vocabulary] of some of them as the model does,
+    scaled or capped where it does that. The first `shared` columns, none of them in `keep`, are run once for all rows,
+    gradients included; under dropout the rows share the prefix's masks. inner: the model without wrappers."""
     prefix: dict[str, Any] = {"use_cache": False}
     if shared:
         cache = DynamicCache(config=inner.config.get_text_config())
@@ -45,24 +54,51 @@ def supervised_logits(model: Any, inner: Any, ids: torch.Tensor, keep: torch.Ten
             layer.keys = layer.keys.expand(len(ids), -1, -1, -1)
             layer.values = layer.values.expand(len(ids), -1, -1, -1)
         prefix = {"cache": cache, "use_cache": True}
-    head = inner.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][keep[:, shared:]][None],))
+    head, body, seen = inner.get_output_embeddings(), inner.base_model, {}
+
+    def select(module: Any, inputs: tuple) -> tuple:
+        seen["states"] = inputs[0][keep[:, shared:]]
+        return (inputs[0][:1, :1],)  # these logits nobody needs
+
+    hooks = [head.register_forward_pre_hook(select)]
+    hooks += [body.register_forward_hook(lambda module, inputs, output: seen.update(output=output))]
     try:
         # Without a mask attention takes its fast causal path: a fifth less time on a CPU.
-        return model(input_ids=ids[:, shared:], **prefix).logits[0]
+        model(input_ids=ids[:, shared:], **prefix)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        hook, forward = head.register_forward_pre_hook(lambda module, inputs: (states[None],)), body.forward
+        body.forward = lambda *args, **kwargs: seen["output"]
+        try:
+            return inner(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            hook.remove()
+            body.forward = forward
+
+    return seen["states"], logits
 
 
 class CompletionTrainer(SFTTrainer):
     """TRL's SFTTrainer with the loss on supervised positions alone and divided by the tokens of the complete step.
     loss_sum(logits, batch) returns a sum over the batch. It is divided by `num_items_in_batch`, the supervised tokens
     of all micro-batches of the step: a mean per micro-batch would step too far under gradient accumulation.
-    own_loss=False leaves the loss of all batches to TRL's fused head: processes that chose differently would hang."""
+    own_loss=False leaves the loss of all batches to TRL's fused head: processes that chose differently would hang.
+    at_once: the most positions whose logits may be in memory; with more of them loss_sum gets chunks of a batch, of
+    the columns in TOKEN_COLUMNS alone, and their logits are computed again in the backward pass."""
 
-    def __init__(self, *args: Any, loss_sum: Callable = cross_entropy_sum, own_loss: bool = True, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        loss_sum: Callable = cross_entropy_sum,
+        own_loss: bool = True,
+        at_once: int = sys.maxsize,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self._loss_sum, self._own = loss_sum, own_loss
+        self._loss_sum, self._own, self._at_once = loss_sum, own_loss, at_once
         # Neither gradient checkpointing nor recurrent layers take a cache whose beginning the rows share.
         text = self.model.config.get_text_config()
         self._shares = not (self.args.gradient_checkpointing or recurrent(text))
@@ -77,27 +113,52 @@ class CompletionTrainer(SFTTrainer):
         counts = keep.sum(dim=1)
         most = int(keep.int().argmax(dim=1).min()) if self._shares else 0
         shared = shared_columns(inputs["input_ids"], most)
-        inner = self.accelerator.unwrap_model(model)
-        logits = supervised_logits(model, inner, inputs["input_ids"], keep, shared).float()
+        inner = self.accelerator.unwrap_model(model).get_base_model()
+        states, logits_of = supervised_states(model, inner, inputs["input_ids"], keep, shared)
         batch = {**inputs, "labels": labels[:, 1:][keep[:, :-1]]}
         items = counts.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = self._loss_sum(logits, batch) / items
+
+        def sums(states: torch.Tensor, chunk: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            with self.accelerator.autocast():
+                logits = logits_of(states).float()
+            return self._loss_sum(logits, chunk), (logits.detach().argmax(dim=-1) == chunk["labels"]).sum()
+
+        if len(states) <= self._at_once:
+            loss, right = sums(states, batch)
+        else:
+            again = functools.partial(checkpoint, sums, use_reentrant=False, preserve_rng_state=False)
+            stretches = [slice(i, i + self._at_once) for i in range(0, len(states), self._at_once)]
+            names = [name for name in TOKEN_COLUMNS if name in batch]
+            parts = [again(states[part], {name: batch[name][part] for name in names}) for part in stretches]
+            loss, right = (torch.stack(part).sum() for part in zip(*parts, strict=True))
+        loss = loss / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # items count every process, gradients are averaged
-        right = (logits.detach().argmax(dim=-1) == batch["labels"]).float().mean()
+        right = right / counts.sum()
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["mean_token_accuracy"].append(self.accelerator.gather(right).mean().item())
         return loss
 
 
 def completion_trainer(
-    options: TrainOptions, model: Any, tokenizer: Any, dataset: Dataset, sizes: RowSizes, loss_sum=cross_entropy_sum
+    options: TrainOptions,
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    sizes: RowSizes,
+    loss_sum=cross_entropy_sum,
+    token_probs: TokenProbs | None = None,
 ) -> CompletionTrainer:
-    """Return the trainer of a `completion_dataset` of these sizes; loss_sum: as CompletionTrainer takes it."""
+    """Return the trainer of a `completion_dataset` of these sizes; loss_sum: as CompletionTrainer takes it;
+    token_probs: as `completion_collator` takes it."""
     if eager_attention(max(sizes.lengths)):
         model.set_attn_implementation("eager")
-    fits = logits_fit(model.config.get_text_config().vocab_size, options.batch_size * sizes.answer)
+    vocabulary = model.config.get_text_config().vocab_size
+    fits = logits_fit(vocabulary, options.batch_size * sizes.answer)
     config = SFTConfig(**trainer_arguments(options), train_sampling_strategy=batch_order(sizes.lengths))
     loss = {"loss_sum": loss_sum, "own_loss": fits or loss_sum is not cross_entropy_sum}
-    build = functools.partial(CompletionTrainer, data_collator=completion_collator(tokenizer.pad_token_id), **loss)
+    if token_probs:
+        loss["at_once"] = logits_at_once(vocabulary)
+    collator = completion_collator(tokenizer.pad_token_id, token_probs)
+    build = functools.partial(CompletionTrainer, data_collator=collator, **loss)
     return adapter_trainer(build, config, options, model, tokenizer, dataset)
