@@ -45,6 +45,7 @@ from distil.cli import new_parser, run_script
 from distil.files import write_jsonl
 from distil.models import EMBEDDED_MODEL, local_or_hub
 from distil.scoring import FastLabelScorer
+from distil.testing import with_token_probs
 from distil.training import memory, run
 
 # Values of the models' config.json files.
@@ -77,10 +78,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 # Shape, task, batch, tokens a row, of which answer: a label in a small model's rows, a quarter in a large one's.
-POINTS = [("3b", task, 1, tokens, tokens // 4) for tokens in (512, 1024) for task in ("sft", "kd", "dpo")]
+POINTS = [("3b", task, 1, tokens, tokens // 4) for tokens in (512, 1024) for task in ("sft", "kd", "token_kd", "dpo")]
 POINTS += [("3b", "score", batch, 105, 2) for batch in (8, 16, 32, 64)]
 POINTS += [("135m", task, batch, 98, 2) for task, batch in (("sft", 16), ("kd", 16), ("dpo", 8), ("score", 32))]
-SCRIPTS = {"sft": sft_train, "kd": kd_train, "dpo": dpo_train}
+SCRIPTS = {"sft": sft_train, "kd": kd_train, "token_kd": kd_train, "dpo": dpo_train}
 KINDS = ("weights", "adapter", "gradients", "optimiser", "activations", "logits")
 # Columns of the tiles in which TRL's fused head and FastLabelScorer go through the vocabulary.
 TILES = (memory.FUSED_TILE, SCORING_TILE)
@@ -229,14 +230,20 @@ def make_rows(encoder: PromptEncoder, count: int, tokens: int, answer: int) -> l
 
 
 def save_rows(path: Path, task: str, rows: list[tuple[str, str, str]]) -> None:
-    """Write the rows as the trainer's data file has them."""
+    """Write the rows as the trainer's data file has them, token probabilities for the folder's tokenizer."""
+    from transformers import AutoTokenizer
+
     probabilities = {"Good": 0.5, "Standard": 0.3, "Bad": 0.2}
     fields = {
         "sft": lambda turn, good, bad: {"input": turn, "output": good},
         "kd": lambda turn, good, bad: {"input": turn, "teacher_output": good, "label_probs": probabilities},
+        "token_kd": lambda turn, good, bad: {"input": turn, "teacher_output": good},
         "dpo": lambda turn, good, bad: {"prompt": turn, "chosen": good, "rejected": bad},
     }
-    write_jsonl(path, [fields[task](*row) for row in rows])
+    written = [fields[task](*row) for row in rows]
+    if task == "token_kd":
+        written = with_token_probs(written, path.parent, AutoTokenizer.from_pretrained(path.parent), k=32)
+    write_jsonl(path, written)
 
 
 def tracked(model: Any, filled: bool) -> StorageTracker:
