@@ -19,14 +19,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.cut_student import cut
 from bench.report import report
 from common import InputError
 from distil.cli import new_parser, run_script
 from distil.creditmix.rows import read_rows
 from distil.files import write_jsonl
-from distil.models import adapter_config, resolve
+from distil.models import resolve
 from distil.tasks import chosen_task
-from distil.testing import load_named
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,18 +41,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, help="the model's first layers alone (default: all)")
     add("--json", action="store_true", help="print one JSON object on standard output")
     return parser
-
-
-def cut(model_dir: str, layers: int, folder: Path) -> str:
-    """Save the first layers of a base, with its embeddings and head, and return the folder."""
-    model, tokenizer = load_named(model_dir, "none")
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = len(model.model.layers)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:layers]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def run(model_dir: str, features: list[str], rows: int, folder: Path) -> tuple[float, float]:
@@ -77,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     features = [row.features for row in read_rows(args.data, task)[0]]
     if args.layers is not None and args.layers < 1:
         raise InputError(f"--layers {args.layers}: at least 1")
-    if args.layers and adapter_config(args.model_dir):
-        raise InputError(f"--model_dir {args.model_dir}: --layers cuts a base model, not an adapter")
     with tempfile.TemporaryDirectory() as folder:
-        model = cut(args.model_dir, args.layers, Path(folder) / "cut") if args.layers else args.model_dir
+        if args.layers:
+            cut(args.model_dir, range(args.layers), Path(folder) / "cut")
+        model = str(Path(folder) / "cut") if args.layers else args.model_dir
         (load, _), (few, few_mb), (many, many_mb) = (
             run(model, features, rows, Path(folder)) for rows in (1, args.few, args.many)
         )

@@ -7,9 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import ModuleList
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench import calibrators, remedies, train
+from bench import calibrators, cut_student, remedies, train
 from common import InputError, PromptEncoder
+from distil.testing import load_named
 
 
 def test_remedies_are_measured_from_one_scoring(tmp_path, monkeypatch, credit_file, capsys):
@@ -48,3 +52,72 @@ def test_the_training_bench_gives_both_sides_the_same_tokens(tmp_path, tokenizer
         text = other["prompt"] + other["chosen"]
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids == encoder.prompt(own["prompt"]) + encoder.completion(own["chosen"])
+
+
+WIDTHS = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def deep_model(folder, tokenizer, architecture: str, **fields) -> str:
+    """Save a random model of six layers, of which each does much, with its tokenizer; return its folder."""
+    torch.manual_seed(0)
+    size = {"num_hidden_layers": 6, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    config = AutoConfig.for_model(architecture, **WIDTHS, **size, initializer_range=0.3, **fields)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def cut_to(layers: int, student: str, folder) -> int:
+    return cut_student.main(["--student", student, "--layers", str(layers), "--save_dir", str(folder)])
+
+
+def test_a_cut_student_is_the_base_without_the_layers_between(tmp_path, tokenizer):
+    base = deep_model(tmp_path / "base", tokenizer, "llama", tie_word_embeddings=True)
+    assert cut_to(3, base, tmp_path / "runs" / "cut") == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["cut"]
+    student, own = load_named(str(tmp_path / "runs" / "cut"), "none", "float32")
+    model, _ = load_named(base, "none", "float32")
+    assert len(student.model.layers) == 3 and student.config.num_hidden_layers == 3
+    ids = {"input_ids": torch.tensor([PromptEncoder(own).prompt("Age: 31")])}
+    model.model.layers = ModuleList(model.model.layers[number] for number in (0, 2, 5))
+    torch.testing.assert_close(student(**ids).logits, model(**ids, use_cache=False).logits, rtol=0, atol=1e-5)
+    assert (tmp_path / "runs" / "cut" / "generation_config.json").is_file()
+    packed, _ = load_named(str(tmp_path / "runs" / "cut"), "nf4", "float32")
+    assert packed.model.layers[2].mlp.up_proj.weight.dtype == torch.uint8 and packed(**ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "values"),
+    [("gemma3_text", "layer_types", ["sliding_attention", "full_attention"]), ("smollm3", "no_rope_layers", [1, 0])],
+)
+def test_settings_of_each_layer_are_cut_with_it(tmp_path, tokenizer, architecture, name, values):
+    values = [values[number] for number in (0, 0, 1, 1, 0, 0)]
+    base = deep_model(tmp_path / "base", tokenizer, architecture, pad_token_id=0, **{name: values})
+    assert cut_to(3, base, tmp_path / "cut") == 0
+    assert getattr(AutoConfig.from_pretrained(tmp_path / "cut"), name) == [values[number] for number in (0, 2, 5)]
+
+
+def test_students_that_cannot_be_cut_are_refused(tmp_path, tokenizer):
+    base = deep_model(tmp_path / "base", tokenizer, "llama")
+    for layers in (-1, 1, 6, 7):
+        with pytest.raises(InputError, match=rf"--layers {layers}: from 2 to 5, as the model has 6"):
+            cut_to(layers, base, tmp_path / "cut")
+    shared = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 0, "global_head_dim": 16}
+    shared["layer_types"] = ["sliding_attention", "full_attention"] * 3
+    shares = deep_model(tmp_path / "shares", tokenizer, "gemma4_text", **shared)
+    with pytest.raises(InputError, match="its layers share keys and values"):
+        cut_to(3, shares, tmp_path / "cut")
+    placed = deep_model(tmp_path / "placed", tokenizer, "diffllama")  # a constant of a layer follows from its place
+    with pytest.raises(InputError, match="a layer is not the same in another place"):
+        cut_to(3, placed, tmp_path / "cut")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(InputError, match="is not empty"):
+        cut_to(3, base, tmp_path / "full")
+    assert not (tmp_path / "cut").exists()
