@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         for number, (result, lines) in enumerate(measured) if args.report_dir else ():
             name = f"{number}_{Path(result['model']).resolve().name}_{result['mode']}.jsonl"
             write_jsonl(Path(args.report_dir) / name, lines)
-        cli.finish_report(summary, args.report_dir, args.json)
+        cli.finish_report(summary, vars(args), [*(f"pass@{k}" for k in args.k), "parse_rate"])
         return 0
 
 

@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         report.print_tables(results, validation, task, sys.stderr if args.json else sys.stdout, args.verbose, compare)
         if args.report_dir:
             report.write_predictions(results, validation, task, Path(args.report_dir))
-        cli.finish_report(summary, args.report_dir, args.json)
+        cli.finish_report(summary, vars(args), (*report.table_columns(task.labels), "nll", "ece"))
         return 0
 
 

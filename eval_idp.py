@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         for number, (result, answers) in enumerate(measured) if args.report_dir else ():
             folder = Path(args.report_dir) / f"{number}_{Path(result['model']).resolve().name}"
             write_jsonl(folder / "predictions.jsonl", (r | a for r, a in zip(rows, answers, strict=True)))
-        cli.finish_report({"data": data, "schema": schema, "models": results}, args.report_dir, args.json)
+        summary = {"data": data, "schema": schema, "models": results}
+        cli.finish_report(summary, vars(args), ("f1", "macro_f1", "exact", "valid", "invention_rate"))
     return 0
 
 

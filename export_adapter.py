@@ -173,8 +173,9 @@ def main(argv: list[str] | None = None) -> int:
                 exports.write_gguf(new, file, args.gguf, args.llama_cpp)
             report = compare(ref, resolve(str(new)), rows, args.batch_size, file)
             check_unchanged(ref)
-            exports.write_notes(new, save_dir.name, ref.name, ref.base, file)
-            if task := model_task(ref):
+            task = model_task(ref)
+            exports.write_notes(new, save_dir.name, ref.name, ref.base, file, task and task.record)
+            if task:
                 write_json(new / TASK_FILE, task.record | PROMPTS)
             write_json(new / "export.json", report)
             if save_dir.exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import InputError
+from distil.cards import base_metadata
 from distil.cli import new_parser, run_script
 from distil.exports import quantised_by
 from distil.files import check_folder, hold
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evenly_spaced(count: int, layers: int) -> list[int]:
-    """Return the numbers of `count` layers of so many, first and last among them. Raises InputError."""
+    """Return the numbers of `count` of a model's layers, the first and the last among them. Raises InputError."""
     if not 2 <= count < layers:
         raise InputError(f"--layers {count}: from 2 to {layers - 1}, as the model has {layers}")
     return [round(i * (layers - 1) / (count - 1)) for i in range(count)]
@@ -41,6 +42,7 @@ def evenly_spaced(count: int, layers: int) -> list[int]:
 def cut(name: str, numbers: Sequence[int], folder: Path) -> None:
     """Save a base with these of its layers, with its embeddings, head, tokenizer and generation configuration.
     Raises InputError where its layers do not work without the others or the place that they have."""
+    from huggingface_hub import ModelCard, ModelCardData
     from torch.nn import ModuleList
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,6 +66,8 @@ def cut(name: str, numbers: Sequence[int], folder: Path) -> None:
     text.num_hidden_layers = len(numbers)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(ref.path).save_pretrained(folder)
+    text = f"# Cut base model\n\nThe layers {', '.join(map(str, numbers))} of {count} of its base, not trained since."
+    ModelCard(f"---\n{ModelCardData(**base_metadata(name)).to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
     check_unchanged(ref)
     try:
         new = empty_model(str(folder))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common import InputError
+from distil.cards import add_results
 from distil.endpoint import Server, is_http, shown_url
 from distil.files import check_folder, hold, write_json
 from distil.models import LoadOptions
@@ -256,13 +257,16 @@ def check_at_least_one(flags: Mapping[str, Any], *names: str) -> None:
         raise InputError(f"{', '.join(f'--{name}' for name in names)} are at least 1")
 
 
-def finish_report(summary: dict[str, Any], report_dir: str | None, as_json: bool) -> None:
-    """Write an evaluation's summary to <report_dir>/metrics.json and print it, as far as the flags ask for it."""
+def finish_report(summary: dict[str, Any], flags: Mapping[str, Any], headline: Sequence[str]) -> None:
+    """Write an evaluation's summary to <report_dir>/metrics.json and print it, as far as the flags ask for it; write
+    the figures `headline` of each model into its card."""
+    report_dir = flags["report_dir"]
     if report_dir:
         write_json(Path(report_dir) / "metrics.json", summary)
         print(f"report written to {report_dir}", file=sys.stderr)
-    if as_json:
+    if flags["json"]:
         print(json.dumps(summary))
+    add_results(summary, headline, flags)
 
 
 def with_interval(value: float, ends: Sequence[float], form: str = ".4f") -> str:

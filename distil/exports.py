@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from common import SYSTEM_PROMPT, InputError, PromptEncoder
+from distil.cards import write_card
 from distil.files import read_json, write_json
+from distil.runs import run_record
 from distil.support import context_length
 
 CONVERTER = "convert_hf_to_gguf.py"
 GGUF_TYPES = ("q8_0", "q4_k_m", "bf16")
 NOT_KEPT = ("quantization_config", "auto_map", "_name_or_path", "chat_template", "extra_special_tokens")
-GGUF_COMMANDS = """llama-server -m {name}/{file} --alias {name} -c {context} --port 8080
-ollama create {name} -f {name}/Modelfile
-"""
 MODELFILE = '''FROM ./{file}
 TEMPLATE """{before}{{{{ .Prompt }}}}{after}"""
 PARAMETER stop "{stop}"
@@ -154,15 +153,18 @@ def load_gguf(folder: Path, file: str) -> tuple[Any, Any]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(folder)
 
 
-def write_notes(folder: Path, name: str, adapter: str, base: str, file: str | None) -> None:
+def write_notes(
+    folder: Path, name: str, adapter: str, base: str, file: str | None, task: dict[str, Any] | None = None
+) -> None:
     """Write README.md and, where there is a GGUF file, an Ollama Modelfile with the prompt that training used; without
-    the beginning-of-text token where the tokenizer, and so the engine, puts it before every text."""
+    the beginning-of-text token where the tokenizer, and so the engine, puts it before every text. task: of labels, as
+    its file has it."""
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder, slot = PromptEncoder(tokenizer), "THE-TEXT-OF-THE-USER"  # also for tokenizers without rare characters
     context = min(context_length(AutoConfig.from_pretrained(folder).get_text_config()), 8192)
-    same, more = {"name": name, "file": file, "context": context, "stop": encoder.end_of_turn}, ""
+    same = {"file": file, "context": context, "stop": encoder.end_of_turn}
     if file:
         prompt = tokenizer.decode(encoder.prompt(slot), clean_up_tokenization_spaces=False)
         if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
@@ -170,7 +172,5 @@ def write_notes(folder: Path, name: str, adapter: str, base: str, file: str | No
         parts = prompt.partition(slot)  # signs that mean something in a Modelfile are written as values
         before, _, after = (re.sub('{{|"', lambda sign: f"{{{{ {json.dumps(sign[0])} }}}}", part) for part in parts)
         (folder / "Modelfile").write_text(MODELFILE.format(before=before, after=after, **same), encoding="utf-8")
-        more = GGUF_COMMANDS.format(**same)
-    readme = (Path(__file__).parent / "export_readme.md").read_text(encoding="utf-8")
-    text = readme.format(adapter=adapter, base=base, system=SYSTEM_PROMPT, more=more, **same)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    serve = same | {"adapter": Path(adapter).name, "system": SYSTEM_PROMPT}
+    write_card(folder, name, run_record(adapter) | {"base_model": base}, task, serve)

@@ -37,6 +37,7 @@ from distil.testing import ROOT, load_named
 from distil.training import loss, pairs, run
 
 FILES = {
+    "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",

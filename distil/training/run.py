@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from common import InputError, PromptEncoder, compute_dtype, lora_config
 from distil import runs, workarounds
+from distil.cards import answer_kind, write_card
 from distil.files import write_json
 from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import print_note, rank_and_world
@@ -211,7 +212,8 @@ def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingD
     facts["data"] = {"file": data.file, **data.hashes, "rows": len(data.rows)}
     if val := data.validation:
         facts["validation"] = {"file": val.file, "sha256": val.sha256, "rows": len(val.rows)}
-    facts["lora_targets"] = targets_of(ref, options)
+    answer = next(data.rows[0][name] for name in ("output", "teacher_output", "chosen") if name in data.rows[0])
+    facts |= {"answers": answer_kind(answer), "lora_targets": targets_of(ref, options)}
     facts |= data.origin().record | {"split_seed": options.split_seed, "seed": options.seed}
     facts |= {"packages": runs.package_versions(), "machine": runs.machine()}
     return facts | {"processes": rank_and_world()[1]}
@@ -238,9 +240,9 @@ def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[d
     model.peft_config["default"].base_model_name_or_path = run["base_model"]  # the user's name, not a path
     model.save_pretrained(done, selected_adapters=["default"], save_embedding_layers=False)
     trainer.processing_class.save_pretrained(done)
-    (done / "README.md").unlink(missing_ok=True)  # PEFT's form for a model card, with this machine's paths
     write_json(done / "training_curve.json", history)
     plot_curve(done / "training_curve.png", history, f"{save_dir.name} ({run['method']})")
+    write_card(done, save_dir.name, run, task and task.record)  # in place of PEFT's, with this machine's paths
     write_json(done / "run.json", run)
     if task:
         write_json(done / TASK_FILE, task.record | PROMPTS)
