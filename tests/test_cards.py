@@ -1,19 +1,23 @@
-"""Model cards of runs and exports: what is in them, the figures of evaluations."""
+"""Model cards of runs and exports: what is in them, the figures of evaluations, the upload to a hub on loopback."""
 
 from __future__ import annotations
 
+import base64
 import json
 import shlex
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import HUMANEVAL, evaluate_json, run_json, trainer, write_lines
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 import eval_codegen
 import eval_idp
 import export_adapter
+from common import InputError
 from distil import cards
 from distil.files import file_sha256
 from distil.tasks import TASK_FILE, default_task
@@ -173,3 +177,105 @@ def test_a_card_that_cannot_be_written_fails_no_evaluation(card, change, capsys)
     cards.add_results(summary(card), ["f1"], FLAGS)
     assert path.read_text() == text[change] if change in text else not path.exists()
     assert ("could not be written" in capsys.readouterr().err) == (change == "damaged")
+
+
+# -------------------------------------------------------------------------------------------------------------- hub
+
+
+class Hub:
+    """A model hub with one user, who has the token 'right'. role: of the token; status: of an upload."""
+
+    def __init__(self, role: str = "write", status: int = 200):
+        self.files: dict[str, bytes] = {}
+        self.created: list[dict] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                known = self.headers["authorization"] == "Bearer right"
+                answer = {"name": "me", "auth": {"accessToken": {"role": role}}} if known else {"error": "Invalid"}
+                self.reply(200 if known else 401, answer)
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["content-length"]))
+                place = f"http://{self.headers['host']}/me/run"
+                if self.path == "/api/repos/create":
+                    hub.created.append(json.loads(body))
+                    self.reply(200, {"url": place})
+                elif "/preupload/" in self.path:
+                    files = [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in json.loads(body)["files"]
+                    ]
+                    self.reply(200, {"files": files})
+                elif "/commit/" in self.path and status == 200:
+                    for line in map(json.loads, body.splitlines()):
+                        if line["key"] == "file":
+                            hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    self.reply(200, {"commitUrl": f"{place}/commit/1", "commitOid": "1"})
+                else:
+                    self.reply(200 if "validate" in self.path else status, {"errors": [], "error": "quota"})
+
+            def reply(self, status, value):
+                content = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def hub(monkeypatch, request):
+    server = Hub(**getattr(request, "param", {}))
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "right")
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def test_a_finished_run_is_uploaded(hub, train):
+    folder = train("sft", "run", "--push_to_hub", "me/run")
+    assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()} and "README.md" in hub.files
+    assert hub.created[0]["name"] == "run" and hub.created[0]["visibility"] == "private"
+    assert trainer("sft").build_parser().parse_args(["--config", str(folder / "run.json")]).push_to_hub is None
+
+
+@pytest.mark.parametrize("hub", [{"status": 403}], indirect=True)
+def test_a_failed_upload_leaves_the_run_complete(hub, model_dir, training_files, tmp_path, capsys):
+    argv = ["--student", model_dir, "--data", training_files["sft"], "--save_dir", str(tmp_path / "my run")]
+    assert trainer("sft").main([*argv, "--max_steps", "1", "--warmup_steps", "0", "--push_to_hub", "me/run"]) == 1
+    assert run_json(tmp_path / "my run")["metrics"]["steps"] == 1 and not hub.files
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not uploaded" in line]
+    assert line.endswith(f"try again: hf upload --private me/run '{tmp_path / 'my run'}' .")
+
+
+@pytest.mark.parametrize(
+    ("hub", "repo", "token", "reason"),
+    [
+        ({}, "me/run", "wrong", "Invalid user token"),
+        ({}, "me/run", "", "no token found"),
+        ({}, "a/b/c", "right", "Repo id must be"),
+        ({"role": "read"}, "me/run", "right", "the token may only read"),
+    ],
+    indirect=["hub"],
+)
+def test_what_an_upload_needs_is_checked_before_the_training(hub, repo, token, reason, train, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(InputError, match=reason) as error:
+        train("sft", "run", "--push_to_hub", repo)
+    assert "\n" not in str(error.value) and "HF_TOKEN" in str(error.value) and not hub.created
+
+
+def test_without_a_hub_nothing_is_trained_for_it(train):
+    with pytest.raises(InputError, match="the hub does not answer, or HF_HUB_OFFLINE is set"):
+        train("sft", "run", "--push_to_hub", "me/run")

@@ -79,6 +79,7 @@ class TrainOptions:
     max_memory_gb: float | None = None
     dry_run: bool = False
     debug: bool = False
+    push_to_hub: str | None = None
 
     @property
     def load(self) -> LoadOptions:
@@ -88,7 +89,7 @@ class TrainOptions:
 
 Options = TypeVar("Options", bound=TrainOptions)
 # Flags that say what to do with a run folder and not how to train: --config leaves them out of a run.json.
-_OF_THE_FOLDER = ("save_dir", "resume", "overwrite", "dry_run", "debug")
+_OF_THE_FOLDER = ("save_dir", "resume", "overwrite", "dry_run", "debug", "push_to_hub")
 
 
 class TrainParser(argparse.ArgumentParser):
@@ -199,6 +200,8 @@ def training_parser(
     add("--overwrite", action="store_true", help="replace a run that is in --save_dir")
     add("--report_to", default="none", help="none, tensorboard, wandb ... as transformers takes it (%(default)s)")
     add("--max_memory_gb", type=float, help="memory a run may need by estimate (default: what is free)")
+    hub = "then upload the run folder to this repository of the model hub; a new one is private"
+    add("--push_to_hub", metavar="REPO", help=hub)
     add("--dry_run", action="store_true", help="print rows, tokens, steps, parameters and memory, then stop")
     return parser
 

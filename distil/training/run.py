@@ -28,12 +28,14 @@ from distil.tasks import PROMPTS, TASK_FILE, Task, model_task, shared_task, task
 from distil.training.curve import Records, plot_curve
 from distil.training.data import RowSizes, TrainingData, load_tokenizer
 from distil.training.flags import TrainOptions
+from distil.training.hub import check_push, push
 from distil.training.memory import check_memory, fit_to_memory, targets_of
 from distil.training.validation import Validation, read_validation, val_file, watch
 
 # Flags that do not decide a run's result: a resumed run may have others.
 _FREE_FLAGS = {"resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps"}
-_FREE_FLAGS |= {"val_data", "eval_steps", "early_stopping"}  # `run_settings` has them where there is validation
+# With validation `run_settings` has its own.
+_FREE_FLAGS |= {"push_to_hub", "val_data", "eval_steps", "early_stopping"}
 
 
 def plan_and_train(
@@ -41,6 +43,8 @@ def plan_and_train(
 ) -> int:
     """Fit the options to the memory, then train and save the adapter, or print the plan (--dry_run); return the exit
     status. build(options, model, tokenizer): returns the trainer. Raises InputError where the run cannot fit."""
+    if options.push_to_hub:
+        check_push(options.push_to_hub)
     data = replace(data, validation=validation_of(options, ref, data))
     options, estimate = fit_to_memory(ref, options, sizes)
     if options.dry_run:
@@ -50,7 +54,7 @@ def plan_and_train(
     if data.validation:
         watch(trainer, data.validation, options.eval_steps, options.early_stopping)
     train_and_save(trainer, method, options, ref, data, estimate)
-    return 0
+    return push(options.save_dir, options.push_to_hub) if options.push_to_hub and not rank_and_world()[0] else 0
 
 
 def validation_of(options: TrainOptions, ref: ModelRef, data: TrainingData) -> Validation | None:
