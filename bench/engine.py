@@ -33,7 +33,7 @@ from distil.creditmix.evaluation import EvalOptions, draw_samples
 from distil.creditmix.model import CreditOptions
 from distil.creditmix.rows import read_rows
 from distil.endpoint import Server
-from distil.engine import Engine, EngineScorer
+from distil.engine import ServedModel, ServedScorer
 from distil.models import LoadOptions, load, resolve
 from distil.scoring import FastLabelScorer
 from distil.tasks import chosen_task
@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> int:
             import httpx2
 
             name = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
-            engine = Engine(Server(f"{url}/v1", name, concurrency=4), args.model_dir)
-            ways[Path(file).name] = (EngineScorer(engine, forms, **how), process)
+            engine = ServedModel(Server(f"{url}/v1", name, concurrency=4), args.model_dir)
+            ways[Path(file).name] = (ServedScorer(engine, forms, **how), process)
         raw: dict[str, Any] = {way: np.empty((0, len(forms))) for way in ways}
         wall, used = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
         for start in range(0, len(rows), args.part):

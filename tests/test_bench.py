@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench import calibrators, cut_student, remedies, train
 from common import InputError, PromptEncoder
-from distil.testing import load_named
+from distil.testing import ROOT, load_named
 
 
 def test_remedies_are_measured_from_one_scoring(tmp_path, monkeypatch, credit_file, capsys):
@@ -121,3 +122,8 @@ def test_students_that_cannot_be_cut_are_refused(tmp_path, tokenizer):
     with pytest.raises(InputError, match="is not empty"):
         cut_to(3, base, tmp_path / "full")
     assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem)
+def test_every_bench_can_be_imported(path):
+    importlib.import_module(f"bench.{path.stem}")
