@@ -131,7 +131,7 @@ def _add(
     card.data.model_name = card.data.get("model_name") or path.parent.resolve().name
     card.data.eval_results = kept + new
     before, _, rest = card.text.partition(START)
-    card.text = f"{before}{START}\n{_table(card.data.eval_results)}\n{END}{rest.partition(END)[2]}"
+    card.text = f"{before}{START}\n\n{_table(card.data.eval_results)}\n\n{END}{rest.partition(END)[2]}"
     with atomic_writer(path) as out:
         out.write(str(card))
 
