@@ -223,7 +223,52 @@ class TinyEngine:
         return [response for _ in features]
 
 
-class Endpoint:
+class LoopbackServer:
+    """An HTTP server of this machine. A subclass has `post(request, body)` and, where needed, `get(request)`, which
+    call request.reply."""
+
+    def __init__(self) -> None:
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                owner.get(self)
+
+            def do_POST(self):
+                owner.post(self, self.rfile.read(int(self.headers["content-length"])))
+
+            def reply(self, status, content, headers=None, length=None):
+                content = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                for name, value in ({"content-type": "application/json"} | (headers or {})).items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(length or len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.lock = threading.Lock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.root = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.url = f"{self.root}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def get(self, request: Any) -> None:
+        request.reply(404, {"error": {"message": "no such path"}})
+
+    def post(self, request: Any, body: bytes) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Endpoint(LoopbackServer):
     """An OpenAI-compatible server that answers by rule; `faults` are played before the answers.
 
     It records the requests, how often each prompt was answered, and the keys and paths that were sent.
@@ -237,61 +282,39 @@ class Endpoint:
         self.paths: set[str] = set()
         self.refusal = b'{"error": {"message": "not now"}}'
         self.rule: Any = lambda body: None
-        endpoint, lock = self, threading.Lock()
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    endpoint.requests.append(body)
-                    endpoint.keys.add(self.headers["authorization"])
-                    endpoint.paths.add(self.path)
-                    fault = endpoint.faults.pop(0) if endpoint.faults else None
-                time.sleep(endpoint.seconds)
-                if fault == "drop":
-                    self.close_connection = True
-                    return
-                if fault and fault.isdigit():
-                    self.reply(int(fault), endpoint.refusal, {"retry-after": "1"})
-                    return
-                if reply := endpoint.rule(body):
-                    self.reply(*reply)
-                    return
-                prompt = body["messages"][-1]["content"]
-                content = json.dumps(endpoint.reply_to(prompt)).encode()
-                if fault == "half json":
-                    self.reply(200, content[: len(content) // 2])
-                    return
-                if fault == "half body":
-                    self.reply(200, content[: len(content) // 2], length=len(content))
-                    self.close_connection = True
-                    return
-                if fault == "empty":
-                    content = json.dumps(endpoint.reply_to(prompt) | {"choices": []}).encode()
-                else:
-                    endpoint.answered[prompt] += 1
-                self.reply(200, content)
-
-            def reply(self, status, content, headers=None, length=None):
-                self.send_response(status)
-                for name, value in ({"content-type": "application/json"} | (headers or {})).items():
-                    self.send_header(name, value)
-                self.send_header("content-length", str(length or len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+    def post(self, request: Any, body: bytes) -> None:
+        wanted = json.loads(body)
+        with self.lock:
+            self.requests.append(wanted)
+            self.keys.add(request.headers["authorization"])
+            self.paths.add(request.path)
+            fault = self.faults.pop(0) if self.faults else None
+        time.sleep(self.seconds)
+        if fault == "drop":
+            request.close_connection = True
+            return
+        if fault and fault.isdigit():
+            request.reply(int(fault), self.refusal, {"retry-after": "1"})
+            return
+        if reply := self.rule(wanted):
+            request.reply(*reply)
+            return
+        prompt = wanted["messages"][-1]["content"]
+        content = json.dumps(self.reply_to(prompt)).encode()
+        if fault == "half json":
+            request.reply(200, content[: len(content) // 2])
+            return
+        if fault == "half body":
+            request.reply(200, content[: len(content) // 2], length=len(content))
+            request.close_connection = True
+            return
+        if fault == "empty":
+            content = json.dumps(self.reply_to(prompt) | {"choices": []}).encode()
+        else:
+            self.answered[prompt] += 1
+        request.reply(200, content)
 
     def reply_to(self, prompt: str) -> dict:
         """Return a chat completion: right for two rows of three, with a reason where one is wanted."""

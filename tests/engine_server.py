@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from common import SYSTEM_PROMPT, PromptEncoder
+from distil.testing import LoopbackServer
 
 NAME = "credit-q8"
 REFUSALS = {"400": "not now", "422": "not now", "401": "no key", "404": "no such model"}
 
 
-class ModelServer:
+class ModelServer(LoopbackServer):
     """kind: 'llama' (ids in replies, any number of log-probabilities, no echo), 'vllm' (at most 20, echo), 'text' (no
     ids, echo), 'chat' (chats alone). faults: played before the answers. change(reply): edits each reply in place.
     tokenizer: of the server, by default the model's; context: in tokens, prompts beyond are cut silently."""
@@ -31,40 +30,16 @@ class ModelServer:
         self.decoder: Any = None  # writes JSON where a request has a schema
         self.cut: int | None = None  # letters of it that are sent
         self.requests: list[dict] = []
-        self.lock = threading.Lock()
-        server = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def get(self, request: Any) -> None:
+        request.reply(200, {"data": [{"id": NAME}]})
 
-            def do_GET(self):
-                self.reply(200, json.dumps({"data": [{"id": NAME}]}).encode())
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with server.lock:  # one model
-                    status, content = server.answer(self.path, body)
-                half = status == 1
-                self.reply(200 if half else status, content[: len(content) // 2] if half else content)
-
-            def reply(self, status, content):
-                self.send_response(status)
-                for name, value in {"content-type": "application/json", "retry-after": "0"}.items():
-                    self.send_header(name, value)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+    def post(self, request: Any, body: bytes) -> None:
+        with self.lock:  # one model
+            status, content = self.answer(request.path, json.loads(body))
+        half, headers = status == 1, {"retry-after": "0"}
+        request.reply(200 if half else status, content[: len(content) // 2] if half else content, headers)
 
     def answer(self, path: str, body: dict) -> tuple[int, bytes]:
         """Return status (1: half a reply) and content."""

@@ -6,8 +6,6 @@ import base64
 import json
 import shlex
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ from common import InputError
 from distil import cards
 from distil.files import file_sha256
 from distil.tasks import TASK_FILE, default_task
-from distil.testing import save_adapter
+from distil.testing import LoopbackServer, save_adapter
 
 FLAGS = {"url": None, "quantization": "nf4"}
 
@@ -182,65 +180,44 @@ def test_a_card_that_cannot_be_written_fails_no_evaluation(card, change, capsys)
 # -------------------------------------------------------------------------------------------------------------- hub
 
 
-class Hub:
+class Hub(LoopbackServer):
     """A model hub with one user, who has the token 'right'. role: of the token; status: of an upload."""
 
     def __init__(self, role: str = "write", status: int = 200):
+        self.role, self.status = role, status
         self.files: dict[str, bytes] = {}
         self.created: list[dict] = []
-        hub = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                known = self.headers["authorization"] == "Bearer right"
-                answer = {"name": "me", "auth": {"accessToken": {"role": role}}} if known else {"error": "Invalid"}
-                self.reply(200 if known else 401, answer)
+    def get(self, request) -> None:
+        known = request.headers["authorization"] == "Bearer right"
+        user = {"name": "me", "auth": {"accessToken": {"role": self.role}}}
+        request.reply(200 if known else 401, user if known else {"error": "Invalid"})
 
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["content-length"]))
-                place = f"http://{self.headers['host']}/me/run"
-                if self.path == "/api/repos/create":
-                    hub.created.append(json.loads(body))
-                    self.reply(200, {"url": place})
-                elif "/preupload/" in self.path:
-                    files = [
-                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                        for f in json.loads(body)["files"]
-                    ]
-                    self.reply(200, {"files": files})
-                elif "/commit/" in self.path and status == 200:
-                    for line in map(json.loads, body.splitlines()):
-                        if line["key"] == "file":
-                            hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                    self.reply(200, {"commitUrl": f"{place}/commit/1", "commitOid": "1"})
-                else:
-                    self.reply(200 if "validate" in self.path else status, {"errors": [], "error": "quota"})
-
-            def reply(self, status, value):
-                content = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    def post(self, request, body: bytes) -> None:
+        place, path = f"{self.root}/me/run", request.path
+        if path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            request.reply(200, {"url": place})
+        elif "/preupload/" in path:
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            request.reply(200, {"files": [{"path": file["path"]} | how for file in json.loads(body)["files"]]})
+        elif "/commit/" in path and self.status == 200:
+            for value in (line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"):
+                self.files[value["path"]] = base64.b64decode(value["content"])
+            request.reply(200, {"commitUrl": f"{place}/commit/1", "commitOid": "1"})
+        else:
+            request.reply(200 if "validate" in path else self.status, {"errors": [], "error": "quota"})
 
 
 @pytest.fixture
 def hub(monkeypatch, request):
     server = Hub(**getattr(request, "param", {}))
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "ENDPOINT", server.root)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "right")
     yield server
-    server.server.shutdown()
-    server.server.server_close()
+    server.close()
 
 
 def test_a_finished_run_is_uploaded(hub, train):
