@@ -94,18 +94,19 @@ def token_distillation_loss_sum(
     batch["token_log_probs"]: [tokens, K] and batch["token_rest"]: [tokens], the teacher's log-probabilities."""
     import torch
 
-    ids, nothing = batch["token_ids"], -1e9  # a score of no probability, and not -inf: 0 * inf would be NaN
-    none = (ids < 0) | (ids >= logits.shape[-1]) | batch["token_log_probs"].isinf()
+    nothing = -1e9  # a score of no probability, and not -inf: 0 * inf would be NaN
+    labels, ids, teacher = batch["labels"][:, None], batch["token_ids"].long(), batch["token_log_probs"].float()
+    none = (ids < 0) | (ids >= logits.shape[-1]) | teacher.isinf()
     ids = torch.where(none, ids[:, :1], ids).clamp(0, logits.shape[-1] - 1)
-    teacher = torch.cat([batch["token_log_probs"].masked_fill(none, nothing), batch["token_rest"][:, None]], dim=-1)
+    student, right = logits.gather(1, torch.cat([ids, labels], dim=-1)).split([ids.shape[-1], 1], dim=-1)
     # Of the tokens that are left: 1 minus the sum of the K would be lost in rounding.
     rest = logits.scatter(1, ids, nothing).logsumexp(dim=-1, keepdim=True)
-    scores = torch.cat([logits.gather(1, ids).masked_fill(none, nothing), rest], dim=-1)
-    student = torch.log_softmax(scores / temperature, dim=-1)
-    teacher = torch.log_softmax(teacher.clamp(min=nothing) / temperature, dim=-1)
-    divergence = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
-    right = logits.gather(1, batch["labels"][:, None])[:, 0]
-    return (1 - alpha) * (scores.logsumexp(dim=-1) - right).sum() + alpha * temperature**2 * divergence
+    student = torch.cat([student.masked_fill(none, nothing), rest], dim=-1)
+    teacher = torch.cat([teacher.masked_fill(none, nothing), batch["token_rest"][:, None]], dim=-1).clamp(min=nothing)
+    softened = [torch.log_softmax(scores / temperature, dim=-1) for scores in (student, teacher)]
+    divergence = torch.nn.functional.kl_div(*softened, reduction="sum", log_target=True)
+    nll = (student.logsumexp(dim=-1, keepdim=True) - right).sum()
+    return (1 - alpha) * nll + alpha * temperature**2 * divergence
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import in_two_processes, read_lines, with_token_probs
+from conftest import in_two_processes, read_lines
 from safetensors.numpy import load_file
 
 from common import InputError
 from distil import batch
 from distil.processes import own_share
-from distil.testing import ROOT, Endpoint, run_cli, save_adapter
+from distil.testing import ROOT, Endpoint, run_cli, save_adapter, with_token_probs
 
 EXACT = ("--quantization", "none", "--compute_dtype", "float32", "--calibration", "contextual")
 

@@ -17,12 +17,12 @@ from conftest import (
     read_lines,
     refused,
     run_json,
-    with_token_probs,
     write_lines,
 )
 
 import kd_train
 from common import InputError
+from distil.testing import with_token_probs
 from distil.token_probs import TokenProbs
 from distil.training import loss, memory
 

@@ -217,11 +217,11 @@ def completion_collator(
     """Return a function that makes right-padded batches: under causal attention no real token sees the padding.
     Rows with NODE_COLUMNS add the nodes of all rows: nodes [nodes], where each is among the batch's supervised tokens,
     row after row; child_ids, padded with -1, and child_probs [nodes, children]. token_probs: reads what
-    `with_token_probs` refers to: token_ids [tokens, K], padded with -1, token_log_probs [tokens, K] and token_rest
-    [tokens], of the supervised tokens row after row."""
+    `with_token_probs` refers to: token_ids [tokens, K], int32, padded with -1, token_log_probs [tokens, K], float16,
+    and token_rest [tokens], float32, of the supervised tokens row after row."""
     import torch
 
-    def padded(rows: list, value: float) -> torch.Tensor:
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
         tensors = [torch.tensor(row) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
@@ -238,8 +238,10 @@ def completion_collator(
             batch["child_probs"] = padded([node[2] for node in nodes] or [[0.0]], 0.0)[: len(nodes)]
         if token_probs:
             rows = [token_probs.row(example["token_probs"], supervised(example["labels"])) for example in examples]
-            batch["token_ids"] = padded([ids for row in rows for ids in row.ids], -1).long()
-            batch["token_log_probs"] = padded([scores for row in rows for scores in row.log_probs], -math.inf).float()
+            most, pad = max(row.ids.shape[1] for row in rows), torch.nn.functional.pad
+            for name, value in {"ids": -1, "log_probs": -math.inf}.items():
+                parts = [torch.tensor(getattr(row, name)) for row in rows]
+                batch[f"token_{name}"] = torch.cat([pad(p, (0, most - p.shape[1]), value=value) for p in parts])
             batch["token_rest"] = torch.cat([torch.tensor(row.rest) for row in rows])
         return batch
 
