@@ -304,7 +304,7 @@ def training_point(
         def load(*args, **kwargs):
             return random_model(copy.deepcopy(config), tokenizer), tokenizer
 
-        def steps(trainer, method, options, ref, data, estimate):
+        def steps(trainer, method, options, ref, data, estimate, task):
             result.update(peak=run_step(trainer, filled), estimate=estimate)
 
         with mock.patch.object(run, "load", load), mock.patch.object(run, "train_and_save", steps):

@@ -14,6 +14,7 @@ import creditmix_prepare
 import dpo_prepare
 import dpo_train
 import kd_prepare
+import kd_train
 import sft_train
 from common import InputError
 from distil.creditmix.rows import read_rows, sample_rows
@@ -255,6 +256,8 @@ def test_the_task_goes_with_data_and_adapter(tmp_path, monkeypatch, model_dir, c
     assert chosen_task([resolve("sft")], task_file) == LOANS
     assert capsys.readouterr().err.startswith("note: sft: has no task.json: nothing shows that it was trained for")
     assert chosen_task([resolve("sft")], None) == TASK and not capsys.readouterr().err
+    assert kd_train.main(["--adapter", "sft", "--data", "kd2.jsonl", "--save_dir", "kd", *how[2:]]) == 0
+    assert capsys.readouterr().err.count("note: sft: has no task.json") == 1
     Path("task_of_sft.json").rename("sft/task.json")
     # A task of another name may be next to it, and data of no task leaves no task behind.
     write_lines("plain.jsonl", [{"input": "a", "output": "b"}] * 2)

@@ -45,7 +45,8 @@ def plan_and_train(
     status. build(options, model, tokenizer): returns the trainer. Raises InputError where the run cannot fit."""
     if options.push_to_hub:
         check_push(options.push_to_hub)
-    data = replace(data, validation=validation_of(options, ref, data))
+    task = task_of_run(ref, data)
+    data = replace(data, validation=validation_of(options, ref, data, task))
     options, estimate = fit_to_memory(ref, options, sizes)
     if options.dry_run:
         return print_plan(options, ref, data, sizes, estimate)
@@ -53,15 +54,14 @@ def plan_and_train(
     trainer = build(options, *load(ref, options.load, trainable=True))
     if data.validation:
         watch(trainer, data.validation, options.eval_steps, options.early_stopping)
-    train_and_save(trainer, method, options, ref, data, estimate)
+    train_and_save(trainer, method, options, ref, data, estimate, task)
     return push(options.save_dir, options.push_to_hub) if options.push_to_hub and not rank_and_world()[0] else 0
 
 
-def validation_of(options: TrainOptions, ref: ModelRef, data: TrainingData) -> Validation | None:
+def validation_of(options: TrainOptions, ref: ModelRef, data: TrainingData, task: Task | None) -> Validation | None:
     """Return what a run is measured on, None where --val_data is none or auto finds nothing. Raises InputError as
-    `read_validation` and `task_of_run`, and for --early_stopping without it."""
-    task, file = task_of_run(ref, data), val_file(options.val_data, data.file, data.note)
-    if file is None:
+    `read_validation`, and for --early_stopping without it."""
+    if (file := val_file(options.val_data, data.file, data.note)) is None:
         if options.early_stopping:
             raise InputError("--early_stopping: no rows to measure training on were found; give --val_data FILE")
         return None
@@ -155,7 +155,13 @@ def run_settings(options: TrainOptions, ref: ModelRef, data: TrainingData) -> di
 
 
 def train_and_save(
-    trainer: Any, method: str, options: TrainOptions, ref: ModelRef, data: TrainingData, estimate: dict[str, float]
+    trainer: Any,
+    method: str,
+    options: TrainOptions,
+    ref: ModelRef,
+    data: TrainingData,
+    estimate: dict[str, float],
+    task: Task | None,
 ) -> None:
     """Train (from the last complete checkpoint with --resume), then write the adapter folder, run.json last.
     What --overwrite replaces is complete until then. Raises InputError where --resume would change settings."""
@@ -168,7 +174,7 @@ def train_and_save(
         all_steps = f"all {steps} steps are warm-up (--warmup_steps {options.warmup_steps})"
         print_note(f"{all_steps}: the learning rate never reaches {options.learning_rate:g}")
     wait()  # of several processes the first removes what is old or half written; the others look when it has
-    settings, task = run_settings(options, ref, data), task_of_run(ref, data)
+    settings = run_settings(options, ref, data)
     facts = run_facts(method, options, ref, data)  # of the model that was loaded: its files may change meanwhile
     if options.resume:
         runs.check_settings(save_dir, settings)
