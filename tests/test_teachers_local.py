@@ -11,6 +11,7 @@ from conftest import FLOAT32, gold_rows, read_lines, write_lines
 
 import kd_prepare
 from common import InputError, PromptEncoder
+from distil.generation import Written
 from distil.models import LoadOptions, resolve
 from distil.scoring import FastLabelScorer
 from distil.tasks import default_task
@@ -201,6 +202,16 @@ def test_gold_labels_keep_the_teachers_probabilities(here, model_dir, capsys):
     assert capsys.readouterr().out.splitlines()[:-1] == gate
     assert [row["teacher_output"] for row in answers] == [row["output"] for row in rows]
     assert [row["label_probs"] for row in answers] == [row["label_probs"] for row in own]
+    assert_token_probs(answers, model_dir, 6)
+
+
+def test_token_probabilities_of_an_answer_after_thoughts(here, model_dir, monkeypatch):
+    """They are those of the text that the student gets, after its own prompt."""
+    thought = [Written("<think>So</think>\n\nGood, I think", 9, True)] * 3
+    monkeypatch.setattr(local, "generate", lambda *args, **how: thought)
+    write_lines("in.jsonl", [{"prompt": f"Write {i}"} for i in range(3)])
+    answers = ask(model_dir, "--top_k", 6)
+    assert {row["teacher_output"] for row in answers} == {"Good, I think"}
     assert_token_probs(answers, model_dir, 6)
 
 
