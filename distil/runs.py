@@ -92,7 +92,7 @@ def last_checkpoint(save_dir: str | Path) -> str | None:
                 (folder / name).stat()
             newest = str(folder)
         except (InputError, FileNotFoundError):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process of the run may be faster
     return newest
 
 
