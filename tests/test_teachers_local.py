@@ -11,6 +11,7 @@ from conftest import FLOAT32, gold_rows, read_lines, write_lines
 
 import kd_prepare
 from common import InputError, PromptEncoder
+from distil import heads
 from distil.generation import Written
 from distil.models import LoadOptions, resolve
 from distil.scoring import FastLabelScorer
@@ -171,7 +172,7 @@ def test_token_probabilities_of_labels_reasons_and_free_text(here, model_dir, mo
     assert_token_probs(answers, model_dir, 6)
     write = local.generate
     monkeypatch.setattr(local, "generate", lambda *args, **how: [replace(w, ended=True) for w in write(*args, **how)])
-    monkeypatch.setattr(local, "POSITIONS", 5)
+    monkeypatch.setattr(heads, "CHUNK_BYTES", 5 * 4 * 448)
     how = ("--max_new_tokens", 12, "--top_k", 6, "--overwrite")
     answers = ask(model_dir, *how, "--rationale")
     assert_token_probs(answers, model_dir, 6, [f"{row['input']}\n{RATIONALE}" for row in answers])
@@ -228,6 +229,6 @@ def test_the_vocabulary_is_all_there_is(here, model_dir):
     write_lines("in.jsonl", gold_rows(3))
     for row in ask(model_dir, "--top_k", 10**6):
         stored = TokenProbs(".")._open(here / row["token_probs"]["file"])[1]
-        assert stored["ids"].get_shape()[1] == len(load_named(model_dir, "none", "float32")[1])
+        assert stored["ids"].get_shape()[1] == 448
         assert (stored["rest"][:] == -np.inf).all()
         np.testing.assert_allclose(np.exp(stored["log_probs"][:].astype("f8")).sum(axis=1), 1, atol=2e-3)

@@ -26,6 +26,7 @@ from scipy.special import log_softmax
 import creditmix_prepare
 import idp_prepare
 from common import InputError, LabelScorer, PromptEncoder
+from distil import heads
 from distil.files import file_sha256
 from distil.splits import preparation, split_of
 from distil.tasks import default_task
@@ -91,7 +92,7 @@ def values(save_dir: Path, name: str) -> dict[int, float]:
 
 def test_the_measure_is_that_of_the_models_own_logits(fit, prepared, model_dir, monkeypatch):
     """Written out: the NLL of each token of each answer, and the labels' softmax by common.LabelScorer."""
-    monkeypatch.setattr(validation, "MOST_LOGITS", 448 * 3)  # three tokens of an answer at a time
+    monkeypatch.setattr(heads, "CHUNK_BYTES", 448 * 4 * 3)  # three tokens of an answer at a time
     save_dir = fit("sft", "run", *FLOAT32, "--learning_rate", "3e-3", "--eval_steps", 6)
     model, tokenizer = load_named(str(save_dir), "none", "float32")
     encoder, rows = PromptEncoder(tokenizer), read_lines(prepared / "creditmix_val.jsonl")

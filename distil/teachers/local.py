@@ -6,9 +6,10 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common import Calibration, PromptEncoder, right_padded
+from common import Calibration, PromptEncoder
 from distil.calibration import uncalibrated
 from distil.generation import generate
+from distil.heads import answer_logits
 from distil.models import ModelRef, load
 from distil.scoring import FastLabelScorer
 from distil.support import context_length
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 PRIOR_PROMPTS = 128  # from which the shift of a model's label scores is estimated
-POSITIONS = 64  # whose logits are in memory at once: in float32 39 MB of a vocabulary of 152,000
 TOKENS = 2048  # that several rows may have together in a forward for token probabilities; a longer row has its own
 
 
@@ -132,11 +132,7 @@ def token_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], k: int, 
     for batch in batches if rows else ():
         counts = [len(completion) for _, completion in batch]
         with torch.inference_mode():
-            ids, _ = right_padded([prompt + completion[:-1] for prompt, completion in batch], 1, filler, model.device)
-            keep = torch.zeros_like(ids, dtype=torch.bool)
-            for i, (prompt, completion) in enumerate(batch):
-                keep[i, len(prompt) - 1 :][: len(completion)] = True
-            parts = [most_probable(logits, k) for logits in logits_at(model, ids, keep)]
+            parts = [most_probable(logits, k) for logits in answer_logits(model, batch, filler)]
             arrays = [torch.cat(part).cpu().split(counts) for part in zip(*parts, strict=True)]
         for (_, completion), *row in zip(batch, *arrays, strict=True):
             if row[-1].isnan().any():
@@ -151,31 +147,3 @@ def most_probable(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
     best, ids = logits.topk(min(k, logits.shape[-1]))
     rest = logits.scatter_(1, ids, -float("inf")).logsumexp(dim=-1)  # 1 - their sum would be rounded away
     return ids.int(), (best - total[:, None]).half(), (rest - total).half()
-
-
-def logits_at(model: Any, ids: torch.Tensor, keep: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the model's own logits [POSITIONS or fewer, vocabulary] in float32 of the positions `keep` of `ids`, both
-    [rows, tokens], row after row. The body runs once; after that only its output goes through the head and whatever
-    the model does to logits, some positions at a time."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body, outputs, parts = getattr(causal, causal.base_model_prefix), [], []
-    forward = body.forward
-
-    def once(*args: Any, **kwargs: Any) -> Any:
-        outputs.extend([] if outputs else [forward(*args, **kwargs)])
-        return outputs[0]
-
-    def some(module: Any, inputs: tuple) -> tuple:
-        if not given:
-            parts.extend(inputs[0][keep.to(inputs[0].device)].split(POSITIONS))
-        return (parts[given][None],)
-
-    body.forward, given = once, 0
-    hook = causal.get_output_embeddings().register_forward_pre_hook(some)
-    try:
-        while not given or given < len(parts):
-            yield model(input_ids=ids, use_cache=False).logits[0].float()
-            given += 1
-    finally:
-        hook.remove()
-        body.forward = forward

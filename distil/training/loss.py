@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 from trl import SFTConfig, SFTTrainer
 
+from distil.heads import positions_at_once, supervised_states
 from distil.support import recurrent
 from distil.token_probs import TokenProbs
 from distil.training.data import RowSizes, batch_order, completion_collator
 from distil.training.flags import TrainOptions
-from distil.training.memory import MIN_SHARED_TOKENS, eager_attention, logits_at_once, logits_fit
+from distil.training.memory import MIN_SHARED_TOKENS, eager_attention, logits_fit
 from distil.training.run import adapter_trainer, trainer_arguments
 
 # Columns of a batch that have a row for each supervised token.
@@ -37,48 +37,6 @@ def shared_columns(input_ids: torch.Tensor, most: int, least: int = MIN_SHARED_T
     differ = (input_ids[:, :most] != input_ids[:1, :most]).any(dim=0).nonzero()
     shared = int(differ[0, 0]) if len(differ) else most
     return shared if len(input_ids) > 1 and shared >= least else 0
-
-
-def supervised_states(
-    model: Any, inner: Any, ids: torch.Tensor, keep: torch.Tensor, shared: int = 0
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return what goes into the output head at the positions `keep` of `ids`, both [batch, tokens]: states [selected,
-    hidden], row after row; and the function that makes logits [tokens, vocabulary] of some of them as the model does,
-    scaled or capped where it does that. The first `shared` columns, none of them in `keep`, are run once for all rows,
-    gradients included; under dropout the rows share the prefix's masks. inner: the model without wrappers."""
-    prefix: dict[str, Any] = {"use_cache": False}
-    if shared:
-        cache = DynamicCache(config=inner.config.get_text_config())
-        model(input_ids=ids[:1, :shared], cache=cache, use_cache=True, logits_to_keep=1)
-        for layer in (layer for layer in cache.layers if layer.keys is not None):  # Gemma 4's last ones share keys
-            layer.keys = layer.keys.expand(len(ids), -1, -1, -1)
-            layer.values = layer.values.expand(len(ids), -1, -1, -1)
-        prefix = {"cache": cache, "use_cache": True}
-    head, body, seen = inner.get_output_embeddings(), inner.base_model, {}
-
-    def select(module: Any, inputs: tuple) -> tuple:
-        seen["states"] = inputs[0][keep[:, shared:]]
-        return (inputs[0][:1, :1],)  # these logits nobody needs
-
-    hooks = [head.register_forward_pre_hook(select)]
-    hooks += [body.register_forward_hook(lambda module, inputs, output: seen.update(output=output))]
-    try:
-        # Without a mask attention takes its fast causal path: a fifth less time on a CPU.
-        model(input_ids=ids[:, shared:], **prefix)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    def logits(states: torch.Tensor) -> torch.Tensor:
-        hook, forward = head.register_forward_pre_hook(lambda module, inputs: (states[None],)), body.forward
-        body.forward = lambda *args, **kwargs: seen["output"]
-        try:
-            return inner(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            hook.remove()
-            body.forward = forward
-
-    return seen["states"], logits
 
 
 class CompletionTrainer(SFTTrainer):
@@ -158,7 +116,7 @@ def completion_trainer(
     config = SFTConfig(**trainer_arguments(options), train_sampling_strategy=batch_order(sizes.lengths))
     loss = {"loss_sum": loss_sum, "own_loss": fits or loss_sum is not cross_entropy_sum}
     if token_probs:
-        loss["at_once"] = logits_at_once(vocabulary)
+        loss["at_once"] = positions_at_once(vocabulary)
     collator = completion_collator(tokenizer.pad_token_id, token_probs)
     build = functools.partial(CompletionTrainer, data_collator=collator, **loss)
     return adapter_trainer(build, config, options, model, tokenizer, dataset)

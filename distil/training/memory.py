@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 
 from common import InputError, compute_dtype, lora_config
 from distil.files import read_json
+from distil.heads import positions_at_once
 from distil.models import ModelRef
 from distil.processes import rank_and_world
 from distil.runs import settings_path
@@ -27,7 +28,6 @@ from distil.training.data import RowSizes
 from distil.training.flags import Options, TrainOptions
 
 MAX_LOGITS_BYTES = 2**29  # own loss where any batch's supervised logits stay below this, else TRL's head, in tiles
-CHUNK_BYTES = 2**26  # logits of a chunk of positions in float32, where every token has a KL term
 MAX_EAGER_TOKENS = 256  # up to this length attention that keeps its weights trains a fifth faster on a CPU
 MIN_SHARED_TOKENS = 16  # a shorter common start of a batch's prompts is not worth a separate forward
 FUSED_TOKENS, FUSED_TILE = 4096, 32768  # the tiles of TRL's fused head: tokens, columns of the vocabulary
@@ -38,11 +38,6 @@ CUDA_GB = 1.1  # on a GPU: its context (0.8) and what PyTorch reserves and does 
 def logits_fit(vocabulary: int, supervised: int) -> bool:
     """Return whether the logits of this number of supervised tokens can all be in memory at once, in float32."""
     return 4 * supervised * vocabulary <= MAX_LOGITS_BYTES
-
-
-def logits_at_once(vocabulary: int) -> int:
-    """Return how many positions have their logits in memory at once where every token has a KL term."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
 def eager_attention(longest: int) -> bool:
@@ -198,7 +193,7 @@ def _saved_by_layer(size: Sizes, batch: _Batch, options: TrainOptions, pairs: bo
 def _logits(size: Sizes, supervised: int, sizes: RowSizes, width: int) -> int:
     """Return the bytes at the output head for this number of supervised tokens."""
     if sizes.token_probs:  # of a chunk in float32: what is left of the K, its exponentials, gradients by both
-        return 4 * min(supervised, logits_at_once(size.vocabulary)) * size.vocabulary * 5
+        return 4 * min(supervised, positions_at_once(size.vocabulary)) * size.vocabulary * 5
     if not sizes.pairs and (sizes.label_probs or logits_fit(size.vocabulary, supervised)):
         # Copies in float32: log-probabilities, the loss's gradient by them and by the logits; the KL term's own.
         return 4 * supervised * size.vocabulary * (4 if sizes.label_probs else 3)

@@ -12,19 +12,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import InputError, PromptEncoder
 from distil.files import hashed, read_jsonl
+from distil.heads import answer_logits
 from distil.processes import print_note, rank_and_world
 from distil.scoring import FastLabelScorer
 from distil.splits import check_no_validation, preparation, same_split
 from distil.tasks import Task
-
-MOST_LOGITS = 2**24  # float32 logits that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,14 @@ def measure(trainer: Any, validation: Validation) -> dict[str, float]:
     rows = sorted(range(len(tokens)), key=lambda i: sum(map(len, tokens[i])))[rank::world]
     size, pad = trainer.args.per_device_train_batch_size, trainer.processing_class.pad_token_id
     batches = [[tokens[i] for i in rows[start : start + size]] for start in range(0, len(rows), size)]
-    with torch.no_grad():
-        nll = sum(answer_nll(trainer.model.get_base_model(), batch, pad) for batch in batches)
+    nll = 0.0
+    for batch in batches:
+        targets = torch.tensor([token for _, answer in batch for token in answer], device=trainer.model.device)
+        with torch.no_grad():
+            for logits in answer_logits(trainer.model, batch, pad):
+                target, targets = targets.tensor_split([len(logits)])
+                losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+                nll += losses.double().sum().item()
     sums = [nll, sum(len(tokens[i][1]) for i in rows)]
     sums += label_sums(trainer, validation, rows) if validation.task and rows else [0.0, 0.0]
     sums = torch.tensor(sums, dtype=torch.float64, device=trainer.args.device)
@@ -134,34 +139,6 @@ def measure(trainer: Any, validation: Validation) -> dict[str, float]:
         fix = "lower --learning_rate, or give --compute_dtype float32"
         raise InputError(f"the validation loss is not a number at step {trainer.state.global_step}: {fix}")
     return {"val_loss": nll / count, **labels}
-
-
-def answer_nll(model: Any, batch: Sequence[tuple[list[int], list[int]]], pad: int) -> float:
-    """Return the summed NLL of the tokens of answers after prompts, by the model's own logits of these tokens alone.
-    The layers run once. What they return for the tokens before an answer's goes through the output head in parts of
-    MOST_LOGITS, each in a forward whose layers see one token."""
-    import torch
-
-    width = max(len(prompt) + len(answer) for prompt, answer in batch)
-    ids = [prompt + answer + [pad] * (width - len(prompt) - len(answer)) for prompt, answer in batch]
-    places = [(i, len(prompt) - 1 + j) for i, (prompt, answer) in enumerate(batch) for j in range(len(answer))]
-    ids, (row, column) = torch.tensor(ids, device=model.device), torch.tensor(places, device=model.device).T
-    size = max(1, MOST_LOGITS // model.config.get_text_config().vocab_size)
-    targets, waiting, total = ids[row, column + 1].split(size), [], 0.0
-
-    def next_part(module: Any, inputs: tuple) -> tuple:
-        waiting.extend([] if waiting else inputs[0][row, column].split(size))
-        return (waiting.pop(0)[None],)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(next_part)
-    try:
-        for target in targets:
-            logits = model(input_ids=ids, use_cache=False).logits[0].float()
-            total += torch.nn.functional.cross_entropy(logits, target, reduction="none").double().sum().item()
-            ids = ids[:1, :1]
-    finally:
-        hook.remove()
-    return total
 
 
 def label_sums(trainer: Any, validation: Validation, rows: list[int]) -> list[float]:
