@@ -22,9 +22,10 @@ from conftest import (
 
 import kd_train
 from common import InputError
+from distil import heads
 from distil.testing import with_token_probs
 from distil.token_probs import TokenProbs
-from distil.training import loss, memory
+from distil.training import loss
 
 VOCABULARY, TOKENS = 50, 6
 WAYS = [(1.0, 1.0), (0.9, 2.0), (0.3, 0.5)]
@@ -117,7 +118,7 @@ def cached(rows, tmp_path) -> str:
 
 
 def small_chunks(monkeypatch, tokens: int, vocabulary: int) -> None:
-    monkeypatch.setattr(memory, "CHUNK_BYTES", 4 * vocabulary * tokens)
+    monkeypatch.setattr(heads, "CHUNK_BYTES", 4 * vocabulary * tokens)
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "on"])

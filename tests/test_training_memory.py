@@ -16,6 +16,7 @@ from transformers import AutoConfig
 import sft_train
 from bench import memory_8gb
 from bench.memory_8gb import StorageTracker
+from distil import heads
 from distil.cli import run_script
 from distil.models import resolve
 from distil.training import memory
@@ -130,7 +131,7 @@ def test_estimate_of_a_step(name, small, tokenizer, monkeypatch):
     """Within 10 % of the tracked peak of the trainer's own step."""
     task, flags = POINTS[name]
     if "chunks" in name:
-        monkeypatch.setattr(memory, "CHUNK_BYTES", 4 * small.vocab_size * 200)
+        monkeypatch.setattr(heads, "CHUNK_BYTES", 4 * small.vocab_size * 200)
     tokens = 200 if "--max_length" in flags else 300
     peak, estimate = memory_8gb.training_point(task, small, tokenizer, 4, tokens, 90 if "chunks" in name else 9, flags)
     assert 1e9 * (estimate["total"] - estimate["libraries"]) == pytest.approx(sum(peak.values()), rel=0.1)
