@@ -74,19 +74,16 @@ def quirk_of(body: dict[str, Any], refusal: str) -> str | None:
 def reply_of(text: str) -> dict[str, Any]:
     """Return the object in the body of a reply with status 200. Raises Failed for an error in it, ValueError where it
     is half a reply or something else."""
-    text = re.sub(r"\A(?:\s+|:[^\n]*\n)+", "", text)  # sent to keep the connection alive
-    events = [] if text[:1] in ("{", "[") else re.findall(r"^data: ?(.+)$", text, re.MULTILINE)
     try:
-        reply = _joined(events) if events else json.loads(text)
-        reply = reply[0] if isinstance(reply, list) else reply
-        reply.keys()
-    except (ValueError, LookupError, AttributeError) as error:
+        reply = json.loads(text)
+        choices = reply.get("choices") or [{}]
+    except (ValueError, AttributeError) as error:
         raise ValueError(
             f"a reply that is not a JSON object: {text[:80]!r} ({error}); is the address right?"
         ) from None
-    problem = reply.get("error") or (reply.get("choices") or [{}])[0].get("error")
+    problem = reply.get("error") or choices[0].get("error")
     if not problem and not reply.keys() & {"choices", "data", "tokens"}:
-        problem = reply if reply.get("message") else reply.get("detail")
+        problem = reply
     if problem:
         words = problem if isinstance(problem, str) else json.dumps(problem, ensure_ascii=False)
         code = str(problem.get("code")) if isinstance(problem, dict) else ""
@@ -95,31 +92,11 @@ def reply_of(text: str) -> dict[str, Any]:
     return reply
 
 
-def _joined(events: list[str]) -> dict[str, Any]:
-    """Return the reply whose parts a stream has. Raises ValueError where its end is missing."""
-    reply: dict[str, Any] = {}
-    message: dict[str, str] = {}
-    choice: dict[str, Any] = {"message": message, "logprobs": {"content": []}, "finish_reason": None}
-    for event in events:
-        part = {"choices": [{"finish_reason": "stop"}]} if event.strip() == "[DONE]" else json.loads(event)
-        reply |= {name: value for name, value in part.items() if value}
-        for one in (one for one in part.get("choices") or [] if not one.get("index")):
-            for name, value in (one.get("delta") or {}).items():
-                message[name] = message.get(name, "") + text_of(value)
-            choice["logprobs"]["content"] += (one.get("logprobs") or {}).get("content") or []
-            choice["finish_reason"] = choice["finish_reason"] or one.get("finish_reason")
-    if not choice["finish_reason"] and not reply.get("error"):
-        raise ValueError("half a stream")
-    return reply | {"choices": [choice]}
-
-
 def text_of(content: Any) -> str:
     """Return the text of a reply's content: a text, or parts, of which thoughts and refusals are left out."""
     if isinstance(content, list):
-        return "".join(map(text_of, content))
-    if isinstance(content, dict) and content.keys() & {"type", "text"}:
-        return text_of(content.get("text")) if content.get("type", "text") in ("text", "output_text") else ""
-    return content if isinstance(content, str) else "" if content is None else json.dumps(content, ensure_ascii=False)
+        return "".join(part.get("text") or "" for part in content if part.get("type") in (None, "text", "output_text"))
+    return content if isinstance(content, str) else ""
 
 
 @dataclass(frozen=True)
@@ -140,25 +117,19 @@ class Reply:
 
 def read_reply(reply: dict[str, Any]) -> Reply:
     """Return the first answer of a reply, of chats or completions. Raises ValueError for half a reply."""
-    usage, choice = reply.get("usage"), (reply.get("choices") or [{}])[0]
-    counts = usage if isinstance(usage, dict) else {}
-    read, written = (
-        n if isinstance(n := counts.get(f"{of}_tokens"), int) else None for of in ("prompt", "completion")
-    )
-    message = choice.get("message", choice.get("delta", choice.get("text")))
-    fields = message if isinstance(message, dict) else {"content": message}
+    usage, choice = reply.get("usage") or {}, (reply.get("choices") or [{}])[0]
+    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    fields = choice.get("message") or {"content": choice.get("text")}
     text, finish = text_of(fields.get("content")), str(choice.get("finish_reason") or "").lower()
     # A reply without a text is paid for where the model wrote something, else it is asked again.
-    if not text and not written and (message is None or not finish):
+    if not text and not written and not finish:
         raise ValueError("a reply without a text")
-    cut, complete = (
-        "length" in finish or "max" in finish,
-        not finish or re.search("stop|end|eos|complete|done", finish),
-    )
+    cut = "length" in finish or "max" in finish
+    complete = not finish or bool(re.search("stop|end|eos|complete|done", finish))
     thought = any(fields.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
     refused = not text and bool(fields.get("refusal") or "refusal" in str(fields.get("content")))
     logprobs = found if isinstance(found := choice.get("logprobs"), dict) else {}
-    return Reply(text, finish, cut, bool(complete), logprobs, read, written, thought, refused)
+    return Reply(text, finish, cut, complete, logprobs, read, written, thought, refused)
 
 
 def is_log_prob(value: Any) -> bool:
