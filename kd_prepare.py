@@ -32,7 +32,7 @@ from distil.teachers.endpoint import HttpTeacher, extra_fields
 from distil.teachers.gate import checked_rows
 from distil.teachers.local import ModelTeacher
 from distil.teachers.tabular import TABULAR, tabular_rows, teacher_name
-from distil.token_probs import older_files, unpacked, write_token_probs
+from distil.token_probs import unpacked, write_token_probs
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -208,7 +208,7 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
     how = args.rationale, args.filter, args.min_confidence, task, args.answers == "gold"
     rows, report = checked_rows(prompts, answers, name, *how)
     if args.top_k:
-        rows = with_token_probs(rows, Path(args.output), f"{name} {origin.get('model', '')}".strip())
+        rows = with_token_probs(rows, Path(args.output))
     if not rows:
         raise InputError(f"no row is left (--filter {args.filter})")
     write_jsonl(args.output, rows)
@@ -221,24 +221,18 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
     return 0
 
 
-def with_token_probs(rows: list[dict], output: Path, teacher: str) -> list[dict]:
+def with_token_probs(rows: list[dict], output: Path) -> list[dict]:
     """Return the rows that have token probabilities, which are written next to the output; the others are left out."""
     if without := sum("token_probs" not in row for row in rows):
         why = "which are of the text before its label was read or calibrated"
         print(f"{without} answers without token probabilities, {why}, are left out", file=sys.stderr)
     rows = [row for row in rows if "token_probs" in row]
-    places = [row["token_probs"] for row in rows]
-    if places:
+    if places := [row["token_probs"] for row in rows]:
         k = max(place["k"] for place in places)
         arrays = (unpacked(stored_token_probs(place), k) for place in places)
-        name = write_token_probs(output, arrays, [place["tokens"] for place in places], k, teacher)
+        name = write_token_probs(output, arrays, [place["tokens"] for place in places], k)
         for number, row in enumerate(rows):
             row["token_probs"] = {"file": name, "row": number}
-        for other in older_files(output, name):
-            print(
-                f"note: {other}: older token probabilities; remove them where no other file needs them",
-                file=sys.stderr,
-            )
     return rows
 
 

@@ -350,5 +350,5 @@ def with_token_probs(rows: list[dict], folder: Path, tokenizer: Any, k: int = 4,
         log_probs, ids = scores.log_softmax(dim=-1).topk(k)
         rest = torch.log((1 - log_probs.exp().sum(dim=-1)).clamp(min=0))
         cached.append(TokenRow(*(t.numpy() for t in (answer, ids.int(), log_probs.half(), rest.half()))))
-    name = write_token_probs(folder / "kd.jsonl", iter(cached), [len(row.answer_ids) for row in cached], k, "random")
+    name = write_token_probs(folder / "kd.jsonl", iter(cached), [len(row.answer_ids) for row in cached], k)
     return [row | {"token_probs": {"file": name, "row": number}} for number, row in enumerate(rows)]

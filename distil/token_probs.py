@@ -15,13 +15,11 @@ bytes, a row 8 more. The file's name has a hash of its content, so that no JSONL
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import InputError
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
 FORMAT = "1"
 DTYPES = {"starts": "<i8", "answer_ids": "<i4", "ids": "<i4", "log_probs": "<f2", "rest": "<f2"}
-CODES = {"<i8": "I64", "<i4": "I32", "<f2": "F16"}  # safetensors' names
 
 
 class TokenRow(NamedTuple):
@@ -60,42 +57,27 @@ def unpacked(packed: dict[str, Any], k: int) -> TokenRow:
     return row._replace(ids=ids, log_probs=np.pad(row.log_probs.reshape(shape), more, constant_values=-np.inf))
 
 
-def write_token_probs(output: Path, rows: Iterable[TokenRow], counts: Sequence[int], k: int, teacher: str) -> str:
+def write_token_probs(output: Path, rows: Iterable[TokenRow], counts: Sequence[int], k: int) -> str:
     """Write rows of `counts` tokens and K = k, one at a time in memory, to a file next to `output`, a JSONL; return
-    its name. teacher: its name and fingerprint, for people. The file is complete before it has its name."""
+    its name. The file is complete before it has its name."""
     import numpy as np
+    from safetensors.numpy import save_file
 
-    rows_before = np.array([0, *accumulate(counts)])
-    tokens, header, end = int(rows_before[-1]), {}, 0
-    shapes = {"starts": [len(counts) + 1], "ids": [tokens, k], "log_probs": [tokens, k]}
-    for name, dtype in DTYPES.items():
-        shape = shapes.get(name, [tokens])
-        offsets = [end, end := end + int(np.prod(shape)) * int(dtype[-1])]
-        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": offsets}
-    about = {"format": FORMAT, "k": str(k), "teacher": teacher}
-    text = json.dumps({"__metadata__": about} | header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    scratch = output.with_name(f".{output.name}.{os.getpid()}.safetensors")
-    try:
-        with open(scratch, "wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            out.write(rows_before.astype(DTYPES["starts"]).tobytes())
-            for start, row in zip(rows_before.tolist(), rows, strict=False):
-                for name, array in row._asdict().items():
-                    tensor, width = header[name], array[:1].nbytes
-                    out.seek(8 + len(text) + tensor["data_offsets"][0] + start * width)
-                    out.write(array.tobytes())
-        name = f"{output.stem}.{file_sha256(scratch)[:12]}.safetensors"
-        scratch.replace(output.with_name(name))
-    finally:
-        scratch.unlink(missing_ok=True)
+    starts = [0, *accumulate(counts)]
+    shapes = {"starts": (len(starts),), "ids": (starts[-1], k), "log_probs": (starts[-1], k)}
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        tensors = {}
+        for name, dtype in DTYPES.items():
+            tensors[name] = np.memmap(Path(scratch, name), dtype, "w+", shape=shapes.get(name, (starts[-1],)))
+        tensors["starts"][:] = starts
+        for start, row in zip(starts, rows, strict=False):
+            for name, array in row._asdict().items():
+                tensors[name][start : start + len(array)] = array
+        whole = Path(scratch, "whole")
+        save_file(tensors, whole, {"format": FORMAT})
+        name = f"{output.stem}.{file_sha256(whole)[:12]}.safetensors"
+        whole.replace(output.with_name(name))
     return name
-
-
-def older_files(output: Path, name: str) -> list[Path]:
-    """Return the files of earlier runs to this output: rows that were copied from it may still refer to them."""
-    pattern = re.escape(output.stem) + r"\.[0-9a-f]{12}\.safetensors"
-    return [path for path in sorted(output.parent.iterdir()) if re.fullmatch(pattern, path.name) and path.name != name]
 
 
 class TokenProbs:
@@ -129,11 +111,8 @@ class TokenProbs:
             raise InputError(f"{path}: no such file; copy it with the JSONL, or run kd_prepare.py --top_k again")
         try:
             file = safe_open(path, framework="numpy")
-            good = (file.metadata() or {}).get("format") == FORMAT
-            tensors = {name: file.get_slice(name) for name in DTYPES} if good else {}
-            starts = file.get_tensor("starts") if good else None
+            if (file.metadata() or {}).get("format") != FORMAT:
+                raise InputError(f"{path}: not of this version's token probabilities; run kd_prepare.py --top_k again")
+            return file.get_tensor("starts"), {name: file.get_slice(name) for name in DTYPES}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: damaged ({error}); copy it, or run kd_prepare.py --top_k, again") from None
-        if not good:
-            raise InputError(f"{path}: not of this version's token probabilities; run kd_prepare.py --top_k again")
-        return starts, tensors

@@ -29,7 +29,7 @@ def random_rows(counts: list[int], k: int, seed: int = 0) -> list[TokenRow]:
 
 def written(folder: Path, counts: list[int], k: int = 32, seed: int = 0) -> tuple[list[TokenRow], Path]:
     rows = random_rows(counts, k, seed)
-    return rows, folder / write_token_probs(folder / "kd.jsonl", iter(rows), counts, k, "teacher 0123")
+    return rows, folder / write_token_probs(folder / "kd.jsonl", iter(rows), counts, k)
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
