@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 # The whitepaper's section 3 for large students; measured on smollm2-135m for small ones (docs/recipes.md).
 LARGE = {"epochs": 1.0, "learning_rate": 2e-4, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05} | LORA
+NOTHING = -1e9  # a score of no probability, and not -inf: 0 * inf would be NaN
 SMALL = {"epochs": 1.0, "learning_rate": 2e-3, "batch_size": 16, "grad_accum": 1, "lora_dropout": 0.0} | LORA
 
 
@@ -61,6 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return T^2 KL(teacher || student) of scores [rows, classes], summed over the rows."""
+    import torch
+
+    softened = [torch.log_softmax(scores / temperature, dim=-1) for scores in (student, teacher)]
+    return temperature**2 * torch.nn.functional.kl_div(*softened, reduction="sum", log_target=True)
+
+
 def distillation_loss_sum(
     logits: torch.Tensor, batch: dict[str, torch.Tensor], alpha: float, temperature: float
 ) -> torch.Tensor:
@@ -69,21 +78,12 @@ def distillation_loss_sum(
     batch["nodes"]: [nodes], the ones where labels part (of single-token labels a row's first): each has its KL;
     batch["child_ids"]: [nodes, children], the token ids that labels continue with there, padded with -1;
     batch["child_probs"]: [nodes, children], the teacher's probabilities of these tokens."""
-    import torch
-
     from distil.training.loss import cross_entropy_sum
 
     ids = batch["child_ids"]
-
-    def softened(scores: torch.Tensor) -> torch.Tensor:
-        # The lowest number and not -inf: 0 * inf in the KL of the padding would be NaN.
-        scores = (scores / temperature).masked_fill(ids < 0, torch.finfo(scores.dtype).min)
-        return torch.log_softmax(scores, dim=-1)
-
-    student = softened(logits[batch["nodes"][:, None], ids.clamp(min=0)])
-    teacher = softened(batch["child_probs"].clamp(min=1e-6).log())
-    divergence = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
-    return (1 - alpha) * cross_entropy_sum(logits, batch) + alpha * temperature**2 * divergence
+    student = logits[batch["nodes"][:, None], ids.clamp(min=0)].masked_fill(ids < 0, NOTHING)
+    teacher = batch["child_probs"].clamp(min=1e-6).log().masked_fill(ids < 0, NOTHING)
+    return (1 - alpha) * cross_entropy_sum(logits, batch) + alpha * divergence(student, teacher, temperature)
 
 
 def token_distillation_loss_sum(
@@ -94,19 +94,16 @@ def token_distillation_loss_sum(
     batch["token_log_probs"]: [tokens, K] and batch["token_rest"]: [tokens], the teacher's log-probabilities."""
     import torch
 
-    nothing = -1e9  # a score of no probability, and not -inf: 0 * inf would be NaN
     labels, ids, teacher = batch["labels"][:, None], batch["token_ids"].long(), batch["token_log_probs"].float()
     none = (ids < 0) | (ids >= logits.shape[-1]) | teacher.isinf()
     ids = torch.where(none, ids[:, :1], ids).clamp(0, logits.shape[-1] - 1)
     student, right = logits.gather(1, torch.cat([ids, labels], dim=-1)).split([ids.shape[-1], 1], dim=-1)
     # Of the tokens that are left: 1 minus the sum of the K would be lost in rounding.
-    rest = logits.scatter(1, ids, nothing).logsumexp(dim=-1, keepdim=True)
-    student = torch.cat([student.masked_fill(none, nothing), rest], dim=-1)
-    teacher = torch.cat([teacher.masked_fill(none, nothing), batch["token_rest"][:, None]], dim=-1).clamp(min=nothing)
-    softened = [torch.log_softmax(scores / temperature, dim=-1) for scores in (student, teacher)]
-    divergence = torch.nn.functional.kl_div(*softened, reduction="sum", log_target=True)
+    rest = logits.scatter(1, ids, NOTHING).logsumexp(dim=-1, keepdim=True)
+    student = torch.cat([student.masked_fill(none, NOTHING), rest], dim=-1)
+    teacher = torch.cat([teacher.masked_fill(none, NOTHING), batch["token_rest"][:, None]], dim=-1).clamp(min=NOTHING)
     nll = (student.logsumexp(dim=-1, keepdim=True) - right).sum()
-    return (1 - alpha) * nll + alpha * temperature**2 * divergence
+    return (1 - alpha) * nll + alpha * divergence(student, teacher, temperature)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         build = functools.partial(loss.completion_trainer, sizes=sizes)
         values = {"alpha": options.kd_alpha, "temperature": options.kd_temperature}
         if by_token:
-            dataset, data, reader = with_token_probs(dataset, data)
+            dataset, reader = with_token_probs(dataset, data)
             loss_sum = functools.partial(token_distillation_loss_sum, **values)
             build = functools.partial(build, loss_sum=loss_sum, token_probs=reader)
             if any("label_probs" in row for row in data.rows):

@@ -10,7 +10,8 @@ shuffled, left out or joined with others. The file has, for tokens of `PromptEnc
     rest        float16 [tokens]     log of the probability of all others together, -inf for none
 
 A teacher that gave fewer than K has id -1 and log-probability -inf in the last places. At K = 32 a token takes 198
-bytes, a row 8 more. The file's name has a hash of its content, so that no JSONL refers to a file of another run.
+bytes, a row 8 more. The file's name has a hash of its content: a JSONL refers to one file, and its own hash says what
+is in that.
 """
 
 from __future__ import annotations
@@ -113,6 +114,8 @@ class TokenProbs:
             file = safe_open(path, framework="numpy")
             if (file.metadata() or {}).get("format") != FORMAT:
                 raise InputError(f"{path}: not of this version's token probabilities; run kd_prepare.py --top_k again")
+            if file_sha256(path)[:12] != path.stem.rpartition(".")[2]:
+                raise OSError("its content is not that which its name has the hash of")
             return file.get_tensor("starts"), {name: file.get_slice(name) for name in DTYPES}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: damaged ({error}); copy it, or run kd_prepare.py --top_k, again") from None

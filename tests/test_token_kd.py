@@ -16,16 +16,13 @@ from conftest import (
     first_step,
     read_lines,
     refused,
-    run_json,
     write_lines,
 )
 
 import kd_train
-from common import InputError
 from distil import heads
 from distil.testing import with_token_probs
 from distil.token_probs import TokenProbs
-from distil.training import loss
 
 VOCABULARY, TOKENS = 50, 6
 WAYS = [(1.0, 1.0), (0.9, 2.0), (0.3, 0.5)]
@@ -182,23 +179,11 @@ def test_files_of_several_k_train_together(training_files, built, model_dir, tok
     assert trainer.compute_loss(trainer.model, batch).isfinite()
 
 
-def test_run_json_names_the_file_and_resume_refuses_another(train, rows, cached, tokenizer, tmp_path, monkeypatch):
-    (name,) = {row["token_probs"]["file"] for row in rows}
-    data = run_json(train("kd", "done", "--data", cached))["data"]
-    assert data["token_probs"].keys() == {name} and len(data["token_probs"][name]) == 64
-
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loss.CompletionTrainer, "train", stop)
-        train("kd", "run", "--data", cached)
-    train("kd", "run", "--data", cached, "--resume", "--dry_run")
+def test_another_file_of_the_same_name_is_refused(rows, tokenizer, tmp_path, model_dir):
     (folder := tmp_path / "other").mkdir()
-    other = with_token_probs(read_lines(cached), folder, tokenizer, seed=1)
-    shutil.copy(folder / other[0]["token_probs"]["file"], tmp_path / name)
-    with pytest.raises(InputError, match="--resume with other settings: data_token_probs "):
-        train("kd", "run", "--data", cached, "--resume")
+    other = with_token_probs(rows, folder, tokenizer, seed=1)
+    shutil.copy(folder / other[0]["token_probs"]["file"], tmp_path / rows[0]["token_probs"]["file"])
+    assert "its content is not that which its name has the hash of" in refused("kd", rows, tmp_path, model_dir)
 
 
 def test_rows_without_probabilities_are_refused(rows, tmp_path, model_dir):

@@ -202,7 +202,7 @@ def label_first(answer: str, label: str, rationale: bool) -> str:
     """Return the answer with its label first, where a student's labels are scored; only the label without a reason."""
     if not rationale:
         return label
-    text = (after_thoughts(answer) or "").lstrip()
+    text = answer.lstrip()
     bare = text.lstrip(MARKS)
     return next((words for words in (text, bare) if words.startswith(label)), f"{label}. {bare}")
 

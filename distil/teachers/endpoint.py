@@ -17,12 +17,7 @@ from distil.thoughts import after_thoughts
 
 ALL_REFUSED = 8  # prompts without one answer: the request is wrong, not these prompts
 TOP_LOGPROBS = (20, 5, 0)  # probabilities requested; the next where an endpoint refuses that many
-OWN = {"model": "--teacher_model", "messages": "--input", "temperature": "--temperature"}  # fields and their flags
-OWN |= dict.fromkeys(("max_tokens", "max_completion_tokens"), "--max_new_tokens")
-OWN |= dict.fromkeys(("logprobs", "top_logprobs", "stream", "n"), "this script alone")
-LATIN, UNSPACED = "A-Za-z\u00c0-\u036f\u1e00-\u1eff", "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-# Words and numbers; four letters of Thai, Lao, Khmer, Japanese or Chinese; of other scripts what is between blanks.
-PIECES = re.compile(f"[{LATIN}]+|[0-9]+|[{UNSPACED}]{{4}}|[^\\s\\x00-\\x7f{LATIN}{UNSPACED}]+")
+OWN = ("model", "messages", "temperature", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "stream")
 CUT_PROMPT = "the endpoint read far fewer tokens than the prompt has; give its model a larger context"
 
 
@@ -34,8 +29,8 @@ def extra_fields(text: str) -> dict[str, Any]:
         fields = None
     if not isinstance(fields, dict):
         raise InputError(f'--extra_body {text}: a JSON object such as {{"reasoning_effort": "low"}} is needed')
-    if problems := [f"{name} is set by {OWN[name]}" for name in fields if name in OWN]:
-        raise InputError(f"--extra_body: {', '.join(problems)}")
+    if own := [name for name in (*OWN, "n") if name in fields]:
+        raise InputError(f"--extra_body: the script and its flags set {', '.join(own)}; leave it out")
     return fields
 
 
@@ -138,9 +133,9 @@ class HttpTeacher(Client):
 
 
 def least_tokens(text: str) -> int:
-    """Return a number of tokens that no tokenizer goes below for a text: half its PIECES. A token has no more than one
-    in nearly all tokenizers; SuperBPE's go beyond words, and English has 0.9 of them for a word."""
-    return len(PIECES.findall(text)) // 2
+    """Return a number of tokens that no tokenizer goes below for a text: half its words between blanks. A token has no
+    more than one in nearly all tokenizers; SuperBPE's go beyond words, and English has 0.9 of them for a word."""
+    return len(re.findall(r"\w\S*", text)) // 2
 
 
 def label_probabilities(reply: Reply, labels: Sequence[str]) -> dict[str, float]:

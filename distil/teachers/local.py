@@ -123,13 +123,9 @@ def token_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], k: int, 
     token ids. k: at most the vocabulary. Raises FloatingPointError where the model returns NaN."""
     import torch
 
-    batches: list[list[tuple[list[int], list[int]]]] = [[]]
-    for row in rows:
-        width = max(len(prompt) + len(completion) for prompt, completion in [*batches[-1], row])
-        if batches[-1] and width * (len(batches[-1]) + 1) > TOKENS:
-            batches.append([])
-        batches[-1].append(row)
-    for batch in batches if rows else ():
+    while rows:
+        size = max(1, TOKENS // max(len(prompt) + len(completion) for prompt, completion in rows))
+        batch, rows = rows[:size], rows[size:]
         counts = [len(completion) for _, completion in batch]
         with torch.inference_mode():
             parts = [most_probable(logits, k) for logits in answer_logits(model, batch, filler)]

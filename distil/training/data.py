@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import InputError, PromptEncoder
-from distil.files import file_sha256, hashed, read_jsonl
+from distil.files import hashed, read_jsonl
 from distil.scoring import common_beginning
 from distil.splits import Provenance, check_no_validation, joined, preparation, provenance, recorded
 from distil.support import check_tokens
@@ -29,8 +29,7 @@ NODE_COLUMNS = ("node_positions", "child_ids", "child_probs")
 @dataclass(frozen=True)
 class TrainingData:
     """Rows of a data file, the file's hash, the note of its preparation ({} without one), the provenance of the model
-    that training starts from, a base or an adapter, what the training is measured on, and the hashes by name of the
-    files with token probabilities."""
+    that training starts from, a base or an adapter, and what the training is measured on."""
 
     file: str
     rows: list[dict]
@@ -38,12 +37,6 @@ class TrainingData:
     note: dict[str, Any]
     start: Provenance | None = None
     validation: Validation | None = None
-    token_probs: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def hashes(self) -> dict[str, Any]:
-        """Return the hashes of all that is read of the rows."""
-        return {"sha256": self.sha256} | ({"token_probs": self.token_probs} if self.token_probs else {})
 
     def for_model(self, name: str) -> TrainingData:
         """Return the data with the model to start from, after `resolve`: it may not change from then on."""
@@ -181,9 +174,9 @@ def with_label_nodes(
     return dataset
 
 
-def with_token_probs(dataset: Dataset, data: TrainingData) -> tuple[Dataset, TrainingData, TokenProbs]:
-    """Return a completion dataset with its rows' references to their token probabilities, the data with the hashes of
-    the files that these are in, and their reader. Raises InputError where rows have none, and as `TokenProbs.row`."""
+def with_token_probs(dataset: Dataset, data: TrainingData) -> tuple[Dataset, TokenProbs]:
+    """Return a completion dataset with its rows' references to their token probabilities, and their reader.
+    Raises InputError where rows have none, and as `TokenProbs.row`."""
     references, reader = [row.get("token_probs") for row in data.rows], TokenProbs(Path(data.file).parent)
     if missing := references.count(None):
         fix = "prepare them with kd_prepare.py --top_k, or leave them out"
@@ -193,9 +186,7 @@ def with_token_probs(dataset: Dataset, data: TrainingData) -> tuple[Dataset, Tra
             reader.row(reference, supervised(labels))
         except InputError as error:
             raise InputError(f"{data.file}: row {number}: {error}") from None
-    files = sorted({reference["file"] for reference in references})
-    hashes = {name: file_sha256(reader.folder / name) for name in files}
-    return dataset.add_column("token_probs", references), replace(data, token_probs=hashes), reader
+    return dataset.add_column("token_probs", references), reader
 
 
 def supervised(labels: Sequence[int]) -> list[int]:

@@ -148,8 +148,7 @@ def run_settings(options: TrainOptions, ref: ModelRef, data: TrainingData) -> di
     settings = {name: value for name, value in asdict(options).items() if name not in _FREE_FLAGS}
     own = {"eval_steps": options.eval_steps, "early_stopping": options.early_stopping}
     settings["validation"] = data.validation and own | {"sha256": data.validation.sha256}
-    settings |= {f"data_{name}": value for name, value in data.hashes.items()}
-    settings |= {"processes": rank_and_world()[1], "model": model_fingerprint(ref)}
+    settings |= {"data_sha256": data.sha256, "processes": rank_and_world()[1], "model": model_fingerprint(ref)}
     return settings | runs.conditions(options.compute_dtype)
 
 
@@ -218,7 +217,7 @@ def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingD
     """Return what run.json records apart from results: where the adapter comes from, with which flags and versions."""
     facts = {"method": method, "base_model": ref.base, "flags": asdict(options), "prompts": PROMPTS}
     facts["base_fingerprint"] = model_fingerprint(ModelRef(ref.base, ref.base, ref.path))
-    facts["data"] = {"file": data.file, **data.hashes, "rows": len(data.rows)}
+    facts["data"] = {"file": data.file, "sha256": data.sha256, "rows": len(data.rows)}
     if val := data.validation:
         facts["validation"] = {"file": val.file, "sha256": val.sha256, "rows": len(val.rows)}
     answer = next(data.rows[0][name] for name in ("output", "teacher_output", "chosen") if name in data.rows[0])
