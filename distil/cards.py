@@ -22,11 +22,6 @@ LICENCE = ("license", "license_name", "license_link")
 # Flags that name files or say how a run was watched and stored, and not what it learned.
 NOT_RECIPE = ("data", "save_dir", "student", "split_seed", "resume", "overwrite", "save_steps", "report_to")
 NOT_RECIPE += ("max_memory_gb", "dry_run", "debug", "push_to_hub")
-USES = {
-    "labels": 'python infer_creditmix.py --model_dir {name} --features "..."',
-    "JSON": "python infer_idp.py --model_dir {name} --schema schema.json --document document.txt",
-    "code": 'python infer_codegen.py --model_dir {name} --prompt "..."',
-}
 
 
 def answer_kind(answer: str) -> str:
@@ -67,7 +62,6 @@ def write_card(
     flags = {name: value for name, value in run.get("flags", {}).items() if name not in NOT_RECIPE}
     texts = {
         "base": shown,
-        "use": USES.get(kind, "").format(name=name),
         "recipe": ", ".join(f"`{n} {_shown(v)}`" for n, v in flags.items() if v is not None and v is not False),
         "licence": " ".join(metadata[part] for part in LICENCE if part in metadata),
     }

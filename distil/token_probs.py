@@ -43,19 +43,20 @@ class TokenRow(NamedTuple):
 
     def packed(self) -> dict[str, Any]:
         """Return the row as values that JSON can have, with its numbers of "tokens" and "k"."""
-        arrays = {name: array.astype(DTYPES[name]).tobytes() for name, array in self._asdict().items()}
+        from safetensors.numpy import save
+
         tokens, k = self.ids.shape
-        return {"tokens": tokens, "k": k} | {name: b64encode(data).decode() for name, data in arrays.items()}
+        return {"tokens": tokens, "k": k, "arrays": b64encode(save(self._asdict())).decode()}
 
 
 def unpacked(packed: dict[str, Any], k: int) -> TokenRow:
     """Return the row that `TokenRow.packed` packed, with K = k, not less than it has."""
     import numpy as np
+    from safetensors.numpy import load
 
-    row = TokenRow(*(np.frombuffer(b64decode(packed[name]), DTYPES[name]) for name in TokenRow._fields))
-    shape, more = (packed["tokens"], packed["k"]), ((0, 0), (0, k - packed["k"]))
-    ids = np.pad(row.ids.reshape(shape), more, constant_values=-1)
-    return row._replace(ids=ids, log_probs=np.pad(row.log_probs.reshape(shape), more, constant_values=-np.inf))
+    row, more = TokenRow(**load(b64decode(packed["arrays"]))), ((0, 0), (0, k - packed["k"]))
+    ids, log_probs = np.pad(row.ids, more, constant_values=-1), np.pad(row.log_probs, more, constant_values=-np.inf)
+    return row._replace(ids=ids, log_probs=log_probs)
 
 
 def write_token_probs(output: Path, rows: Iterable[TokenRow], counts: Sequence[int], k: int) -> str:

@@ -133,7 +133,7 @@ def token_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], k: int, 
         for (_, completion), *row in zip(batch, *arrays, strict=True):
             if row[-1].isnan().any():
                 raise FloatingPointError("the model's scores are NaN; try --compute_dtype float32")
-            yield TokenRow(torch.tensor(completion).numpy(), *(array.numpy() for array in row))
+            yield TokenRow(torch.tensor(completion, dtype=torch.int32).numpy(), *(array.numpy() for array in row))
 
 
 def most_probable(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

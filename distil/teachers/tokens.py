@@ -33,17 +33,18 @@ class TokenReader:
         *answer, end = self.encoder.completion(text)
         if not content:
             raise ValueError("there are no log-probabilities of its tokens")
-        after = next((n for n in range(3) if self._has(answer, content[: len(content) - n])), None)
-        if after is None:
-            theirs = [_word(token).decode(errors="replace") for token in content]
-            ours = [self._words[number].decode(errors="replace") for number in answer]
+        # Bytes that are no text by themselves count as equal. What ends the turn may come after the answer.
+        theirs = [_word(token).decode(errors="replace") for token in content]
+        ours = [self._words[number].decode(errors="replace") for number in answer]
+        last = len(theirs) - len(ours)
+        first = next((n for n in range(last, max(last - 3, -1), -1) if theirs[n : n + len(ours)] == ours), None)
+        if first is None:
             at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
             raise ValueError(f"it has {theirs[at : at + 3]} where --tokenizer has {ours[at : at + 3]}")
-        first = len(content) - after - len(answer)
         found = [self._kept(number, token) for number, token in zip(answer, content[first:], strict=False)]
-        last = content[first + len(answer) :][:1]
-        stops = last and self._ids.get(_word(last[0])) == end
-        found.append(self._kept(end, last[0]) if stops else [(0.0, end)])  # not sent: it ended there
+        after = content[first + len(answer) :][:1]
+        stops = after and self._ids.get(_word(after[0])) == end
+        found.append(self._kept(end, after[0]) if stops else [(0.0, end)])  # not sent: it ended there
         ids = np.full((len(found), max(map(len, found))), -1, "i4")
         log_probs = np.full(ids.shape, -np.inf)
         for i, pairs in enumerate(found):
@@ -51,12 +52,6 @@ class TokenReader:
         with np.errstate(divide="ignore"):
             rest = np.log1p(-np.minimum(np.exp(log_probs).sum(axis=1), 1))
         return TokenRow(np.array([*answer, end], "i4"), ids, log_probs.astype("f2"), rest.astype("f2"))
-
-    def _has(self, answer: list[int], content: Sequence[dict[str, Any]]) -> bool:
-        """Return whether tokens end with those of an answer; bytes that are no text by themselves count as equal."""
-        tail = content[len(content) - len(answer) :] if len(content) >= len(answer) else []
-        texts = [_word(token).decode(errors="replace") for token in tail]
-        return texts == [self._words[number].decode(errors="replace") for number in answer]
 
     def _kept(self, number: int, token: dict[str, Any]) -> list[tuple[float, int]]:
         """Return (log-probability, id), sorted, of a token that is `number` and of its most probable alternatives, but

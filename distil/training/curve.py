@@ -34,7 +34,7 @@ class Records(TrainerCallback):
         entry = state.log_history[-1]
         entry["seconds"] = round(time.monotonic() - self.started, 1)
         entry.pop("num_tokens", None)  # TRL counts those since a resume
-        if not math.isfinite(entry.get("loss", 0)):
+        if not all(math.isfinite(entry.get(name, 0)) for name in ("loss", "val_loss", "val_nll")):
             fix = "lower --learning_rate, or give --compute_dtype float32"
             raise InputError(f"the loss is not a number at step {state.global_step}: {fix}")
 

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from common import InputError, PromptEncoder, compute_dtype, lora_config
+from common import InputError, compute_dtype, lora_config
 from distil import runs, workarounds
 from distil.cards import answer_kind, write_card
 from distil.files import write_json
@@ -30,7 +30,7 @@ from distil.training.data import RowSizes, TrainingData, load_tokenizer
 from distil.training.flags import TrainOptions
 from distil.training.hub import create_repository, push
 from distil.training.memory import check_memory, fit_to_memory, targets_of
-from distil.training.validation import Validation, read_validation, val_file, watch
+from distil.training.validation import read_validation, watch
 
 # Flags that do not decide a run's result: a resumed run may have others.
 _FREE_FLAGS = {"resume", "overwrite", "dry_run", "debug", "report_to", "max_memory_gb", "save_dir", "save_steps"}
@@ -44,7 +44,9 @@ def plan_and_train(
     """Fit the options to the memory, then train and save the adapter, or print the plan (--dry_run); return the exit
     status. build(options, model, tokenizer): returns the trainer. Raises InputError where the run cannot fit."""
     task = task_of_run(ref, data)
-    data = replace(data, validation=validation_of(options, ref, data, task))
+    trained = {row.get("input") or row.get("prompt") for row in data.rows}
+    tokenizer = load_tokenizer(ref.path)
+    data = replace(data, validation=read_validation(options, tokenizer, data.file, data.note, task, trained))
     options, estimate = fit_to_memory(ref, options, sizes)
     if options.dry_run:
         return print_plan(options, ref, data, sizes, estimate)
@@ -55,17 +57,6 @@ def plan_and_train(
         watch(trainer, data.validation, options.eval_steps, options.early_stopping)
     train_and_save(trainer, method, options, ref, data, estimate, task)
     return push(options.save_dir, repository) if repository and not rank_and_world()[0] else 0
-
-
-def validation_of(options: TrainOptions, ref: ModelRef, data: TrainingData, task: Task | None) -> Validation | None:
-    """Return what a run is measured on, None where --val_data is none or auto finds nothing. Raises InputError as
-    `read_validation`, and for --early_stopping without it."""
-    if (file := val_file(options.val_data, data.file, data.note)) is None:
-        if options.early_stopping:
-            raise InputError("--early_stopping: no rows to measure training on were found; give --val_data FILE")
-        return None
-    trained = {row.get("input") or row.get("prompt") for row in data.rows}
-    return read_validation(file, PromptEncoder(load_tokenizer(ref.path)), options.max_length, task, trained)
 
 
 def trainer_arguments(options: TrainOptions) -> dict[str, Any]:

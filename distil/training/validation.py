@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +53,16 @@ def val_file(flag: str, data: str, note: Mapping[str, Any]) -> str | None:
 
 
 def read_validation(
-    file: str, encoder: PromptEncoder, max_length: int, task: Task | None, trained: set[str]
-) -> Validation:
-    """Return the rows of a file to measure a training on. task: the training's; trained: its prompts, of which a note
-    says how many are here too. Raises InputError for the validation part of prepared data, which evaluations are for,
-    and for rows longer than `max_length` tokens."""
+    options: Any, tokenizer: Any, data: str, note: Mapping[str, Any], task: Task | None, trained: set[str]
+) -> Validation | None:
+    """Return what to measure a training on by its options, None where `val_file` finds nothing. task: its; trained: its
+    prompts, of which a note says how many are here too. Raises InputError for the validation part of prepared data,
+    which evaluations are for, for rows that are too long, and for --early_stopping without any."""
+    if (file := val_file(options.val_data, data, note)) is None:
+        if options.early_stopping:
+            raise InputError("--early_stopping: no rows to measure training on were found; give --val_data FILE")
+        return None
+    encoder, max_length = PromptEncoder(tokenizer), options.max_length
     rows, sha256 = hashed(file, lambda: read_jsonl(file, ("input", "output")))
     check_no_validation(file, preparation(file, sha256), calibration=True)
     tokens = [(encoder.prompt(row["input"]), encoder.completion(row["output"])) for row in rows]
@@ -114,8 +118,7 @@ def as_in_inference(model: Any) -> Iterator[None]:
 
 
 def measure(trainer: Any, validation: Validation) -> dict[str, float]:
-    """Return val_loss and, for labels, val_nll and val_accuracy: the same in all processes, which share the rows.
-    Raises InputError where they are not numbers."""
+    """Return val_loss and, for labels, val_nll and val_accuracy: the same in all processes, which share the rows."""
     import torch
 
     (rank, world), tokens = rank_and_world(), validation.tokens
@@ -135,9 +138,6 @@ def measure(trainer: Any, validation: Validation) -> dict[str, float]:
     sums = torch.tensor(sums, dtype=torch.float64, device=trainer.args.device)
     nll, count, label_nll, right = trainer.accelerator.reduce(sums, "sum").tolist()
     labels = {"val_nll": label_nll / len(tokens), "val_accuracy": right / len(tokens)} if validation.task else {}
-    if not math.isfinite(nll + label_nll):
-        fix = "lower --learning_rate, or give --compute_dtype float32"
-        raise InputError(f"the validation loss is not a number at step {trainer.state.global_step}: {fix}")
     return {"val_loss": nll / count, **labels}
 
 
