@@ -55,8 +55,8 @@ def val_file(flag: str, data: str, note: Mapping[str, Any]) -> str | None:
 def read_validation(
     options: Any, tokenizer: Any, data: str, note: Mapping[str, Any], task: Task | None, trained: set[str]
 ) -> Validation | None:
-    """Return what to measure a training on by its options, None where `val_file` finds nothing. task, trained: its task
-    and its prompts, of which a note says how many are here too. Raises InputError for the validation part of prepared
+    """Return what to measure a training on by its options, None where `val_file` finds nothing. task, trained: its
+    task and prompts, of which a note says how many are here too. Raises InputError for the validation part of prepared
     data, which evaluations are for, for rows that are too long, and for --early_stopping without any."""
     if (file := val_file(options.val_data, data, note)) is None:
         if options.early_stopping:
