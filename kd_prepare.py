@@ -228,9 +228,8 @@ def with_token_probs(rows: list[dict], output: Path) -> list[dict]:
         print(f"{without} answers without token probabilities, {why}, are left out", file=sys.stderr)
     rows = [row for row in rows if "token_probs" in row]
     if places := [row["token_probs"] for row in rows]:
-        k = max(place["k"] for place in places)
-        arrays = (unpacked(stored_token_probs(place), k) for place in places)
-        name = write_token_probs(output, arrays, [place["tokens"] for place in places], k)
+        arrays = (unpacked(stored_token_probs(place)) for place in places)
+        name = write_token_probs(output, arrays, [place["tokens"] for place in places], places[0]["k"])
         for number, row in enumerate(rows):
             row["token_probs"] = {"file": name, "row": number}
     return rows

@@ -24,8 +24,6 @@ from distil.quirks import Failed, changed, quirk_of, reply_of
 
 REFUSED = (400, 413, 422)  # statuses that may be about one request
 BUSY = (408, 409, 425, 429)  # statuses below 500 that are worth another try
-# What reading half a reply, or one of another form, raises.
-MISREAD = (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 LONGEST_PAUSE = 600.0  # seconds; where a server asks for a longer pause it is not waited for
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -225,9 +223,8 @@ class Client:
                 return send()
             except Failed as error:
                 status, text = error.status, f"answers {error.status}: {self.line(error)}"
-                if status in REFUSED or (
-                    status == 403 and re.search("flagged|moderat|content.(policy|filter)", str(error), re.I)
-                ):
+                moderated = status == 403 and re.search("flagged|moderat|content.(policy|filter)", str(error), re.I)
+                if status in REFUSED or moderated:
                     raise Refused(text, str(error)) from None
                 if status not in BUSY and status < 500:
                     raise InputError(f"{self.url} {text}") from None
@@ -235,7 +232,8 @@ class Client:
                 if pause > 60:
                     self.report(f"{self.url} answers {status} and asks for a pause of {pause:.0f} s")
                 reason = error
-            except (openai.APIError, *MISREAD) as error:
+            # Half a reply, or one of another form, raises what reading it raises.
+            except (openai.APIError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
                 reason = error.__cause__ or error
             if self._stopped.is_set():
                 break

@@ -49,14 +49,11 @@ class TokenRow(NamedTuple):
         return {"tokens": tokens, "k": k, "arrays": b64encode(save(self._asdict())).decode()}
 
 
-def unpacked(packed: dict[str, Any], k: int) -> TokenRow:
-    """Return the row that `TokenRow.packed` packed, with K = k, not less than it has."""
-    import numpy as np
+def unpacked(packed: dict[str, Any]) -> TokenRow:
+    """Return the row that `TokenRow.packed` packed."""
     from safetensors.numpy import load
 
-    row, more = TokenRow(**load(b64decode(packed["arrays"]))), ((0, 0), (0, k - packed["k"]))
-    ids, log_probs = np.pad(row.ids, more, constant_values=-1), np.pad(row.log_probs, more, constant_values=-np.inf)
-    return row._replace(ids=ids, log_probs=log_probs)
+    return TokenRow(**load(b64decode(packed["arrays"])))
 
 
 def write_token_probs(output: Path, rows: Iterable[TokenRow], counts: Sequence[int], k: int) -> str:

@@ -149,7 +149,7 @@ def test_as_many_as_the_server_allows(here, endpoint, model_dir, tokenizer):
     server.refusal = b'{"error": {"message": "top_logprobs is at most 20"}}'
     assert ask_endpoint(server.url, "--top_k", 32, "--tokenizer", model_dir, "--concurrency", 1) == 0
     assert [request["top_logprobs"] for request in server.requests] == [32] + [20] * 12
-    assert {row.ids.shape for row in stored_rows(tokenizer)} == {(2, 1)}
+    assert {row.ids.shape for row in stored_rows(tokenizer)} == {(2, 32)}
 
 
 def test_a_server_that_refuses_log_probs_is_refused(here, endpoint, model_dir):

@@ -45,7 +45,7 @@ class TokenReader:
         after = content[first + len(answer) :][:1]
         stops = after and self._ids.get(_word(after[0])) == end
         found.append(self._kept(end, after[0]) if stops else [(0.0, end)])  # not sent: it ended there
-        ids = np.full((len(found), max(map(len, found))), -1, "i4")
+        ids = np.full((len(found), self.k), -1, "i4")
         log_probs = np.full(ids.shape, -np.inf)
         for i, pairs in enumerate(found):
             log_probs[i, : len(pairs)], ids[i, : len(pairs)] = zip(*pairs, strict=True)
