@@ -32,12 +32,13 @@ def _folded(body: dict[str, Any]) -> dict[str, Any]:
     return body | {"messages": [rest[0] | {"content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]]}
 
 
-def _replaced(old: str, new: dict[str, Any], body: dict[str, Any], if_it_is: Any = None) -> dict[str, Any]:
-    """Return a request with `new` for the field `old`, whose value stands where `new` has None."""
-    if old not in body or if_it_is not in (None, body[old]):
-        return body
-    rest = {name: value for name, value in body.items() if name != old}
-    return rest | {name: body[old] if value is None else value for name, value in new.items()}
+def _without(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in body.items() if field != name}
+
+
+def _renamed(body: dict[str, Any]) -> dict[str, Any]:
+    new = {"max_completion_tokens": body["max_tokens"]} if "max_tokens" in body else {}
+    return _without("max_tokens", body) | new
 
 
 # Words of a refusal, and the request that may do then, in the order of trying.
@@ -46,15 +47,12 @@ QUIRKS: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
         r"system.{0,30}(role|message|prompt|instruction)|role.{0,80}system|developer instr|roles must alt|only user",
         _folded,
     ),
-    "with max_completion_tokens in place of max_tokens": (
-        r"\bmax_(completion_)?tokens\b",
-        functools.partial(_replaced, "max_tokens", {"max_completion_tokens": None}),
-    ),
+    "with max_completion_tokens in place of max_tokens": (r"\bmax_(completion_)?tokens\b", _renamed),
     "with temperature 0.01 in place of 0": (
         r"\btemperature\b",
-        functools.partial(_replaced, "temperature", {"temperature": 0.01}, if_it_is=0),
+        lambda body: body | ({"temperature": 0.01} if body.get("temperature") == 0 else {}),
     ),
-    **{f"without {name}": (rf"\b{name}\b", functools.partial(_replaced, name, {})) for name in OPTIONAL},
+    **{f"without {name}": (rf"\b{name}\b", functools.partial(_without, name)) for name in OPTIONAL},
 }
 
 

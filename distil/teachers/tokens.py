@@ -63,8 +63,7 @@ class TokenReader:
             word = _word(other)
             if word in self._ids and HALF_A_SIGN not in word and is_log_prob(other["logprob"]):
                 found.setdefault(self._ids[word], other["logprob"])
-        pairs = ((min(float(value), 0.0), other) for other, value in found.items())
-        return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[: self.k]
+        return sorted(((min(float(value), 0.0), other) for other, value in found.items()), reverse=True)[: self.k]
 
 
 def _word(token: dict[str, Any]) -> bytes:
