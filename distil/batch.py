@@ -278,16 +278,14 @@ class AnswerFile:
             self.path.unlink(missing_ok=True)
         with _alone(self.path):
             _resume_point(self.path, settings, "teacher", together)
-            at = 0
             with open(self.path, "rb") as lines:
                 for number, line in enumerate(lines, 1):
                     try:
                         answer = parse_json(line.decode())
-                        self._keep(answer.pop("row"), answer, at)
+                        self._keep(answer.pop("row"), answer, lines.tell() - len(line))
                     except (ValueError, KeyError, AttributeError, TypeError):
                         fix = "remove it, and its prompt is sent again"
                         raise InputError(f"{self.path}: line {number} is damaged; {fix}") from None
-                    at += len(line)
         if self.answers:
             print(f"{self.path}: resuming after {len(self.answers)} answers", file=sys.stderr)
 
