@@ -16,6 +16,7 @@ is in that.
 
 from __future__ import annotations
 
+import shutil
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -74,6 +75,7 @@ def write_token_probs(output: Path, rows: Iterable[TokenRow], counts: Sequence[i
                 tensors[name][start : start + len(array)] = array
         whole = Path(scratch, "whole")
         save_file(tensors, whole, {"format": FORMAT})
+        shutil.copymode(Path(scratch, "ids"), whole)  # safetensors lets nobody else read it
         name = f"{output.stem}.{file_sha256(whole)[:12]}.safetensors"
         whole.replace(output.with_name(name))
     return name

@@ -42,6 +42,8 @@ def test_rows_are_read_as_they_were_written(tmp_path):
         assert np.allclose(np.exp(row.log_probs.astype("f8")).sum(axis=1) + np.exp(row.rest), 1, atol=2e-3)
     assert load_file(path)["log_probs"].shape == (306, 32)  # by the library alone
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_token_takes_at_most_200_bytes(tmp_path):
