@@ -63,10 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     likely = "keep the K most probable tokens for each token of an answer, for kd_train.py; 0: off (%(default)s)"
     add("--top_k", type=int, default=0, help=likely)
     add("--answers", choices=("teacher", "gold"), default="teacher", help="of which --top_k is kept (%(default)s)")
-    add(
-        "--tokenizer",
-        help="with --top_k and --teacher_url: base model of the student, whose tokenizer the teacher has",
-    )
+    add("--tokenizer", help="with --top_k of --teacher_url: the student's base model, whose tokenizer the teacher has")
     add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
     add("--seed", type=cli.seed_number, default=0, help="of a local teacher's samples and tabular rows (%(default)s)")
     add("--batch_size", type=int, default=16, help="prompts a model answers together (%(default)s)")

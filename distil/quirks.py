@@ -76,9 +76,8 @@ def reply_of(text: str) -> dict[str, Any]:
         reply = json.loads(text)
         choices = reply.get("choices") or [{}]
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"a reply that is not a JSON object: {text[:80]!r} ({error}); is the address right?"
-        ) from None
+        why = f"a reply that is not a JSON object: {text[:80]!r} ({error}); is the address right?"
+        raise ValueError(why) from None
     problem = reply.get("error") or choices[0].get("error")
     if not problem and not reply.keys() & {"choices", "data", "tokens"}:
         problem = reply

@@ -76,9 +76,7 @@ class ModelTeacher:
             chosen = numbers[first : first + size]
             turns = [prompts[number] for number in chosen]
             torch.manual_seed(self.options.seed + (chosen[0] << 32))  # the same samples when a killed run is resumed
-            answers: list[dict[str, Any]] = [
-                {"teacher_output": self.gold[number]} if gold else {} for number in chosen
-            ]
+            answers = [{"teacher_output": self.gold[number]} if gold else {} for number in chosen]
             starts = prompts_ids = [self.encoder.prompt(turn) for turn in turns]
             if labels:
                 rows = calibration.probabilities(scorer.raw_scores(turns))
@@ -98,15 +96,14 @@ class ModelTeacher:
 
     def _add_token_probs(self, answers: list[dict[str, Any]], prompts: list[list[int]], texts: Sequence[str]) -> None:
         """Add "token_probs" of the texts [answers] after the prompts, but to answers that are left out."""
-        context, rows = context_length(self.model.config.get_text_config()), {}
-        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            rows[i] = prompt, self.encoder.completion(text)
-            if len(prompt) + len(rows[i][1]) > context:
-                answers[i].setdefault("left_out", f"longer with its prompt than the teacher's context of {context}")
-            if "left_out" in answers[i]:
-                del rows[i]
-        found = token_rows(self.model, list(rows.values()), self.options.top_k, self.tokenizer.pad_token_id)
-        for i, row in zip(rows, found, strict=True):
+        context = context_length(self.model.config.get_text_config())
+        rows = [(prompt, self.encoder.completion(text)) for prompt, text in zip(prompts, texts, strict=True)]
+        for answer, (prompt, completion) in zip(answers, rows, strict=True):
+            if len(prompt) + len(completion) > context:
+                answer.setdefault("left_out", f"longer with its prompt than the teacher's context of {context}")
+        kept = [i for i, answer in enumerate(answers) if "left_out" not in answer]
+        found = token_rows(self.model, [rows[i] for i in kept], self.options.top_k, self.tokenizer.pad_token_id)
+        for i, row in zip(kept, found, strict=True):
             answers[i]["token_probs"] = row.packed()
 
     def _calibration(self, scorer: FastLabelScorer) -> Calibration:
