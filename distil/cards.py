@@ -118,8 +118,8 @@ def _add(
     lines = ["| data | settings | metric | value | 95 % interval |", "|---|---|---|---|---|"]
     for one in card.data.eval_results:
         interval = "{} to {}".format(*one.metric_args["interval_95"]) if one.metric_args else ""
-        cells = one.dataset_name, one.dataset_config, one.metric_type, str(one.metric_value), interval
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = one.dataset_name, one.dataset_config, one.metric_type, one.metric_value, interval
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     before, _, rest = card.text.partition(START)
     card.text = "\n".join([f"{before}{START}\n", *lines, f"\n{END}{rest.partition(END)[2]}"])
     with atomic_writer(path) as out:
