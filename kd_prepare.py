@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -207,7 +208,9 @@ def write_answers(args: argparse.Namespace, prompts: asking.Prompts | None, sha2
     if args.top_k:
         rows = with_token_probs(rows, Path(args.output))
     if not rows:
-        raise InputError(f"no row is left (--filter {args.filter})")
+        reasons = Counter(answer["left_out"] for answer in answers if "left_out" in answer).most_common(1)
+        why = "; ".join(f"{count} answers: {reason}" for reason, count in reasons) or f"--filter {args.filter}"
+        raise InputError(f"no row is left ({why})")
     write_jsonl(args.output, rows)
     origin |= {"top_k": args.top_k, "answers": args.answers} if args.top_k else {}
     note_preparation(args.output, note, learnt, teacher={"name": name, **origin, **report})

@@ -102,7 +102,11 @@ def _add(
 
     card, data, ends = ModelCard.load(path), summary["data"], result.get("interval_95", {})
     settings = [f"{next(value for value in data.values() if isinstance(value, int))} rows"]
-    settings += ["engine" if flags["url"] else flags["quantization"], result.get("calibration"), result.get("mode")]
+    settings += [
+        f"engine {Path(flags['served_model']).name}" if flags["url"] else flags["quantization"],
+        result.get("calibration"),
+        result.get("mode"),
+    ]
     settings += [f"{name} {flags[name]}" for name in ("class_shares", "bias", "temperature") if flags.get(name)]
     same = {"task_type": "text-classification" if "task" in summary else "text-generation"}
     same |= {"dataset_type": Path(data["file"]).stem, "dataset_name": Path(data["file"]).name}

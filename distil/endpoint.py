@@ -109,6 +109,7 @@ class Client:
         from openai import OpenAI
 
         self.server, self.url = server, shown_url(server.url)
+        self._heard = False  # from the server
         self.problem: BaseException | None = None
         self._reported: set[str] = set()
         self._quirks: dict[str, None] = {}  # of this server, in the order in which they were found
@@ -220,7 +221,9 @@ class Client:
         for attempt in range(self.server.retries + 1):
             pause = min(60.0, 0.5 * 2**attempt) * random.uniform(0.5, 1.5)
             try:
-                return send()
+                result = send()
+                self._heard = True
+                return result
             except Failed as error:
                 status, text = error.status, f"answers {error.status}: {self.line(error)}"
                 moderated = status == 403 and re.search("flagged|moderat|content.(policy|filter)", str(error), re.I)
@@ -238,6 +241,8 @@ class Client:
             if self._stopped.is_set():
                 break
             if attempt < self.server.retries:
+                if not self._heard:
+                    self.report(f"{self.url} gives no answer yet: {self.line(reason)}; it is tried again")
                 self._pause(pause)
         raise NoAnswer(self.url, self.line(reason))
 

@@ -48,6 +48,9 @@ class ServedModel:
             try:
                 self.complete(self.encoder.prompt("-"), max_tokens=1)
                 break
+            except NoAnswer as error:
+                fix = "start the server, or check the address, which usually ends in /v1"
+                raise InputError(f"{error}; {fix}") from None
             except (Refused, InputError) as error:
                 problems.append(str(error).removeprefix(f"{self.url} "))
         else:

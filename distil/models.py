@@ -206,6 +206,8 @@ def check_model_name(name: str) -> None:
     elif path.exists() or str(name).startswith(("runs/", ".", "/", "~")) or str(name).count("/") > 1:
         files = (file for depth in ("*", "*/*") for file in Path("runs").glob(f"{depth}/adapter_config.json"))
         adapters = ", ".join(sorted(str(file.parent) for file in files if file.parent.parent.name != "checkpoints"))
+        if path.suffix == ".gguf":
+            raise InputError(f"{name}: a GGUF file is for an engine: give its export folder, and the engine by --url")
         exists = f"there are: {adapters}" if adapters else "there is no adapter yet"
         raise InputError(f"{name}: no such model folder; under runs/ {exists} (train one with sft_train.py)")
 

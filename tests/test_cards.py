@@ -154,8 +154,10 @@ def test_other_rows_and_settings_are_added(card):
     cards.add_results(summary(card, 0.5, 100), ["f1", "absent"], FLAGS)
     cards.add_results(summary(card, 0.9, 20), ["f1"], FLAGS)
     cards.add_results(summary(card, 0.6, 100), ["f1"], FLAGS)
-    cards.add_results(summary(card, 0.7, 100, mode="plan"), ["f1"], FLAGS | {"url": "http://x"})
-    wanted = {"100 rows, nf4": 0.6, "20 rows, nf4": 0.9, "100 rows, engine, plan": 0.7}
+    cards.add_results(
+        summary(card, 0.7, 100, mode="plan"), ["f1"], FLAGS | {"url": "http://x", "served_model": "a/m-q8.gguf"}
+    )
+    wanted = {"100 rows, nf4": 0.6, "20 rows, nf4": 0.9, "100 rows, engine m-q8.gguf, plan": 0.7}
     assert metrics_of(card) == {(settings, "f1"): value for settings, value in wanted.items()}
     assert "| x.jsonl | 100 rows, nf4 | f1 | 0.6 | 0.5 to 0.7 |" in (card / "README.md").read_text()
 
@@ -218,7 +220,13 @@ def test_a_finished_run_is_uploaded(hub, train):
     folder = train("sft", "run", "--push_to_hub", "me/run")
     assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()} and "README.md" in hub.files
     assert hub.created[0]["name"] == "run" and hub.created[0]["visibility"] == "private"
-    assert trainer("sft").build_parser().parse_args(["--config", str(folder / "run.json")]).push_to_hub is None
+    assert (
+        trainer("sft")
+        .build_parser()
+        .parse_args(["--config", str(folder / "run.json"), "--save_dir", "again"])
+        .push_to_hub
+        is None
+    )
 
 
 @pytest.mark.parametrize("hub", [{"status": 403}], indirect=True)

@@ -69,3 +69,9 @@ def test_a_run_is_repeated_from_its_record(method, train, tmp_path):
     assert one["flags"] | {"save_dir": ""} == other["flags"] | {"save_dir": ""}
     record = json.loads((first / "run.json").read_text())
     assert record["flags"]["lora_r"] == 4 and record["flags"]["seed"] == 3
+
+
+def test_a_run_is_not_repeated_into_the_default_folder(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"base_model": "m", "flags": {"save_dir": "runs/x", "seed": 1}}))
+    with pytest.raises(InputError, match="give --save_dir"):
+        trainer("sft").build_parser().parse_args(["--config", str(tmp_path / "run.json")])

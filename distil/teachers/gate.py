@@ -90,7 +90,7 @@ def checked_rows(
     report: dict[str, Any] = {}
     checked = [one for one in (prompts.gold if labels else right) if one is not None]
     if keep_gold and not labels:
-        print("the teacher wrote nothing that could be checked before training")
+        print("right answers get the teacher's probabilities; there is nothing of its own to check")
     elif not checked:
         print("no gold answers: the teacher cannot be checked before training", file=sys.stderr)
     elif labels:

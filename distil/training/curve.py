@@ -46,11 +46,17 @@ def plot_curve(path: Path, history: list[dict], title: str) -> None:
     steps, losses, rates = ([entry[name] for entry in history] for name in ("step", "loss", "learning_rate"))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(steps, losses, color="tab:blue", label="training")
+    axis.plot(steps, losses, color="tab:blue", label="training (loss of the method)")
     if measured := [(entry["step"], entry["val_loss"]) for entry in history if "val_loss" in entry]:
-        axis.plot(*zip(*measured, strict=True), color="black", linestyle="--", marker="o", label="validation")
+        axis.plot(
+            *zip(*measured, strict=True),
+            color="black",
+            linestyle="--",
+            marker="o",
+            label="validation (NLL of an answer token)",
+        )
         axis.legend()
-    axis.set(xlabel="optimiser step", ylabel="loss per supervised token", title=title)
+    axis.set(xlabel="optimiser step", ylabel="per supervised token", title=title)
     rate = axis.twinx()
     rate.plot(steps, rates, color="tab:gray", linestyle=":")
     rate.set_ylabel("learning rate (dotted)")

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -100,15 +100,17 @@ class TrainParser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         given = super().parse_args(args, namespace)
         if file := getattr(given, "config", None):
-            given = super().parse_args(self.from_file(file) + args, namespace)
+            given = super().parse_args(self.from_file(file, args) + args, namespace)
         return given
 
-    def from_file(self, file: str) -> list[str]:
+    def from_file(self, file: str, args: Sequence[str]) -> list[str]:
         """Return the flags of a file as a command line has them, so that they are checked alike. A run.json has them
-        under "flags". Null and false stand for a flag that is not given."""
+        under "flags". Null and false stand for a flag that is not given. args: the command line."""
         values, actions = read_config(file), {action.dest: action for action in self._actions}
         if "base_model" in values and isinstance(values.get("flags"), dict):
             values = {name: value for name, value in values["flags"].items() if name not in _OF_THE_FOLDER}
+            if not any(arg.partition("=")[0] == "--save_dir" for arg in args):
+                raise InputError(f"--config {file}: a run that repeats another has its own folder; give --save_dir")
         argv = []
         for name, value in values.items():
             if name not in actions or name in ("help", "config"):

@@ -239,6 +239,7 @@ def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[d
     model.peft_config["default"].base_model_name_or_path = run["base_model"]  # the user's name, not a path
     model.save_pretrained(done, selected_adapters=["default"], save_embedding_layers=False)
     trainer.processing_class.save_pretrained(done)
+    shutil.copymode(done / "adapter_config.json", done / "adapter_model.safetensors")  # nobody else could read it
     write_json(done / "training_curve.json", history)
     plot_curve(done / "training_curve.png", history, f"{save_dir.name} ({run['method']})")
     write_card(done, save_dir.name, run, task and task.record)  # in place of PEFT's, with this machine's paths
