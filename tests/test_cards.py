@@ -50,13 +50,15 @@ def test_a_run_has_a_card_without_paths(train, model_dir, tmp_path, training_fil
     rows = [{"input": default_task().prompt("Age: 31"), "output": "Good"}]
     data = Path(write_lines(tmp_path / "credit_sft.jsonl", rows * 4))
     note = {"split_seed": 5, "gold_share": 0.5, "files": {data.name: file_sha256(data)}, "task": default_task().record}
-    note["source"] = {"file": str(tmp_path / "raw.json"), "sha256": "b" * 64}
+    note["sources"] = [{"file": str(tmp_path / "raw.json"), "sha256": "b" * 64}]
+    note["sources"].append({"file": "the teacher big-model at http://10.0.0.1/v1"})
     (tmp_path / "credit_prepared.json").write_text(json.dumps(note))
     folder = train("sft", "run", "--data", data, "--lora_targets", "q_proj,v_proj")
     found, text = read(folder), (folder / "README.md").read_text()
     assert found.data.to_dict() | {"tags": 0} == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": 0}
     assert str(tmp_path) not in text and model_dir not in text and str(Path.home()) not in text
     assert f"4 of credit_sft.jsonl |\n| SHA-256 | {file_sha256(data)}" in text
+    assert "| answers of the teacher big-model |\n" in text and "10.0.0.1" not in text
     assert f"raw.json, SHA-256 {'b' * 64}" in text and "| split seed | 5 |" in text and "| gold share | 0.5 |" in text
     assert (
         "Good, Standard, Bad" in text
