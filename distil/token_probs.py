@@ -21,7 +21,6 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common import InputError
@@ -59,25 +58,29 @@ def unpacked(packed: dict[str, Any]) -> TokenRow:
 
 def write_token_probs(output: Path, rows: Iterable[TokenRow], counts: Sequence[int], k: int) -> str:
     """Write rows of `counts` tokens and K = k, one at a time in memory, to a file next to `output`, a JSONL; return
-    its name. The file is complete before it has its name."""
+    its name. The file is complete before it has its name. The caller holds the output."""
     import numpy as np
     from safetensors.numpy import save_file
 
     starts = [0, *accumulate(counts)]
     shapes = {"starts": (len(starts),), "ids": (starts[-1], k), "log_probs": (starts[-1], k)}
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+    scratch = output.with_name(f".{output.name}.arrays")  # one name: the next run removes what a killed one left
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
         tensors = {}
         for name, dtype in DTYPES.items():
-            tensors[name] = np.memmap(Path(scratch, name), dtype, "w+", shape=shapes.get(name, (starts[-1],)))
+            tensors[name] = np.memmap(scratch / name, dtype, "w+", shape=shapes.get(name, (starts[-1],)))
         tensors["starts"][:] = starts
         for start, row in zip(starts, rows, strict=False):
             for name, array in row._asdict().items():
                 tensors[name][start : start + len(array)] = array
-        whole = Path(scratch, "whole")
-        save_file(tensors, whole, {"format": FORMAT})
-        shutil.copymode(Path(scratch, "ids"), whole)  # safetensors lets nobody else read it
+        save_file(tensors, whole := scratch / "whole", {"format": FORMAT})
+        shutil.copymode(scratch / "ids", whole)  # safetensors lets nobody else read it
         name = f"{output.stem}.{file_sha256(whole)[:12]}.safetensors"
         whole.replace(output.with_name(name))
+    finally:
+        shutil.rmtree(scratch)
     return name
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,16 @@ def test_rows_that_are_not_there_and_other_tokens_are_refused(tmp_path):
     for other in (ids[:-1], [*ids[:-1], ids[-1] + 1]):
         with pytest.raises(InputError, match="another tokenizer, or the answer was changed"):
             TokenProbs(tmp_path).row({"file": path.name, "row": 0}, other)
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
+    if not (child := os.fork()):
+        killed = (os.kill(os.getpid(), signal.SIGKILL) if i else row for i, row in enumerate(random_rows([3, 4], 32)))
+        write_token_probs(tmp_path / "kd.jsonl", killed, [3, 4], 32)
+    os.waitpid(child, 0)
+    assert list(tmp_path.iterdir())
+    _, path = written(tmp_path, [3, 4])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_type_of_each_tensor(tmp_path):
