@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         for text in (document, *(sorted(copies) if part == "sft" else ())):
             parts[part].append({"input": idp_prompt(text), "output": compact_json(answer)})
-    note = {name: vars(args)[name] for name in ("split_seed", "val_share", "dev_share", "broken_copies")}
+    note = {name: vars(args)[name] for name in ("split_seed", "group", "val_share", "dev_share", "broken_copies")}
     write_parts(args.outdir, "idp", parts, args.src, note)
     print("groups: " + ", ".join(f"{len(names)} in {part}" for part, names in groups.items()), file=sys.stderr)
     return 0

@@ -19,6 +19,7 @@ from distil.processes import print_note
 from distil.runs import run_record
 
 _PARTS = {"validation": "validation", "val": "calibration"}  # of the split, by how a file of it is called
+SPLIT = ("split_seed", "val_share", "group")  # of a note: what decides which rows are for evaluations
 EXPORTED = "distil_slm"  # in an export's config.json, so that a copy without export.json keeps its provenance
 
 
@@ -175,10 +176,21 @@ def same_split(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     `one` has no labels that --gold_share keeps from `other`; also where neither has a note."""
     if not one and not other:
         return True
-    keys = ("split_seed", "task", "val_share", "dev_share")
-    raw = [{(source or {}).get("sha256") for source in recorded("", note).sources} for note in (one, other)]
     gold = [1.0 if note.get("gold_share") is None else note["gold_share"] for note in (one, other)]
-    return all(one.get(k) == other.get(k) for k in keys) and bool(raw[0] & raw[1] - {None}) and gold[0] <= gold[1]
+    same = all(one.get(key) == other.get(key) for key in (*SPLIT, "task", "dev_share"))
+    return same and _same_raw_file(one, other) and gold[0] <= gold[1]
+
+
+def check_one_split(file: str, one: Mapping[str, Any], data: str, other: Mapping[str, Any]) -> None:
+    """Raise InputError where the notes of two files are of different splits of one raw file: rows of the first may be
+    evaluation rows of the second's split."""
+    if _same_raw_file(one, other) and any(one.get(key) != other.get(key) for key in SPLIT):
+        raise InputError(f"{file}: is of another split than {data}: rows for evaluations may be in it; use one split")
+
+
+def _same_raw_file(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    raw = [{(source or {}).get("sha256") for source in recorded("", note).sources} for note in (one, other)]
+    return bool(raw[0] & raw[1] - {None})
 
 
 def _other_files(note: Path, names: Iterable[str]) -> list[str]:

@@ -306,6 +306,7 @@ def test_auto_finds_the_file_of_the_datas_own_preparation(prepared, tmp_path):
         note | {"source": {"file": "raw", "sha256": "b"}},
         note | {"task": other_task},
         note | {"gold_share": 0.1},
+        note | {"group": "company"},
         {},
     ):
         assert validation.val_file("auto", data, other) is None, other
@@ -343,6 +344,11 @@ def test_what_cannot_be_measured_is_refused(train, training_files, prepared, fit
     with pytest.raises(InputError, match="is the calibration part of prepared data; take the training part"):
         read_data(str(prepared / "creditmix_val.jsonl"), ("input", "output"))
     assert not (tmp_path / "run").exists()
+    (other := tmp_path / "other").mkdir()
+    note = json.loads((prepare(other) / "creditmix_prepared.json").read_text())
+    (other / "creditmix_prepared.json").write_text(json.dumps(note | {"split_seed": 1}))
+    with pytest.raises(InputError, match=r"val.jsonl: is of another split than .*creditmix_sft.jsonl: rows"):
+        fit("sft", "run", "--val_data", other / "creditmix_val.jsonl", "--dry_run")
     fit("sft", "run", "--val_data", prepared / "creditmix_sft.jsonl", "--dry_run")
     assert "24 of 24 rows of" in capsys.readouterr().err  # they are the training rows
 

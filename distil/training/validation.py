@@ -21,7 +21,7 @@ from distil.files import hashed, read_jsonl
 from distil.heads import answer_logits
 from distil.processes import print_note, rank_and_world
 from distil.scoring import FastLabelScorer
-from distil.splits import check_no_validation, preparation, same_split
+from distil.splits import check_no_validation, check_one_split, preparation, same_split
 from distil.tasks import Task
 
 
@@ -57,14 +57,16 @@ def read_validation(
 ) -> Validation | None:
     """Return what to measure a training on by its options, None where `val_file` finds nothing. task, trained: its
     task and prompts, of which a note says how many are here too. Raises InputError for the validation part of prepared
-    data, which evaluations are for, for rows that are too long, and for --early_stopping without any."""
+    data, which evaluations are for, as `check_one_split`, for rows that are too long, and for --early_stopping without
+    any."""
     if (file := val_file(options.val_data, data, note)) is None:
         if options.early_stopping:
             raise InputError("--early_stopping: no rows to measure training on were found; give --val_data FILE")
         return None
     encoder, max_length = PromptEncoder(tokenizer), options.max_length
     rows, sha256 = hashed(file, lambda: read_jsonl(file, ("input", "output")))
-    check_no_validation(file, preparation(file, sha256), calibration=True)
+    check_no_validation(file, own := preparation(file, sha256), calibration=True)
+    check_one_split(file, own, data, note)
     tokens = [(encoder.prompt(row["input"]), encoder.completion(row["output"])) for row in rows]
     longest, number = max((len(prompt) + len(answer), i) for i, (prompt, answer) in enumerate(tokens, 1))
     if longest > max_length:
