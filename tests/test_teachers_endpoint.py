@@ -19,7 +19,7 @@ from distil.endpoint import seconds_of
 from distil.tasks import default_task
 from distil.teachers.answers import PROMPT_VERSION, RATIONALE, label_of
 from distil.teachers.endpoint import HttpTeacher
-from distil.testing import ROOT
+from distil.testing import ROOT, completion
 
 TASK = default_task()
 
@@ -96,6 +96,16 @@ def test_fewer_log_probs_are_requested_where_limited(here, endpoint, monkeypatch
     assert ask_endpoint(server.url, "--concurrency", 1, "--retries", 0) == 0
     assert [body["top_logprobs"] for body in server.requests] == [20] + [5] * 6
     assert all("label_probs" in row for row in read_lines("kd.jsonl"))
+
+
+def test_a_lower_top_k_is_reported(here, endpoint, model_dir, monkeypatch, capsys):
+    write_lines("in.jsonl", [{"input": "Say 1"}, {"input": "Say 2"}])
+    server = endpoint(("400",))
+    monkeypatch.setattr(server, "refusal", b'{"error": {"message": "top_logprobs must be at most 20"}}')
+    server.reply_to = lambda prompt: completion("Good", {"Good": 0.5, "Bad": 0.2}, {"<|im_end|>": 0.9})
+    flags = ("--top_k", 32, "--tokenizer", model_dir, "--concurrency", 1, "--retries", 0)
+    assert ask_endpoint(server.url, *flags) == 0
+    assert "must be at most 20: continuing with --top_k 20" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ class HttpTeacher(Client):
             if not top or "logprob" not in refusal.words:
                 return {"teacher_output": "", "left_out": str(refusal)}
             self._top = min(self._top, next(fewer for fewer in TOP_LOGPROBS if fewer < top))
+            if self._top and self._tokens:
+                self.report(f"{self.url} {refusal}: continuing with --top_k {self._top}")
             if not self._top and self._tokens:
                 raise InputError(f"{self.url} {refusal}: --top_k needs log-probabilities") from None
             if not self._top:
