@@ -53,6 +53,13 @@ def test_a_model_answers_label_tasks_by_calibrated_likelihood(here, model_dir):
         assert row["teacher"]["name"] == model_dir
 
 
+def test_a_calibration_that_token_probabilities_do_not_have_is_reported(here, model_dir, capsys):
+    write_lines("in.jsonl", gold_rows(9))
+    for method, reported in (("batch", True), ("none", False)):
+        ask(model_dir, "--top_k", 3, "--calibration", method, output=f"{method}.jsonl")
+        assert ("note: token probabilities are the teacher's own, without" in capsys.readouterr().err) == reported
+
+
 def test_auto_takes_the_calibration_with_the_lower_nll(here, model_dir, tmp_path, capsys):
     """Without gold answers a base is, an adapter is not, and nothing is by the mean of a few prompts."""
     rows, names = gold_rows(40), sorted(TASK.labels)

@@ -39,6 +39,8 @@ CUT = "cut off at --max_new_tokens"
 MARKS = "*\"'`#-_ \n"  # an answer may open with them
 DENIED = r"not|no|never|\w+n't|cannot|below|above|than"  # words that take a label back
 FEW_PROMPTS = 32  # the mean score of fewer prompts depends more on them than on the model
+UNCALIBRATED = "token probabilities are the teacher's own, without the calibration that chose its labels"
+UNCALIBRATED += "; --calibration none chooses labels by the same scores"
 MIN_SHARE = 1e-4  # of a label that is not among an endpoint's most probable tokens
 
 
@@ -250,6 +252,8 @@ def calibrate_answers(answers: list[dict[str, Any]], prompts: Prompts, method: s
     calibration = teacher_calibration(method, raw, texts, gold, labels, least="none")
     if calibration.method == "none":
         return answers
+    if any("token_probs" in answer for answer in answers):
+        print_note(UNCALIBRATED)
     result = list(answers)
     for i, row in zip(scored, calibration.probabilities(raw), strict=True):
         result[i] = answers[i] | answer_of_probabilities(labels, row)

@@ -11,11 +11,13 @@ from distil.calibration import uncalibrated
 from distil.generation import generate
 from distil.heads import answer_logits
 from distil.models import ModelRef, load
+from distil.processes import print_note
 from distil.scoring import FastLabelScorer
 from distil.support import context_length
 from distil.teachers.answers import (
     CUT,
     FEW_PROMPTS,
+    UNCALIBRATED,
     TeacherOptions,
     answer_of_probabilities,
     bare_text,
@@ -64,6 +66,8 @@ class ModelTeacher:
         if labels:
             scorer = self.scorer(labels)
             calibration = self._calibration(scorer)
+            if self.options.top_k and calibration.method != "none":
+                print_note(UNCALIBRATED)
         writes = self.options.rationale or not (labels or gold)
         if writes:
             pack_for_decoding(self.model)
