@@ -184,7 +184,8 @@ def same_split(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def check_one_split(file: str, one: Mapping[str, Any], data: str, other: Mapping[str, Any]) -> None:
     """Raise InputError where the notes of two files are of different splits of one raw file: rows of the first may be
     evaluation rows of the second's split."""
-    if _same_raw_file(one, other) and any(one.get(key) != other.get(key) for key in SPLIT):
+    differ = any(one[key] != other[key] for key in SPLIT if key in one and key in other)
+    if differ and _same_raw_file(one, other):
         raise InputError(f"{file}: is of another split than {data}: rows for evaluations may be in it; use one split")
 
 
