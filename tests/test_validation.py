@@ -351,6 +351,9 @@ def test_what_cannot_be_measured_is_refused(train, training_files, prepared, fit
         fit("sft", "run", "--val_data", other / "creditmix_val.jsonl", "--dry_run")
     fit("sft", "run", "--val_data", prepared / "creditmix_sft.jsonl", "--dry_run")
     assert "24 of 24 rows of" in capsys.readouterr().err  # they are the training rows
+    mixed = write_lines(tmp_path / "mixed.jsonl", [*gold_rows(3), {"input": "Age: 1", "output": "good"}])
+    fit("sft", "run", "--val_data", mixed, "--dry_run")
+    assert "note: 1 of 4 rows of" in (err := capsys.readouterr().err) and "val_loss alone is measured" in err
 
 
 @pytest.mark.parametrize("balanced", [True, False])

@@ -73,8 +73,10 @@ def read_validation(
         raise InputError(f"{file}: row {number} has {longest} tokens, --max_length is {max_length}; raise it")
     if known := sum(row["input"] in trained for row in rows):
         print_note(f"{known} of {len(rows)} rows of {file} are training rows too: val_loss is too good by these")
-    labels = task and all(row["output"] in task.labels for row in rows)
-    return Validation(file, sha256, rows, tokens, task if labels else None)
+    others = sum(row["output"] not in task.labels for row in rows) if task else len(rows)
+    if 0 < others < len(rows):
+        print_note(f"{others} of {len(rows)} rows of {file} have no label of {task.name}: val_loss alone is measured")
+    return Validation(file, sha256, rows, tokens, None if others else task)
 
 
 def watch(trainer: Any, validation: Validation, eval_steps: int, early_stopping: int) -> None:
