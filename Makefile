@@ -24,9 +24,10 @@ ROWS := --val_per_class 80 --fit_per_class 40 --calibration auto
 MINUTES := $(if $(FAST),5 1 1 2,10 2 2 4)
 endif
 EXAMPLE := Age: 23.0, Occupation: Scientist, Annual Income: 19114.12, Outstanding Debt: 809.98, Credit Utilization Ratio: 35.03, Payment Behaviour: Low_spent_Small_value_payments
+QUICK := --overwrite --val_data none
 about = about $(word $(1),$(MINUTES)) min
 
-.PHONY: demo test lint bench doctor clean
+.PHONY: install demo test lint bench doctor clean
 
 .venv/.installed: requirements.txt requirements-embedded.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -41,18 +42,20 @@ about = about $(word $(1),$(MINUTES)) min
 	@$(PIP) --quiet -r requirements-dev.txt
 	@touch $@
 
+install: .venv/.installed
+
 # Short trainings of the embedded model in runs/demo, apart from your own data/ and runs/.
 demo: .venv/.installed
 	@echo "== 1/6 prepare the data: clean, split by customer, balance (under 1 min)"
 	@$(PY) creditmix_prepare.py --outdir $(DEMO)/data | tail -n 3
 	@echo "== 2/6 SFT: learn the labels ($(call about,1))"
-	@$(PY) sft_train.py --student $(STUDENT) --data $(DEMO)/data/creditmix_sft.jsonl --save_dir $(DEMO)/sft $(SFT) --overwrite
+	@$(PY) sft_train.py --student $(STUDENT) --data $(DEMO)/data/creditmix_sft.jsonl --save_dir $(DEMO)/sft $(SFT) $(QUICK)
 	@echo "== 3/6 KD: learn a teacher's probabilities, from the SFT adapter ($(call about,2))"
 	@$(PY) kd_train.py --adapter $(DEMO)/sft --data $(DEMO)/data/creditmix_kd.jsonl --save_dir $(DEMO)/kd $(KD) \
-		--learning_rate 2e-4 --overwrite
+		--learning_rate 2e-4 $(QUICK)
 	@echo "== 4/6 DPO: prefer the right label to the most plausible wrong one ($(call about,3))"
 	@$(PY) dpo_train.py --adapter $(DEMO)/sft --data $(DEMO)/data/creditmix_dpo.jsonl --save_dir $(DEMO)/dpo $(DPO) \
-		--overwrite
+		$(QUICK)
 	@echo "== 5/6 evaluate on customers that no training saw ($(call about,4))"
 	@$(PY) eval_creditmix.py --model_dir $(STUDENT) $(DEMO)/sft $(DEMO)/kd $(DEMO)/dpo $(ROWS) --fit --keep_base \
 		--baselines --report_dir $(DEMO)/report > $(DEMO)/table.txt

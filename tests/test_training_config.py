@@ -9,6 +9,7 @@ from conftest import METHODS, adapter_tensors, assert_same_tensors, run_json, tr
 
 import kd_train
 from common import InputError
+from distil.files import file_sha256
 
 
 def flags_of(*argv: str):
@@ -75,3 +76,12 @@ def test_a_run_is_not_repeated_into_the_default_folder(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"base_model": "m", "flags": {"save_dir": "runs/x", "seed": 1}}))
     with pytest.raises(InputError, match="give --save_dir"):
         trainer("sft").build_parser().parse_args(["--config", str(tmp_path / "run.json")])
+
+
+def test_data_that_changed_since_a_run_is_reported(tmp_path, capsys):
+    (data := tmp_path / "a.jsonl").write_text("{}\n")
+    for sha256, said in ((file_sha256(data), False), ("0" * 64, True)):
+        record = {"base_model": "m", "flags": {"data": str(data)}, "data": {"sha256": sha256}}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        trainer("sft").build_parser().parse_args(["--config", str(tmp_path / "run.json"), "--save_dir", "again"])
+        assert ("other content" in capsys.readouterr().err) == said

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, TypeVar
 
 from common import InputError
 from distil.cli import new_parser, number_or_auto, seed_number
-from distil.files import read_json, read_text
+from distil.files import file_sha256, read_json, read_text
 from distil.models import DEFAULT_STUDENT, LoadOptions, ModelRef, adapter_config, parameter_count
+from distil.processes import print_note
 from distil.training.data import TrainingData
 
 Limit = tuple[str, Callable[[float], bool]]
@@ -108,9 +109,13 @@ class TrainParser(argparse.ArgumentParser):
         under "flags". Null and false stand for a flag that is not given. args: the command line."""
         values, actions = read_config(file), {action.dest: action for action in self._actions}
         if "base_model" in values and isinstance(values.get("flags"), dict):
+            sha256 = (values.get("data") or {}).get("sha256")
             values = {name: value for name, value in values["flags"].items() if name not in _OF_THE_FOLDER}
             if not any(arg.partition("=")[0] == "--save_dir" for arg in args):
                 raise InputError(f"--config {file}: a run that repeats another has its own folder; give --save_dir")
+            data = values.get("data")
+            if sha256 and data and Path(data).is_file() and file_sha256(data) != sha256:
+                print_note(f"{data}: other content than in the run of {file}, so the result will be another")
         argv = []
         for name, value in values.items():
             if name not in actions or name in ("help", "config"):
