@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--teacher_model", help="name of the model there")
     cli.add_connection_flags(add)
     add("--retries", type=int, default=6, help="further tries where it is busy or unreachable (%(default)s)")
-    extra = 'more fields of its requests (stored with the answers, so no keys), such as {"chat_template_kwargs": {"enable_thinking": false}}'
+    extra = 'more fields of its requests, such as {"reasoning_effort": "low"}; stored with the answers, so no keys'
     add("--extra_body", default="{}", metavar="JSON", help=extra)
     add("--price_in", type=float, default=0.0, help="of a million tokens of prompts, for the cost in the note")
     add("--price_out", type=float, default=0.0, help="of a million tokens of answers (%(default)s)")
