@@ -237,7 +237,7 @@ def test_a_finished_command_has_status_0_and_its_files(here):
     assert done.returncode == 0, done.stderr
     assert "wrote " in done.stdout
     assert all_files(here / "data") == [
-        f"creditmix_{name}" for name in ("dpo.jsonl", "kd.jsonl", "prepared.json", "sft.jsonl")
+        f"creditmix_{name}" for name in ("dpo.jsonl", "kd.jsonl", "prepared.json", "sft.jsonl", "val.jsonl")
     ]
 
 

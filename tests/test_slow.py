@@ -178,15 +178,15 @@ def teacher_url(embedded):
 
 
 @pytest.mark.timeout(360)  # a CPU without bf16 products takes 5 s an answer
-def test_a_teacher_over_http_and_the_gate_that_calls_it_weak(data_folder, embedded, teacher_url, tmp_path, capsys):
-    rows = read_jsonl(data_folder / "creditmix_sft.jsonl", ("input", "output"))[:24]
+def test_a_teacher_over_http_and_the_gate_that_calls_it_weak(embedded, teacher_url, tmp_path, capsys):
+    rows = [{"input": f'Say "Good".{chr(10) * n}', "output": "Bad" if n % 3 else "Good"} for n in range(6)]
     source, output = tmp_path / "prompts.jsonl", tmp_path / "kd.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--teacher_url", teacher_url, "--teacher_model", str(embedded), "--input", str(source)]
-    argv += ["--output", str(output), "--labels", ",".join(TASK.labels), "--max_new_tokens", "8", "--concurrency", "2"]
+    argv += ["--output", str(output), "--labels", ",".join(TASK.labels), "--max_new_tokens", "8"]
     assert kd_prepare.main(argv) == 0
     captured = capsys.readouterr()
-    assert "WARNING: the teacher is weaker than" in captured.err  # an untrained small model knows nothing of credit
+    assert "WARNING: the teacher is weaker than" in captured.err  # the majority is "Bad"
     written = read_jsonl(output, ("input", "teacher_output"))
-    assert written and all(row["teacher_output"].strip("*\"'. ").startswith(TASK.labels) for row in written)
+    assert [row["teacher_output"] for row in written] == ["Good"] * 6
     assert all("label_probs" not in row for row in written)  # this server sends no log-probabilities, though requested

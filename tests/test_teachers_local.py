@@ -236,6 +236,6 @@ def test_the_vocabulary_is_all_there_is(here, model_dir):
     write_lines("in.jsonl", gold_rows(3))
     for row in ask(model_dir, "--top_k", 10**6):
         stored = TokenProbs(".")._open(here / row["token_probs"]["file"])[1]
-        assert stored["ids"].get_shape()[1] == 448
+        assert stored["ids"].get_shape()[1] == 386
         assert (stored["rest"][:] == -np.inf).all()
         np.testing.assert_allclose(np.exp(stored["log_probs"][:].astype("f8")).sum(axis=1), 1, atol=2e-3)

@@ -115,7 +115,7 @@ def test_the_measure_is_that_of_the_models_own_logits(fit, prepared, model_dir, 
 
 def test_all_methods_have_the_same_measure(fit):
     """Nothing is learnt at rate 0, so each curve has the base model's values."""
-    entries = [curve_of(fit(method, method, "--learning_rate", 0))[-1] for method in METHODS]
+    entries = [curve_of(fit(method, method, "--learning_rate", 0, "--eval_steps", 6))[-1] for method in METHODS]
     for name in ("val_loss", "val_nll", "val_accuracy"):
         assert entries[1][name] == pytest.approx(entries[0][name], abs=1e-5)
         assert entries[2][name] == pytest.approx(entries[0][name], abs=1e-5)
@@ -143,7 +143,11 @@ def test_the_curve_shows_both_losses(fit, monkeypatch):
 
     monkeypatch.setattr(run, "plot_curve", watched)
     save_dir = fit("sft", "run", "--eval_steps", 2)
-    assert [shape.get("label") for _, shape in lines] == ["training", "validation", None]
+    assert [shape.get("label") for _, shape in lines] == [
+        "training (loss of the method)",
+        "validation (NLL of an answer token)",
+        None,
+    ]
     assert lines[1][0] == list(values(save_dir, "val_loss").values()) and len(lines[1][0]) == 3
     assert lines[1][1]["linestyle"] != lines[0][1].get("linestyle")  # distinct without colours
 
@@ -164,6 +168,7 @@ def test_gradients_are_the_same_after_an_evaluation(checkpointing, built, prepar
     """In NF4 and bfloat16, where bitsandbytes' packed kernel and adapters that stay rounded would show."""
     flags = ("--student", model_dir, "--data", prepared / "creditmix_sft.jsonl", "--save_dir", prepared / "run")
     flags += ("--compute_dtype", "bfloat16", "--gradient_checkpointing", checkpointing, "--lora_dropout", 0)
+    flags += ("--eval_steps", 1)
     one = built("sft", *flags)
     one.model_wrapped = one.accelerator.prepare_model(one.model)
     for name, parameter in one.model.named_parameters():
@@ -408,3 +413,8 @@ def test_idp_prepare_holds_out_groups_on_request(tmp_path):
     assert validation.val_file("auto", data, preparation(data)) == str(tmp_path / "dev" / "idp_val.jsonl")
     with pytest.raises(InputError, match="--val_share and --dev_share are shares with a sum below 1"):
         idp_prepare.main([str(flag) for flag in [*argv, tmp_path / "no", "--dev_share", 0.8]])
+
+
+def test_a_short_training_is_not_measured_unasked(fit):
+    """Its measure could take longer than it does."""
+    assert not values(fit("sft", "short"), "val_loss")

@@ -90,7 +90,7 @@ def checked_rows(
     report: dict[str, Any] = {}
     checked = [one for one in (prompts.gold if labels else right) if one is not None]
     if keep_gold and not labels:
-        print("right answers get the teacher's probabilities; there is nothing of its own to check")
+        print("right answers get the teacher's probabilities; it wrote none that could be checked")
     elif not checked:
         print("no gold answers: the teacher cannot be checked before training", file=sys.stderr)
     elif labels:

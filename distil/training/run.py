@@ -44,10 +44,15 @@ def plan_and_train(
     """Fit the options to the memory, then train and save the adapter, or print the plan (--dry_run); return the exit
     status. build(options, model, tokenizer): returns the trainer. Raises InputError where the run cannot fit."""
     task = task_of_run(ref, data)
-    trained = {row.get("input") or row.get("prompt") for row in data.rows}
-    tokenizer = load_tokenizer(ref.path)
-    data = replace(data, validation=read_validation(options, tokenizer, data.file, data.note, task, trained))
     options, estimate = fit_to_memory(ref, options, sizes)
+    if (
+        options.val_data != "auto"
+        or options.early_stopping
+        or step_count(options, len(data.rows)) >= options.eval_steps
+    ):
+        trained = {row.get("input") or row.get("prompt") for row in data.rows}
+        found = read_validation(options, load_tokenizer(ref.path), data.file, data.note, task, trained)
+        data = replace(data, validation=found)
     if options.dry_run:
         return print_plan(options, ref, data, sizes, estimate)
     check_memory(ref, options, estimate)
