@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.sft_weight:
             losses |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, options.sft_weight]}
         build = functools.partial(pairs.pair_trainer, examples=examples, sizes=sizes, losses=losses)
-        return run.plan_and_train("dpo", options, ref, data, sizes, build)
+        return run.plan_and_train("dpo", options, ref, data, sizes, encoder, build)
 
 
 if __name__ == "__main__":

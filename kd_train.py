@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             text = "no token_probs or label_probs, so --kd_alpha has no effect: teacher_output is imitated"
             print(f"{data.file}: {text}", file=sys.stderr)
-        return run.plan_and_train("kd", options, ref, data, sizes, functools.partial(build, dataset=dataset))
+        return run.plan_and_train("kd", options, ref, data, sizes, encoder, functools.partial(build, dataset=dataset))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         encoder = PromptEncoder(load_tokenizer(ref.path))
         dataset, sizes = completion_dataset(data, "output", encoder, options.max_length)
         build = functools.partial(loss.completion_trainer, dataset=dataset, sizes=sizes)
-        return run.plan_and_train("sft", options, ref, data, sizes, build)
+        return run.plan_and_train("sft", options, ref, data, sizes, encoder, build)
 
 
 if __name__ == "__main__":

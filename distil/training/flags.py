@@ -193,12 +193,8 @@ def training_parser(
     add("--lora_targets", help=f"{targets} (auto)")
     add = parser.add_argument_group("validation").add_argument
     rows = 'JSONL of {"input", "output"} to measure training on; auto: the <task>_val.jsonl of a prepare script next '
-    add(
-        "--val_data",
-        metavar="FILE|auto|none",
-        default="auto",
-        help=f"{rows}to --data, in runs of --eval_steps or more (%(default)s)",
-    )
+    rows += "to --data, in runs of --eval_steps or more (%(default)s)"
+    add("--val_data", metavar="FILE|auto|none", default="auto", help=rows)
     add("--eval_steps", type=int, help="steps between two measures (default: as --save_steps)")
     stop = "stop after this number of measures without a better one and keep the best adapter; 0: never (%(default)s)"
     add("--early_stopping", metavar="N", type=int, default=0, help=stop)

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from common import InputError, compute_dtype, lora_config
+from common import InputError, PromptEncoder, compute_dtype, lora_config
 from distil import runs, workarounds
 from distil.cards import answer_kind, write_card
 from distil.files import write_json
@@ -26,7 +26,7 @@ from distil.splits import recorded
 from distil.support import lora_targets
 from distil.tasks import PROMPTS, TASK_FILE, Task, model_task, shared_task, task_of
 from distil.training.curve import Records, plot_curve
-from distil.training.data import RowSizes, TrainingData, load_tokenizer
+from distil.training.data import RowSizes, TrainingData
 from distil.training.flags import TrainOptions
 from distil.training.hub import create_repository, push
 from distil.training.memory import check_memory, fit_to_memory, targets_of
@@ -39,19 +39,23 @@ _FREE_FLAGS |= {"push_to_hub", "val_data", "eval_steps", "early_stopping"}
 
 
 def plan_and_train(
-    method: str, options: TrainOptions, ref: ModelRef, data: TrainingData, sizes: RowSizes, build: Callable[..., Any]
+    method: str,
+    options: TrainOptions,
+    ref: ModelRef,
+    data: TrainingData,
+    sizes: RowSizes,
+    encoder: PromptEncoder,
+    build: Callable[..., Any],
 ) -> int:
     """Fit the options to the memory, then train and save the adapter, or print the plan (--dry_run); return the exit
-    status. build(options, model, tokenizer): returns the trainer. Raises InputError where the run cannot fit."""
+    status. encoder: of the student; build(options, model, tokenizer): returns the trainer. Raises InputError where the
+    run cannot fit."""
     task = task_of_run(ref, data)
     options, estimate = fit_to_memory(ref, options, sizes)
-    if (
-        options.val_data != "auto"
-        or options.early_stopping
-        or step_count(options, len(data.rows)) >= options.eval_steps
-    ):
+    short = step_count(options, len(data.rows)) < options.eval_steps
+    if not short or options.val_data != "auto" or options.early_stopping:
         trained = {row.get("input") or row.get("prompt") for row in data.rows}
-        found = read_validation(options, load_tokenizer(ref.path), data.file, data.note, task, trained)
+        found = read_validation(options, encoder, data.file, data.note, task, trained)
         data = replace(data, validation=found)
     if options.dry_run:
         return print_plan(options, ref, data, sizes, estimate)

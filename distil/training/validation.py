@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,15 @@ from distil.tasks import Task
 @dataclass(frozen=True)
 class Validation:
     """What a training is measured on: a file with its hash, its rows, the token ids of their prompts and answers.
-    task: the one whose labels the answers are, or None. metric: what early stopping goes by."""
+    task: the one whose labels the answers are, or None. encoder: of the model in training, which `watch` adds.
+    metric: what early stopping goes by."""
 
     file: str
     sha256: str
     rows: list[dict]
     tokens: list[tuple[list[int], list[int]]]
     task: Task | None
+    encoder: PromptEncoder | None = None
 
     @property
     def metric(self) -> str:
@@ -53,7 +55,7 @@ def val_file(flag: str, data: str, note: Mapping[str, Any]) -> str | None:
 
 
 def read_validation(
-    options: Any, tokenizer: Any, data: str, note: Mapping[str, Any], task: Task | None, trained: set[str]
+    options: Any, encoder: PromptEncoder, data: str, note: Mapping[str, Any], task: Task | None, trained: set[str]
 ) -> Validation | None:
     """Return what to measure a training on by its options, None where `val_file` finds nothing. task, trained: its
     task and prompts, of which a note says how many are here too. Raises InputError for the validation part of prepared
@@ -63,14 +65,14 @@ def read_validation(
         if options.early_stopping:
             raise InputError("--early_stopping: no rows to measure training on were found; give --val_data FILE")
         return None
-    encoder, max_length = PromptEncoder(tokenizer), options.max_length
     rows, sha256 = hashed(file, lambda: read_jsonl(file, ("input", "output")))
     check_no_validation(file, own := preparation(file, sha256), calibration=True)
     check_one_split(file, own, data, note)
     tokens = [(encoder.prompt(row["input"]), encoder.completion(row["output"])) for row in rows]
     longest, number = max((len(prompt) + len(answer), i) for i, (prompt, answer) in enumerate(tokens, 1))
-    if longest > max_length:
-        raise InputError(f"{file}: row {number} has {longest} tokens, --max_length is {max_length}; raise it")
+    if longest > options.max_length:
+        limit = f"--max_length is {options.max_length}; raise it"
+        raise InputError(f"{file}: row {number} has {longest} tokens, {limit}")
     if known := sum(row["input"] in trained for row in rows):
         print_note(f"{known} of {len(rows)} rows of {file} are training rows too: val_loss is too good by these")
     others = sum(row["output"] not in task.labels for row in rows) if task else len(rows)
@@ -82,6 +84,7 @@ def read_validation(
 def watch(trainer: Any, validation: Validation, eval_steps: int, early_stopping: int) -> None:
     """Let a trainer measure itself every `eval_steps` and at the end. early_stopping: evaluations without a better one
     after which it stops (0: never); then `Records` saves each one's checkpoint, and the best adapter is kept."""
+    validation = replace(validation, encoder=PromptEncoder(trainer.processing_class))
     trainer.args.eval_strategy, trainer.args.eval_steps = "steps", eval_steps
     if early_stopping:
         trainer.args.load_best_model_at_end = True
@@ -152,8 +155,7 @@ def label_sums(trainer: Any, validation: Validation, rows: list[int]) -> list[fl
     labels, chosen = validation.task.labels, [validation.rows[i] for i in rows]
     how = {"batch_size": trainer.args.per_device_train_batch_size, "label_tokens": validation.task.label_tokens}
     how["shared_by"] = [row["input"] for row in chosen]
-    encoder = PromptEncoder(trainer.processing_class)
-    scorer = FastLabelScorer(trainer.model, encoder, {label: [label] for label in labels}, **how)
+    scorer = FastLabelScorer(trainer.model, validation.encoder, {label: [label] for label in labels}, **how)
     scores = log_softmax(scorer.score([validation.tokens[i][0] for i in rows]), axis=1)
     gold = [labels.index(row["output"]) for row in chosen]
     return [-float(scores[range(len(rows)), gold].sum()), float((scores.argmax(axis=1) == gold).sum())]
