@@ -2,8 +2,9 @@
 
 Departures from TRL's own script: prompts are tokenised exactly as label scoring does it (TRL has no pre-tokenised
 path), a long prompt is run once for both answers of its pair, adapters train in float32, and training can continue
-from an SFT adapter (--adapter), whose frozen copy is then the reference; without one the base model itself is. Dropout
-is off, as TRL has it: policy and reference must be the same network at the start.
+from an SFT adapter (--adapter), whose frozen copy is then the reference. Without one the base model is the reference,
+and an SFT term teaches the answers themselves (--sft_weight). Dropout is off, as TRL has it: policy and reference must
+be the same network at the start.
 
     python dpo_train.py --adapter runs/creditmix_sft --data data/creditmix_dpo.jsonl --save_dir runs/creditmix_dpo
 """
@@ -24,6 +25,8 @@ from distil.training.flags import ABOVE_0, AT_LEAST_0, LORA, TrainOptions, train
 # The whitepaper's section 3 for large students; measured on smollm2-135m for small ones (docs/recipes.md).
 LARGE = {"epochs": 1.0, "learning_rate": 5e-6, "batch_size": 1, "grad_accum": 8, "lora_dropout": 0.05} | LORA
 SMALL = {"epochs": 1.0, "learning_rate": 1e-4, "batch_size": 8, "grad_accum": 1, "lora_dropout": 0.0} | LORA
+# From a base, DPO alone falls to one label: the answers are still to be learnt, by an SFT term at SFT's rates.
+BASE_WEIGHT, LARGE_BASE, SMALL_BASE = 1.0, LARGE | {"learning_rate": 2e-4}, SMALL | {"learning_rate": 1e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +36,16 @@ class DpoOptions(TrainOptions):
     LIMITS = TrainOptions.LIMITS | {"beta": ABOVE_0, "sft_weight": AT_LEAST_0}
     adapter: str | None = None
     beta: float = 0.1
-    sft_weight: float = 0.0
+    sft_weight: float
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = training_parser(__doc__, SMALL, LARGE, "creditmix_dpo", '{"prompt", "chosen", "rejected"}')
     add = parser.add_argument_group("preference").add_argument
     add("--beta", type=float, default=0.1, help="strength of the pull to the reference, into DPOConfig (%(default)s)")
-    weight = "weight of an SFT term on the chosen answers, against likelihood displacement (%(default)s)"
-    add("--sft_weight", type=float, default=0.0, help=weight)
+    weight = "weight of an SFT term on the chosen answers (0 with --adapter; without, 1 and --learning_rate "
+    weight += f"{SMALL_BASE['learning_rate']:g} below 1 B parameters, else {LARGE_BASE['learning_rate']:g})"
+    add("--sft_weight", type=float, help=weight)
     return parser
 
 
@@ -69,7 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     with claimed(vars(args)):
         ref = resolve_student(args.student, args.adapter)
         data = data.for_model(ref.name)
-        options = train_options(vars(args), SMALL, LARGE, ref, data, DpoOptions)
+        flags = vars(args)
+        if args.sft_weight is None:
+            flags = flags | {"sft_weight": 0.0 if ref.adapter else BASE_WEIGHT}
+        recipes = (SMALL_BASE, LARGE_BASE) if flags["sft_weight"] and not ref.adapter else (SMALL, LARGE)
+        options = train_options(flags, *recipes, ref, data, DpoOptions)
         no_dropout = {"DPO trains without dropout": ["lora_dropout"] if args.lora_dropout else []}
         refuse_unused(parser, argv, no_dropout | unused(vars(args)))
 

@@ -100,6 +100,7 @@ def our_command(setup: Setup, method: str, folder: Path, output: Path) -> list[s
         *("--data", str(folder / f"{method}.jsonl"), "--quantization", setup.quantization, "--lora_dropout", "0"),
         *("--compute_dtype", setup.compute_dtype, "--gradient_checkpointing", "off", *shared_flags(setup, method)),
         *("--batch_size", str(batch_of(setup, method)), "--grad_accum", str(setup.grad_accum)),
+        *(("--sft_weight", "0") if method == "dpo" else ()),  # TRL's has none
     ]
 
 

@@ -506,7 +506,7 @@ def test_a_model_trains_scores_and_is_exported(architecture, encoder, tmp_path, 
     monkeypatch.setattr(run, "train_and_save", watched)
     for method in METHODS:
         data = write_lines(tmp_path / f"{method}.jsonl", ROWS[method])
-        own = {"kd": ("--kd_alpha", 0.5), "dpo": ("--beta", 0.05)}.get(method, ())
+        own = {"kd": ("--kd_alpha", 0.5), "dpo": ("--beta", 0.05, "--sft_weight", 0)}.get(method, ())
         flags = ("--student", base, "--data", data, "--save_dir", tmp_path / method, "--compute_dtype", "float32")
         assert trainer(method).main([str(flag) for flag in (*flags, *own, *ALL_ROWS)]) == 0
     np.testing.assert_allclose(*zip(*compared, strict=True), rtol=1e-4)

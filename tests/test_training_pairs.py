@@ -11,6 +11,7 @@ import torch
 from conftest import EXACT, adapter_tensors, assert_same_tensors, first_step, write_lines
 
 import dpo_train
+import sft_train
 from distil.training import pairs
 
 
@@ -20,12 +21,26 @@ def test_dpo_starts_at_its_reference(start, train, sft_adapter, monkeypatch):
     folders = []
     for dropout in (0.0, 0.5) if start == "base" else (0.0,):
         monkeypatch.setitem(dpo_train.SMALL, "lora_dropout", dropout)
-        flags = ["--adapter", sft_adapter] if start == "adapter" else []
-        folders.append(train("dpo", f"run{dropout}", *flags, base=not flags))
+        flags = ["--adapter", sft_adapter] if start == "adapter" else ["--sft_weight", 0]
+        folders.append(train("dpo", f"run{dropout}", *flags, base=start == "base"))
     for folder in folders:
         assert first_step(folder)["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert first_step(folder)["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert_same_tensors(adapter_tensors(folders[0]), adapter_tensors(folders[-1]), atol=0)
+
+
+def test_from_a_base_the_answers_are_taught_too(train, sft_adapter):
+    """An SFT term at SFT's rate, which DPO from an adapter and DPO that refuses the term do not have."""
+    given = {"base": [], "alone": ["--sft_weight", 0], "adapter": ["--adapter", sft_adapter]}
+    folders = {name: train("dpo", name, *flags, base=name != "adapter") for name, flags in given.items()}
+    flags = {name: json.loads((folder / "run.json").read_text())["flags"] for name, folder in folders.items()}
+    small = dpo_train.SMALL["learning_rate"]
+    assert {name: (one["sft_weight"], one["learning_rate"]) for name, one in flags.items()} == {
+        "base": (1, sft_train.SMALL["learning_rate"]),
+        "alone": (0, small),
+        "adapter": (0, small),
+    }
+    assert first_step(folders["base"])["loss"] > 2 * math.log(2) > first_step(folders["alone"])["loss"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -95,7 +110,7 @@ def test_prompts_are_run_once_only_where_it_is_right_and_pays(model_dir, llama_d
 
 def test_beta_reaches_the_loss(built, train, model_dir, training_files):
     flags = ("--student", model_dir, "--data", training_files["dpo"], "--save_dir", "never")
-    trainer = built("dpo", *flags, "--beta", 0.37)
+    trainer = built("dpo", *flags, "--beta", 0.37, "--sft_weight", 0)
     assert trainer.args.beta == trainer.beta == 0.37
     assert trainer.args.loss_type == ["sigmoid"]
     trainer = built("dpo", *flags, "--sft_weight", 0.5)
@@ -104,7 +119,8 @@ def test_beta_reaches_the_loss(built, train, model_dir, training_files):
 
 
 def test_beta_scales_the_first_gradient(train):
-    small, large = (train("dpo", f"beta{beta}", *EXACT, "--batch_size", 4, "--beta", beta) for beta in (0.1, 0.2))
+    flags = (*EXACT, "--batch_size", 4, "--sft_weight", 0)
+    small, large = (train("dpo", f"beta{beta}", *flags, "--beta", beta) for beta in (0.1, 0.2))
     assert first_step(large)["grad_norm"] == pytest.approx(2 * first_step(small)["grad_norm"], rel=1e-4)
 
 

@@ -231,6 +231,12 @@ def test_a_training_that_gets_better_runs_to_its_end(fit, monkeypatch):
     assert_same_tensors(tensors, {name: seen[7][name] for name in tensors}, atol=0)
 
 
+@pytest.mark.parametrize(("steps", "said"), [(6, True), (7, False)])
+def test_patience_that_a_run_is_too_short_for_is_said(steps, said, fit, capsys):
+    fit("sft", "run", "--max_steps", steps, "--eval_steps", 3, "--early_stopping", 1, "--dry_run")
+    assert (f"--early_stopping 1 cannot stop a run of {steps} steps" in capsys.readouterr().err) == said
+
+
 @pytest.mark.parametrize("killed_at", [5, 9, "saving"])
 def test_a_resumed_run_stops_where_an_uninterrupted_one_does(killed_at, fit, monkeypatch):
     """Before the best checkpoint, with half of the patience used up, and after the decision to stop."""

@@ -208,7 +208,7 @@ def training_parser(
     add("--overwrite", action="store_true", help="replace a run that is in --save_dir")
     add("--report_to", default="none", help="none, tensorboard, wandb ... as transformers takes it (%(default)s)")
     add("--max_memory_gb", type=float, help="memory a run may need by estimate (default: what is free)")
-    hub = "then upload the run folder to this repository of the model hub; a new one is private"
+    hub = "then upload the run folder, with the paths in run.json, to this hub repository; a new one is private"
     add("--push_to_hub", metavar="REPO", help=hub)
     add("--dry_run", action="store_true", help="print rows, tokens, steps, parameters and memory, then stop")
     return parser

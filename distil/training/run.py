@@ -52,7 +52,9 @@ def plan_and_train(
     run cannot fit."""
     task = task_of_run(ref, data)
     options, estimate = fit_to_memory(ref, options, sizes)
-    short = step_count(options, len(data.rows)) < options.eval_steps
+    short = (steps := step_count(options, len(data.rows))) < options.eval_steps
+    if options.early_stopping and steps <= (options.early_stopping + 1) * options.eval_steps:
+        print_note(f"--early_stopping {options.early_stopping} cannot stop a run of {steps} steps: lower --eval_steps")
     if not short or options.val_data != "auto" or options.early_stopping:
         trained = {row.get("input") or row.get("prompt") for row in data.rows}
         found = read_validation(options, encoder, data.file, data.note, task, trained)
