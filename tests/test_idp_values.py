@@ -21,6 +21,7 @@ def test_numbers_and_days_of_a_text():
     assert readings == (date(2024, 4, 3), date(2024, 3, 4))
     for text in ("25 Dec 2018", "25-DEC-18", "December 25, 2018", "2018-12-25", "25.12.18", "25/12/2018 8:13"):
         assert list(days(text)) == [(date(2018, 12, 25),)], text
+    assert list(days("Rechnung 2026/29 vom 23.02.2026")) == [(date(2026, 2, 23),)]
     for text in ("13. März 2023", "13 mars 2023", "13. Mrz. 2023", "13.Ma\u0308rz 2023"):
         assert list(days(text)) == [(date(2023, 3, 13),)], text
     for text, month in {"1 oktober": 10, "4. Mai": 5, "1er août": 8, "16 juillet": 7, "2 juin": 6, "9 maj": 5}.items():

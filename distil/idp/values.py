@@ -37,13 +37,15 @@ def _month(word: str) -> int | None:
 
 def days(text: str) -> Iterator[tuple[date, ...]]:
     """Yield the days that each date in a text can mean: of 03/04/2024 first 3 April, then 4 March."""
-    for match in DAY.finditer(unicodedata.normalize("NFC", text)):
+    text, at = unicodedata.normalize("NFC", text), 0
+    while match := DAY.search(text, at):
         y, m, d, a, b, c, d2, m2, y2, m3, d3, y3 = match.groups()
         named = [(y2, m2 and _month(m2), d2), (y3, m3 and _month(m3), d3)]
         valid = []
         for year, month, day in [(y, m, d), (c, b, a), (c, a, b), *named]:
             with suppress(ValueError, TypeError):  # no such day; parts that this date does not have are None
                 valid.append(date(int(year) + (2000 if len(year) == 2 else 0), int(month), int(day)))
+        at = match.end() if valid else match.start() + 1  # of `29 vom 23.02.2026` the end is a date
         if valid:
             yield tuple(dict.fromkeys(valid))
 
