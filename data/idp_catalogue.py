@@ -27,7 +27,7 @@ COUNTRIES = {
         "USD",
         "en",
         "1,234.50",
-        ("m/d/Y", "mm/dd/Y", "Month d, Y", "Mon d, Y", "mm/dd/y"),
+        ("m/d/Y", "mm/dd/Y", "Month d, Y", "Mon d, Y", "mm/dd/y", "MON d, Y"),
         ("Sales tax", ("4", "5.5", "6", "6.25", "7", "7.25", "8", "8.25")),
         ("Inc.", "LLC", "", "Corp.", ""),
         (
@@ -46,7 +46,7 @@ COUNTRIES = {
         "GBP",
         "en",
         "1,234.50",
-        ("dd/mm/Y", "d Month Y", "d Mon Y", "d-Mon-Y", "dd/mm/y"),
+        ("dd/mm/Y", "d Month Y", "d Mon Y", "d-Mon-Y", "dd/mm/y", "dd-mm-Y", "dd MON Y"),
         ("VAT", ("20", "20", "5")),
         ("Ltd", "Limited", "", "LLP", "Ltd"),
         ("Ludlow SY8 1AA", "Whitby YO21 3PU", "Leeds LS2 7EW", "Truro TR1 2NA", "Perth PH1 5TJ", "Hexham NE46 1XQ"),
@@ -86,7 +86,7 @@ COUNTRIES = {
         "EUR",
         "de",
         "1.234,50",
-        ("dd.mm.Y", "dd.mm.Y", "d. Month Y", "d.m.Y", "dd.mm.y"),
+        ("dd.mm.Y", "dd.mm.Y", "d. Month Y", "d.m.Y", "dd.mm.y", "d. Mon Y"),
         ("MwSt", ("19", "19", "7")),
         ("GmbH", "", "GmbH & Co. KG", "e.K.", "OHG"),
         ("34117 Kassel", "79098 Freiburg", "23552 Lübeck", "04109 Leipzig", "97070 Würzburg", "49074 Osnabrück"),
@@ -126,7 +126,7 @@ COUNTRIES = {
         "EUR",
         "fr",
         "1 234,50",
-        ("dd/mm/Y", "dd/mm/Y", "d Month Y", "dd.mm.Y"),
+        ("dd/mm/Y", "dd/mm/Y", "d Month Y", "dd.mm.Y", "dd-mm-Y"),
         ("TVA", ("20", "10", "5,5")),
         ("SARL", "SAS", "", "& Fils", "EURL"),
         ("86000 Poitiers", "29000 Quimper", "73000 Chambéry", "64100 Bayonne", "54000 Nancy"),
@@ -136,7 +136,7 @@ COUNTRIES = {
         "SEK",
         "sv",
         "1 234,50",
-        ("Y-mm-dd", "Y-mm-dd", "d Month Y"),
+        ("Y-mm-dd", "Y-mm-dd", "d Month Y", "d Mon Y"),
         ("Moms", ("25", "12")),
         ("AB", "AB", "HB", ""),
         ("722 11 Västerås", "831 30 Östersund", "392 32 Kalmar"),
@@ -146,7 +146,7 @@ COUNTRIES = {
         "DKK",
         "en",
         "1.234,50",
-        ("dd.mm.Y", "d Month Y", "Y-mm-dd"),
+        ("dd.mm.Y", "d Month Y", "Y-mm-dd", "dd-mm-Y"),
         ("VAT", ("25",)),
         ("ApS", "A/S", ""),
         ("5000 Odense", "8800 Viborg", "4000 Roskilde"),
@@ -879,6 +879,7 @@ PROSE_TAX = {
     "sv": "Netto {net}, {name} {rate} {tax}. ",
 }
 AND = {"en": " and ", "de": " sowie ", "fr": " et ", "sv": " samt "}
+DATED = {"en": ("of", "dated"), "de": ("vom",), "fr": ("du",), "sv": ("av den",)}
 SUBJECT = {"en": "Subject", "de": "Betreff", "fr": "Objet", "sv": "Ämne"}
 CLOSING = {
     "en": ("Kind regards", "Best wishes", "Yours faithfully"),
