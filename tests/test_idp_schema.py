@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common import InputError
-from distil.idp.schema import checked_validator, compile_schema, grammar_tokenizer, subschemas
+from distil.idp.schema import checked_validator, compile_schema, field_schemas, grammar_tokenizer, subschemas
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +83,32 @@ def test_a_property_named_like_a_keyword_is_not_a_keyword():
 
 def test_the_tokenizer_may_have_fewer_tokens_than_the_model_has_logits(tokenizer):
     assert grammar_tokenizer(tokenizer, len(tokenizer) + 100).vocab_size == len(tokenizer) + 100
+
+
+def test_fields_are_found_through_references_alternatives_and_lists():
+    item = {"type": "object", "properties": {"qty": {"type": "integer", "description": "pieces"}}, "required": ["qty"]}
+    parts = {"type": "array", "items": {"$ref": "#/$defs/Item"}}  # an item inside an item is not entered again
+    item["properties"]["parts"] = parts
+    properties = {
+        "vendor": {"type": "string", "nullable": True},
+        "kind": {"anyOf": [{"enum": ["a", "b"]}, {"type": "null"}]},
+        "items": {"type": ["array", "null"], "items": {"anyOf": [{"$ref": "#/$defs/Item"}, {"type": "null"}]}},
+    }
+    more = {"properties": {"total": {"title": "Sum", "const": 5}}}
+    schema = {"$defs": {"Item": item}, "allOf": [{"properties": properties, "required": ["items"]}, more]}
+    fields = [(f.path, f.types, f.required, f.choices, f.description) for f in field_schemas(schema)]
+    assert fields == [
+        ("", (), True, (), ""),
+        ("vendor", ("string", "null"), False, (), ""),
+        ("kind", ("null",), False, ("a", "b"), ""),
+        ("items", ("array", "null"), True, (), ""),
+        ("items[]", ("object", "null"), True, (), ""),
+        ("items[].qty", ("integer",), True, (), "pieces"),
+        ("items[].parts", ("array",), False, (), ""),
+        ("items[].parts[]", ("object",), True, (), ""),
+        ("total", (), False, (5,), "Sum"),
+    ]
+    assert [
+        f.path for f in field_schemas({"$ref": "#/$defs/n", "$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}})
+    ] == ["", "[]"]
+    assert len([*field_schemas(True)]) == 1

@@ -48,6 +48,92 @@ def subschemas(schema: Any, pointer: str = "") -> Iterator[tuple[str, dict]]:
             yield from subschemas(part, f"{pointer}/{name}")
 
 
+def same_place(part: Any, resolver: Any) -> Iterator[dict]:
+    """Yield a schema and, each once, those that apply to the same value: through $ref, allOf, anyOf and oneOf.
+    resolver: of `resolver_of` the complete schema."""
+    todo, seen = [part], set()
+    while todo:
+        part = todo.pop(0)
+        if not isinstance(part, dict) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield part
+        todo[:0] = [
+            target(part, resolver),
+            *(inner for key in ("allOf", "anyOf", "oneOf") for inner in part.get(key, ())),
+        ]
+
+
+def resolver_of(schema: Any) -> Any:
+    """Return what looks up references in this schema; nothing is fetched."""
+    from jsonschema_specifications import REGISTRY
+    from referencing.jsonschema import DRAFT202012, specification_with
+
+    draft = specification_with(schema.get("$schema", "") if isinstance(schema, dict) else "", DRAFT202012)
+    return REGISTRY.resolver_with_root(draft.create_resource(schema))
+
+
+def target(part: dict, resolver: Any) -> Any:
+    """Return the schema that the part's $ref leads to, None where it has none."""
+    return resolver.lookup(part["$ref"]).contents if "$ref" in part else None
+
+
+@dataclass(frozen=True)
+class Field:
+    """A place in the documents of a schema. path: "line_items[].qty", as `leaves` has it, "" for the document; parts:
+    all schemas that apply there, alternatives too; required: whether the object around it must have it."""
+
+    path: str
+    parts: tuple[dict, ...]
+    required: bool = True
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Names of types that a value may have, "null" among them; none where the schema names none."""
+        named = [name for part in self.parts for name in _list(part.get("type", ()))]
+        named += ["null"] * any(part.get("nullable") is True for part in self.parts)
+        return tuple(dict.fromkeys(named))
+
+    @property
+    def choices(self) -> tuple:
+        """The values that the schema lists, none where it lists none."""
+        return tuple(v for p in self.parts for v in [*p.get("enum", ()), *([p["const"]] if "const" in p else ())])
+
+    @property
+    def description(self) -> str:
+        """The description nearest to the field, else the title, '' without."""
+        texts = (part[key] for key in ("description", "title") for part in self.parts if part.get(key))
+        return str(next(texts, ""))
+
+
+def field_schemas(schema: Any) -> Iterator[Field]:
+    """Yield every place that a checked schema names, in the order of its documents: objects and lists before what is
+    in them, the document first. A schema inside itself is yielded once and not entered again."""
+    resolver = resolver_of(schema)
+
+    def walk(inner: list, path: str, required: bool, above: frozenset[int]) -> Iterator[Field]:
+        parts = tuple({id(part): part for one in inner for part in same_place(one, resolver)}.values())
+        yield Field(path, parts, required)
+        parts = tuple(part for part in parts if id(part) not in above)
+        above |= {id(part) for part in parts}
+        needed = {name for part in parts for name in part.get("required", ())}
+        names: dict[str, list] = {}
+        for part in parts:
+            for name, value in part.get("properties", {}).items():
+                names.setdefault(name, []).append(value)
+        for name, values in names.items():
+            yield from walk(values, f"{path}.{name}".lstrip("."), name in needed, above)
+        items = [one for part in parts for key in ("prefixItems", "items") for one in _list(part.get(key, []))]
+        if items:
+            yield from walk(items, f"{path}[]", True, above)
+
+    yield from walk([schema], "", True, frozenset())
+
+
+def _list(value: Any) -> list:
+    return [*value] if isinstance(value, list | tuple) else [value]
+
+
 @dataclass(frozen=True)
 class SchemaGrammar:
     """A checked schema. grammar: for llguidance; validator: for the final check; tokenizer: of `grammar_tokenizer`."""

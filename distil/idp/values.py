@@ -11,6 +11,8 @@ from datetime import date
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from distil.idp.schema import field_schemas
+
 MONTHS = (  # in English, German, French and Swedish, without accents; three letters of one are enough
     "january januar janner janvier januari|february februar fevrier februari|march marz maerz mrz mars|april avril|"
     "may mai maj|june juni juin|july juli juillet|august aout augusti|september septembre|october oktober octobre|"
@@ -150,15 +152,9 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def choices_of(schema: Any, path: str = "") -> Iterator[str]:
+def choices_of(schema: Any) -> Iterator[str]:
     """Yield the paths of fields whose values the schema lists: these are chosen, not read, so never inventions."""
-    if not isinstance(schema, dict):
-        return
-    if "enum" in schema or "const" in schema:
-        yield path
-    for name, part in schema.get("properties", {}).items():
-        yield from choices_of(part, f"{path}.{name}".lstrip("."))
-    yield from choices_of(schema.get("items"), f"{path}[]")
+    yield from (field.path for field in field_schemas(schema) if field.choices)
 
 
 def f1_of(counts: Counter | dict, path: str) -> dict[str, float]:
