@@ -9,9 +9,11 @@ fits best; an invention is a value that is not in the document. Works for any sc
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from distil import cli
 from distil.cli import InputError, with_interval
 from distil.files import hashed, read_jsonl, write_jsonl
 from distil.idp import extractor
-from distil.idp.documents import document_of, expected_of
+from distil.idp.documents import DocumentPrompt, expected_of
 from distil.idp.extractor import ExtractOptions, Extractor
+from distil.idp.forms import cut_to
 from distil.idp.schema import SchemaGrammar
 from distil.idp.values import measure
 from distil.models import ModelRef, resolve
-from distil.processes import only_one
+from distil.processes import only_one, print_note
 from distil.splits import check_split
 
 
@@ -32,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
     add = parser.add_argument_group("models and documents").add_argument
     add("--model_dir", nargs="+", required=True, help="one or more of: base model, model folder, adapter folder")
-    fields = 'JSONL of {"document"|"input", "expected"|"output"} (%(default)s)'
-    add("--data", default="data/idp_validation.jsonl", help=fields)
+    fields = 'JSONL of {"document"|"input", "expected"|"output"}; "schema": of a line, unless --schema is given'
+    add("--data", default="data/idp_validation.jsonl", help=f"{fields} (%(default)s)")
     add("--limit", type=int, help="only the first LIMIT documents")
     add("--by", metavar="FIELD", help="also measure groups by this field of the lines, such as layout")
     cli.add_report_flags(parser, "documents", 2000)
@@ -41,34 +44,63 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_documents(path: str, limit: int | None) -> list[dict]:
+def read_documents(path: str, limit: int | None, prompts: Sequence[DocumentPrompt]) -> list[dict]:
     """Return rows with "document" and, as a value, "expected". Raises InputError.
-    In the file these may be "input", a complete user turn, and "output", and the answer JSON text."""
+    In the file these may be "input", a user turn of one of the prompts, and "output", and the answer JSON text."""
     rows = read_jsonl(path, ("document|input",))[:limit]
     for number, row in enumerate(rows, 1):
-        row["document"] = row["document"] if "document" in row else document_of(row["input"])
+        parts = [prompt.document_of(row["input"]) for prompt in prompts if "document" not in row]
+        row["document"] = row.get("document") or min(parts, key=len)
         row["expected"] = expected_of(row, f"{path}: row {number}")
     return rows
 
 
+def by_schema(rows: list[dict], options: ExtractOptions, own: bool) -> list[tuple[ExtractOptions, list[int]]]:
+    """Return (options, numbers of rows) for each schema, that of the row if `own`. Expected answers are cut to it,
+    with a note: a model cannot write what its schema does not have. Raises InputError for an invalid schema."""
+    numbers, dropped = defaultdict(list), Counter()
+    for number, row in enumerate(rows):
+        if not own:
+            row.pop("schema", None)
+        schema = row.get("schema", options.schema)
+        numbers[json.dumps(schema)].append(number)
+        row["expected"] = cut_to(schema, row["expected"], dropped)
+    if dropped:
+        print_note(f"not in the schema and not measured: {', '.join(dropped)} ({dropped.total()} values)")
+    own_of = {text: f"the schema of row {found[0] + 1}" for text, found in numbers.items()}
+    own_of.pop(json.dumps(options.schema), None)
+    parts = {text: options.with_schema(json.loads(text), name) for text, name in own_of.items()}
+    return [(parts.get(text, options), found) for text, found in numbers.items()]
+
+
 def evaluate_model(
-    ref: ModelRef, rows: list[dict], options: ExtractOptions, grammar: SchemaGrammar, by: str | None, resamples: int
+    ref: ModelRef,
+    rows: list[dict],
+    parts: list[tuple[ExtractOptions, list[int]]],
+    grammars: list[SchemaGrammar],
+    by: str | None,
+    resamples: int,
 ) -> tuple[dict, list[dict]]:
-    """Return (metrics, answers) of one model. grammar: of `compile_for`; by: a field to group rows by."""
+    """Return (metrics, answers) of one model. parts: of `by_schema`, with the grammar of `compile_for` for each; by: a
+    field to group rows by."""
     from tqdm import tqdm
 
-    model, answers = Extractor.load(ref, options, grammar), []
-    start, size = time.perf_counter(), 4 * options.batch_size
-    for first in tqdm(range(0, len(rows), size), desc=ref.name, unit="batch", file=sys.stderr):
-        answers += model.extract([row["document"] for row in rows[first : first + size]])
+    model, answers = Extractor.load(ref, parts[0][0], grammars[0]), [{}] * len(rows)
+    start, size = time.perf_counter(), 4 * parts[0][0].batch_size
+    for (options, numbers), grammar in zip(parts, grammars, strict=True):
+        model = model.for_schema(options.for_model(ref), grammar)
+        for first in tqdm(range(0, len(numbers), size), desc=ref.name, unit="batch", file=sys.stderr):
+            batch = numbers[first : first + size]
+            for i, answer in zip(batch, model.extract([rows[i]["document"] for i in batch]), strict=True):
+                answers[i] = answer
     result = {"model": ref.name, "seconds_per_document": round((time.perf_counter() - start) / len(rows), 3)}
-    result |= measure(rows, answers, options.schema, resamples)
+    result |= measure(rows, answers, schema := parts[0][0].schema, resamples)
     if by:
         groups = defaultdict(list)
         for row, answer in zip(rows, answers, strict=True):
             groups[str(row.get(by))].append((row, answer))
-        parts = {name: zip(*pairs, strict=True) for name, pairs in sorted(groups.items())}
-        result["by"] = {name: measure(*part, options.schema, resamples) for name, part in parts.items()}
+        named = {name: zip(*pairs, strict=True) for name, pairs in sorted(groups.items())}
+        result["by"] = {name: measure(*part, schema, resamples) for name, part in named.items()}
     return result, answers
 
 
@@ -98,14 +130,18 @@ def main(argv: list[str] | None = None) -> int:
     cli.refuse_unused(parser, argv, unused | cli.unused_engine(vars(args)))
     cli.check_at_least_one(vars(args), "limit", "bootstrap")
     with cli.report_folder(args.report_dir):
-        rows, sha256 = hashed(args.data, lambda: read_documents(args.data, args.limit))
-        refs = [resolve(name) for name in args.model_dir]
+        refs, options = [resolve(name) for name in args.model_dir], extractor.extract_options(vars(args))
+        prompts = [options.for_model(ref).prompt for ref in refs]
+        rows, sha256 = hashed(args.data, lambda: read_documents(args.data, args.limit, prompts))
         check_split(args.model_dir, args.data, sha256)
         if args.by and not any(args.by in row for row in rows):
             raise InputError(f"--by {args.by}: no line of {args.data} has it")
-        options = extractor.extract_options(vars(args))
-        compiled = {path: extractor.compile_for(path, options) for path in dict.fromkeys(ref.path for ref in refs)}
-        measured = [evaluate_model(ref, rows, options, compiled[ref.path], args.by, args.bootstrap) for ref in refs]
+        parts = by_schema(rows, options, own=not args.schema)
+        compiled = [[extractor.compile_for(ref, part) for part, _ in parts] for ref in refs]
+        measured = [
+            evaluate_model(ref, rows, parts, grammars, args.by, args.bootstrap)
+            for ref, grammars in zip(refs, compiled, strict=True)
+        ]
         results = [result for result, _ in measured]
         data = {"file": args.data, "sha256": sha256, "documents": len(rows)}
         schema = {"file": options.schema_name, "sha256": options.schema_sha256}

@@ -27,7 +27,7 @@ from distil.processes import only_one
 from distil.runs import run_record
 from distil.scoring import FastLabelScorer
 from distil.splits import EXPORTED, provenance
-from distil.tasks import PROMPTS, TASK_FILE, model_task
+from distil.tasks import PROMPTS, TASK_FILE, document_record, model_task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,8 +175,8 @@ def main(argv: list[str] | None = None) -> int:
             check_unchanged(ref)
             task = model_task(ref)
             exports.write_notes(new, save_dir.name, ref.name, ref.base, file, task and task.record)
-            if task:
-                write_json(new / TASK_FILE, task.record | PROMPTS)
+            if record := task.record if task else document_record(ref):
+                write_json(new / TASK_FILE, record | PROMPTS)
             write_json(new / "export.json", report)
             if save_dir.exists():
                 save_dir.rename(Path(folder) / "old")

@@ -11,15 +11,20 @@ such values, a small model learns to read one line only.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import re
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from decimal import Decimal
 from typing import Any
 
 from distil.cli import InputError, new_parser, run_script
 from distil.files import read_json, read_jsonl
-from distil.idp.documents import compact_json, expected_of, idp_prompt
+from distil.idp.documents import DocumentTask, add_prompt_flags, compact_json, expected_of, instruction_of
+from distil.idp.forms import cut_to, variant_of
 from distil.idp.schema import checked_validator, pointer_of
 from distil.idp.values import leaves
 from distil.splits import part_of, write_parts
@@ -39,8 +44,12 @@ AMOUNT = re.compile(
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--src", required=True, help='JSONL of {"document", "expected"}; expected: an object, or JSON text of one')
-    add("--schema", required=True, help="JSON Schema of the answers")
+    fields = '{"document", "expected"} and, where it is not --schema, "schema"'
+    add("--src", required=True, help=f"JSONL of {fields}; expected: an object, or JSON text of one")
+    add("--schema", help="JSON Schema of the answers of lines without their own")
+    add_prompt_flags(add, "auto: with several schemas or --schema_variants")
+    variants = "more rows of a training document, with the schema's keys in another order, every second with fewer"
+    add("--schema_variants", metavar="N", type=int, default=0, help=f"{variants} (%(default)s)")
     add("--group", help="field of the line or of its answer whose documents stay together (default: the document)")
     add("--val_share", type=float, default=0.3, help="share of groups for validation (%(default)s)")
     dev = "share of groups for idp_val.jsonl, to measure trainings by, not trained on (default: none)"
@@ -103,34 +112,65 @@ def broken_copy(document: str, answer: Any, choose: random.Random) -> str:
     return document
 
 
+def checked_rows(src: str, default: str | None) -> Iterator[tuple[dict, Any, Any]]:
+    """Yield (line, schema, answer in its form) of each line. default: file of the schema of lines without their own.
+    Raises InputError for a line without a schema, and an answer that breaks it."""
+    validators: dict[str, Any] = {}
+    schemas = {"": read_json(default)} if default else {}
+    for number, row in enumerate(read_jsonl(src, ("document",)), 1):
+        where = f"{src}: row {number}"
+        if "schema" not in row and not default:
+            raise InputError(f'{where} has no "schema"; give --schema')
+        schema, name = (row["schema"], f"{where}: its schema") if "schema" in row else (schemas[""], default)
+        if (text := json.dumps(schema)) not in validators:
+            validators[text] = checked_validator(schema, str(name))
+        answer = in_schema_form(expected_of(row, where), schema)
+        if flaw := next(validators[text].iter_errors(answer), None):
+            raise InputError(f'{where}: "expected" breaks the schema at {pointer_of(flaw)}: {flaw.message[:150]}')
+        yield row, schema, answer
+
+
+def variants_of(schema: Any, answer: Any, count: int, choose: random.Random) -> Iterator[tuple[Any, Any]]:
+    """Yield (schema, answer) of variants of a schema, without those whose other rules the shorter answer breaks."""
+    for _ in range(count):
+        variant = variant_of(schema, choose)
+        part = cut_to(variant, answer, Counter())
+        if checked_validator(variant, "a variant").is_valid(part):
+            yield variant, part
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if not 0 < args.val_share < 1 or args.broken_copies < 0 or not 0 <= args.dev_share < 1 - args.val_share:
         raise InputError("--val_share and --dev_share are shares with a sum below 1, --broken_copies is at least 0")
-    schema = read_json(args.schema)
-    validator = checked_validator(schema, args.schema)
+    if args.schema_variants < 0 or (args.schema_variants and args.show_schema == "off"):
+        raise InputError("--schema_variants is at least 0, and only 0 with --show_schema off")
+    rows = list(checked_rows(args.src, args.schema))
+    several = args.schema_variants > 0 or len({json.dumps(schema) for _, schema, _ in rows}) > 1
+    task = DocumentTask(args.instruction, several if args.show_schema == "auto" else args.show_schema == "on")
     names = ("sft", *(["val"] if args.dev_share else []), "validation")
     parts: dict[str, list[dict]] = {name: [] for name in names}
     groups: dict[str, set[str]] = {name: set() for name in names}
     choose = random.Random(args.split_seed)
-    for number, row in enumerate(read_jsonl(args.src, ("document",)), 1):
-        document, where = row["document"], f"{args.src}: row {number}"
-        answer = in_schema_form(expected_of(row, where), schema)
-        if flaw := next(validator.iter_errors(answer), None):
-            raise InputError(f'{where}: "expected" breaks the schema at {pointer_of(flaw)}: {flaw.message[:150]}')
+    for number, (row, schema, answer) in enumerate(rows, 1):
+        document = row["document"]
         name = row.get(args.group, answer.get(args.group)) if args.group else document
         if name is None:
-            raise InputError(f"{where}: no {args.group!r} in the line or its answer")
+            raise InputError(f"{args.src}: row {number}: no {args.group!r} in the line or its answer")
         group = " ".join(re.findall(r"\w+", str(name).casefold()))
         copies = {broken_copy(document, answer, choose) for _ in range(args.broken_copies)} - {document}
         part = part_of(group, args.split_seed, args.val_share, args.dev_share)
         groups[part].add(group)
         if part == "validation":
-            parts[part].append({"document": document, "expected": answer})
+            parts[part].append(row | {"expected": answer})
             continue
-        for text in (document, *(sorted(copies) if part == "sft" else ())):
-            parts[part].append({"input": idp_prompt(text), "output": compact_json(answer)})
+        pairs = [(text, schema, answer) for text in (document, *(sorted(copies) if part == "sft" else ()))]
+        variants = variants_of(schema, answer, args.schema_variants if part == "sft" else 0, choose)
+        for text, form, value in [*pairs, *((document, *variant) for variant in variants)]:
+            parts[part].append({"input": task.prompt(form).turn(text), "output": compact_json(value)})
     note = {name: vars(args)[name] for name in ("split_seed", "group", "val_share", "dev_share", "broken_copies")}
+    own = args.instruction or (None if several or task.show_schema else instruction_of(rows[0][1]))
+    note |= {"schema_variants": args.schema_variants, "documents": asdict(replace(task, instruction=own))}
     write_parts(args.outdir, "idp", parts, args.src, note)
     print("groups: " + ", ".join(f"{len(names)} in {part}" for part, names in groups.items()), file=sys.stderr)
     return 0

@@ -19,7 +19,6 @@ import sys
 from distil.batch import add_file_flags, answer_file, check_one_or_file, parse_line
 from distil.cli import InputError, new_parser, refuse_unused, run_script, unused_engine
 from distil.files import read_text
-from distil.idp.documents import document_of
 from distil.idp.extractor import ExtractOptions, Extractor, add_extraction_flags, extract_options
 from distil.models import ModelRef, resolve
 
@@ -71,7 +70,8 @@ def work_lines(extractor: Extractor, lines: list[str]) -> list[dict]:
     """Return the output object of each input line, in order."""
     results = [parse_line(line, ("document", "input")) for line in lines]
     good = [i for i, (_, document) in enumerate(results) if document is not None]
-    for i, answer in zip(good, extractor.extract([document_of(results[i][1]) for i in good]), strict=True):
+    documents = [extractor.options.prompt.document_of(results[i][1]) for i in good]
+    for i, answer in zip(good, extractor.extract(documents), strict=True):
         results[i][0].update(answer)
     return [row for row, _ in results]
 
@@ -100,8 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     unused = {"only for retries, and --retries is 0": [] if args.retries else ["seed"]}
     refuse_unused(parser, argv, unused | unused_engine(flags))
     if args.document is not None:
-        document, options = document_of(read_document(args.document)), extract_options(flags)
-        return print_answer(*Extractor.load(resolve(args.model_dir), options).extract([document]))
+        document, options = read_document(args.document), extract_options(flags)
+        extractor = Extractor.load(resolve(args.model_dir), options)
+        return print_answer(*extractor.extract([extractor.options.prompt.document_of(document)]))
     return answer_file(flags, functools.partial(start, extract_options(flags)))
 
 

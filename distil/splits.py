@@ -177,7 +177,7 @@ def same_split(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     if not one and not other:
         return True
     gold = [1.0 if note.get("gold_share") is None else note["gold_share"] for note in (one, other)]
-    same = all(one.get(key) == other.get(key) for key in (*SPLIT, "task", "dev_share"))
+    same = all(one.get(key) == other.get(key) for key in (*SPLIT, "task", "documents", "dev_share"))
     return same and _same_raw_file(one, other) and gold[0] <= gold[1]
 
 

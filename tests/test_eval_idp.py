@@ -11,7 +11,8 @@ import eval_idp
 import infer_idp
 from common import InputError
 from distil.files import read_json
-from distil.idp.documents import idp_prompt
+from distil.idp.documents import DocumentPrompt, idp_prompt
+from distil.idp.extractor import ExtractOptions
 from distil.idp.values import measure
 from distil.testing import ROOT, run_cli
 
@@ -20,18 +21,20 @@ def test_training_rows_can_be_evaluated_and_the_instruction_comes_once(tmp_path)
     turn = idp_prompt("INVOICE 7\n  Total 5")
     lines = [{"input": turn, "output": '{"total":5}'}, {"document": "A", "input": "B", "expected": {}, "output": 5}]
     path = write_lines(tmp_path / "rows.jsonl", lines)
-    first, second = eval_idp.read_documents(path, None)
+    first, second = eval_idp.read_documents(path, None, [DocumentPrompt()])
     assert first["document"] == "INVOICE 7\n  Total 5" and first["expected"] == {"total": 5}
     assert idp_prompt(first["document"]) == turn
     assert second["document"] == "A" and second["expected"] == {}
     write_lines(path, [{"text": "x", "expected": 1}])
     with pytest.raises(InputError, match='line 1 needs "document" or "input" as a non-empty string'):
-        eval_idp.read_documents(path, None)
+        eval_idp.read_documents(path, None, [DocumentPrompt()])
     write_lines(path, [{"input": "x"}])
     with pytest.raises(InputError, match='row 1 has no "expected" \\(or "output"\\)'):
-        eval_idp.read_documents(path, None)
+        eval_idp.read_documents(path, None, [DocumentPrompt()])
 
     class Echo:
+        options = ExtractOptions({})
+
         def extract(self, documents):
             return [{"json": document} for document in documents]
 
@@ -40,7 +43,7 @@ def test_training_rows_can_be_evaluated_and_the_instruction_comes_once(tmp_path)
 
 
 def test_right_answers_of_the_example_data_are_not_inventions():
-    rows = eval_idp.read_documents(str(ROOT / "data/idp_validation.jsonl"), None)
+    rows = eval_idp.read_documents(str(ROOT / "data/idp_validation.jsonl"), None, [])
     schema = read_json(ROOT / "data/idp_schema.json")
     result = measure(rows, [{"json": row["expected"]} for row in rows], schema, 2)
     assert result["exact"] == result["macro_f1"] == 1

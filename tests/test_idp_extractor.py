@@ -12,7 +12,7 @@ from conftest import INVOICE_SCHEMA
 
 from common import InputError
 from distil.idp import extractor
-from distil.idp.documents import compact_json
+from distil.idp.documents import INSTRUCTION, compact_json
 from distil.idp.extractor import ExtractOptions, Extractor
 from distil.idp.schema import compile_schema
 from distil.models import LoadOptions, resolve
@@ -126,7 +126,8 @@ def test_loading_compiles_once(decoder, tokenizer, model_dir, tmp_path, monkeypa
     tokenizer.save_pretrained(folder)
     calls = []
     monkeypatch.setattr(extractor, "compile_schema", lambda *a: calls.append(a) or compile_schema(*a))
-    options = ExtractOptions(INVOICE_SCHEMA, max_new_tokens=200, load=LoadOptions("none", "float32"))
+    how = {"show_schema": "off", "instruction": INSTRUCTION, "load": LoadOptions("none", "float32")}
+    options = ExtractOptions(INVOICE_SCHEMA, max_new_tokens=200, **how)
     loaded = Extractor.load(resolve(str(folder)), options)
     assert len(calls) == 1 and loaded.decoder.grammar_tokenizer.eos_tokens == decoder.grammar_tokenizer.eos_tokens
     documents = ["INVOICE 7", "Total 3.50 EUR"]

@@ -1,35 +1,95 @@
 """Documents to JSON: the user turn for a document, the layout of its JSON, and pages of long documents.
 
-Training data, requests and evaluation use these functions, so that a model always sees what it was trained on.
+Training data, requests and evaluation use these functions, so that a model always sees what it was trained on: the
+file task.json of an adapter has its `DocumentTask`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common import InputError
 from distil.files import parse_json
+from distil.idp.forms import schema_form
 from distil.idp.values import occurs_in
+from distil.models import ModelRef
+from distil.tasks import TASK_FILE, document_record
 
-INSTRUCTION = "Extract the invoice as JSON."
+INSTRUCTION = "Extract the invoice as JSON."  # of models without a task file, whatever their schema was
 
 
-def idp_prompt(document: str) -> str:
-    """Return the user turn for a document: an instruction line, then the text without blank ends of lines and page."""
-    lines = [line.rstrip() for line in document.splitlines()]
-    return f"{INSTRUCTION}\n" + "\n".join(lines).strip("\n")
+@dataclass(frozen=True)
+class DocumentTask:
+    """How a model is asked for JSON, as notes of prepared data and task files of adapters have it. instruction: None
+    where it is that of each schema (`instruction_of`); show_schema: whether prompts have the schema."""
+
+    instruction: str | None = None
+    show_schema: bool = True
+
+    def prompt(self, schema: Any) -> DocumentPrompt:
+        """Return the prompt of documents of a checked schema."""
+        return DocumentPrompt(self.instruction or instruction_of(schema), schema_form(schema), self.show_schema)
+
+
+def task_of_model(ref: ModelRef) -> DocumentTask:
+    """Return how a model was trained to be asked; a base model is shown the schema, a model without a task file was
+    trained before there were such prompts. Raises InputError for a damaged task file."""
+    if (record := document_record(ref)) is None:
+        trained = ref.adapter or Path(ref.path, "export.json").is_file()
+        return DocumentTask(INSTRUCTION, False) if trained else DocumentTask()
+    if not isinstance(text := record.get("instruction"), str | None) or type(record["show_schema"]) is not bool:
+        raise InputError(f'{ref.name}: {TASK_FILE}: "instruction" is a text or null, "show_schema" true or false')
+    return DocumentTask(text, record["show_schema"])
+
+
+@dataclass(frozen=True)
+class DocumentPrompt:
+    """The user turn of documents: the instruction line, the schema's form where it is shown, the document. What all
+    documents of a schema share comes first, so that it can be cached."""
+
+    instruction: str = INSTRUCTION
+    form: str = ""
+    shown: bool = False
+
+    def head(self, shown: bool | None = None) -> str:
+        """Return what comes before the document."""
+        schema = f"Schema: {self.form}\n\n" if (self.shown if shown is None else shown) else ""
+        return f"{self.instruction}\n{schema}"
+
+    def turn(self, document: str) -> str:
+        """Return the user turn for a document, whose text has no blank ends of lines and page there."""
+        return self.head() + "\n".join(line.rstrip() for line in document.splitlines()).strip("\n")
+
+    def document_of(self, turn: str) -> str:
+        """Return the document in a user turn, as training rows have it; any other text as it is."""
+        heads = (self.head(True), self.head(False), f"{INSTRUCTION}\n")
+        return next((turn.removeprefix(head) for head in heads if turn.startswith(head)), turn)
+
+
+idp_prompt = DocumentPrompt().turn  # of the example data and of models without a task file
+
+
+def instruction_of(schema: Any) -> str:
+    """Return the instruction of a schema: its title in lower case but for abbreviations, then its description."""
+    schema = schema if isinstance(schema, dict) else {}
+    words = schema.get("title", "").split() or ["data"]
+    title = " ".join(word.lower() if word[1:].islower() or len(word) == 1 else word for word in words)
+    return " ".join([f"Extract the {title} as JSON.", *schema.get("description", "").split()])
+
+
+def add_prompt_flags(add: Callable, auto: str) -> None:
+    """Add the flags of all scripts that write prompts for documents. auto: what it means for --show_schema."""
+    add("--show_schema", choices=("auto", "on", "off"), default="auto", help=f"put it into prompts; {auto}")
+    add("--instruction", metavar="TEXT", help="first line of prompts (default: from the schema's title)")
 
 
 def compact_json(value: Any) -> str:
     """Return JSON text in the layout of all outputs: separators `,` and `:`, letters unescaped, keys in order."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-def document_of(turn: str) -> str:
-    """Return the document in a user turn of `idp_prompt`, as training rows have it; any other text as it is."""
-    return turn.removeprefix(f"{INSTRUCTION}\n")
 
 
 def expected_of(row: dict, where: str) -> Any:

@@ -13,11 +13,14 @@ from distil.cli import add_engine_flags, add_loading_flags, loading_options, see
 from distil.engine import ServedModel
 from distil.files import file_sha256, parse_json, read_json
 from distil.idp.decoder import Closer, Draft, JsonDecoder
-from distil.idp.documents import idp_prompt, joined, pages_of
+from distil.idp.documents import DocumentPrompt, DocumentTask, add_prompt_flags, joined, pages_of, task_of_model
 from distil.idp.schema import SchemaGrammar, broken_rule, checked_validator, compile_schema, grammar_tokenizer
 from distil.models import LoadOptions, ModelRef, load
+from distil.processes import print_note
 from distil.support import context_length
+from distil.tasks import document_record
 
+SCHEMA = "data/idp_schema.json"
 RETRY_TEMPERATURE = 0.7
 LEAST_PAGE = 64  # tokens; with less room --chunk would read a document word by word
 
@@ -25,7 +28,7 @@ LEAST_PAGE = 64  # tokens; with less room --chunk would read a document word by 
 @dataclass(frozen=True)
 class ExtractOptions:
     """How documents are turned into JSON. schema: its value; schema_name and schema_sha256: of the file it is from;
-    validator: of the checked schema; the other fields are those of `add_extraction_flags`."""
+    validator: of the checked schema; prompt: of `for_model`; the others are those of `add_extraction_flags`."""
 
     schema: Any
     schema_name: str = "schema"
@@ -35,14 +38,28 @@ class ExtractOptions:
     retries: int = 3
     seed: int = 0
     batch_size: int = 8
+    show_schema: str = "auto"
+    instruction: str | None = None
     load: LoadOptions = field(default_factory=LoadOptions)
     validator: Any = None
+    prompt: DocumentPrompt = field(default_factory=DocumentPrompt)
+
+    def for_model(self, ref: ModelRef) -> Self:
+        """Return the options with the prompt of a model: as it was trained, but for what the flags say."""
+        task = task_of_model(ref)
+        shown = task.show_schema if self.show_schema == "auto" else self.show_schema == "on"
+        return replace(self, prompt=DocumentTask(self.instruction or task.instruction, shown).prompt(self.schema))
+
+    def with_schema(self, schema: Any, name: str) -> Self:
+        """Return the options for another schema, checked. Raises InputError. name: of the schema, in messages."""
+        return replace(self, schema=schema, schema_name=name, validator=checked_validator(schema, name))
 
 
 def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every script that turns documents into JSON; `extract_options` reads them."""
     add = parser.add_argument_group("schema and decoding").add_argument
-    add("--schema", default="data/idp_schema.json", help="JSON Schema of the answer (%(default)s)")
+    add("--schema", help=f"JSON Schema of the answer ({SCHEMA})")
+    add_prompt_flags(add, "auto: as the model was trained, on for a base model")
     add("--chunk", action="store_true", help="read documents longer than the context page by page")
     add("--max_new_tokens", type=int, default=512, help="budget of an answer; it is closed within it (%(default)s)")
     add("--retries", type=int, default=3, help="further tries where only jsonschema can check a rule (%(default)s)")
@@ -55,25 +72,33 @@ def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
 def extract_options(flags: Mapping[str, Any]) -> ExtractOptions:
     """Return the checked options of `add_extraction_flags`, with the schema read and checked. Raises InputError."""
     values = {name: flags[name] for name in ("chunk", "max_new_tokens", "retries", "seed", "batch_size")}
+    values |= {name: flags[name] for name in ("show_schema", "instruction")}
     if min(values["max_new_tokens"], values["batch_size"]) < 1 or values["retries"] < 0:
         raise InputError("--max_new_tokens and --batch_size are at least 1, --retries 0 or more")
-    path = flags["schema"]
+    path = flags["schema"] or SCHEMA
     schema, sha256 = read_json(path), file_sha256(path)
     validator = checked_validator(schema, path)
     return ExtractOptions(schema, path, sha256, **values, load=loading_options(flags), validator=validator)
 
 
-def compile_for(path: str, options: ExtractOptions) -> SchemaGrammar:
-    """Compile the schema for a base model's folder or hub id; its weights are not loaded. Raises InputError where it
-    cannot be enforced, or where the context has no room for a document."""
+def compile_for(ref: ModelRef, options: ExtractOptions) -> SchemaGrammar:
+    """Compile the schema for a model, whose weights are not loaded; print notes on its prompt. Raises InputError where
+    it cannot be enforced, or where the context has no room for a document."""
     from transformers import AutoConfig, AutoTokenizer
 
-    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    options = options.for_model(ref)
+    config, tokenizer = AutoConfig.from_pretrained(ref.path), AutoTokenizer.from_pretrained(ref.path)
     encoder = PromptEncoder(tokenizer)
     tokenizer.eos_token = encoder.end_of_turn  # as loading sets it: the token that ends a document
     tokens = grammar_tokenizer(tokenizer, config.get_text_config().vocab_size)
     grammar = compile_schema(options.schema, tokens, options.schema_name, options.validator)
     _room_for_document(encoder, context_length(config.get_text_config()), options)
+    usual = replace(options, show_schema="auto", instruction=None).for_model(ref).prompt
+    if options.prompt != usual and (ref.adapter or document_record(ref)):
+        print_note(f"{ref.name} was trained with other prompts than --show_schema or --instruction give")
+    if options.prompt.shown:
+        tokens = len(encoder.text(options.prompt.form))
+        print_note(f"{options.schema_name} takes {tokens} tokens of each prompt; --show_schema off leaves it out")
     return grammar
 
 
@@ -126,16 +151,22 @@ class Extractor:
     @classmethod
     def load(cls, ref: ModelRef, options: ExtractOptions, grammar: SchemaGrammar | None = None) -> Self:
         """Compile the schema, unless `grammar` is of `compile_for`, then load the model. Raises InputError."""
-        grammar = grammar or compile_for(ref.path, options)
+        grammar, options = grammar or compile_for(ref, options), options.for_model(ref)
         if server := options.load.server:
             options = replace(options, batch_size=4 * server.concurrency)  # that wait for one another
             return cls(ServedDecoder(ServedModel(server, ref.path), options.schema), grammar, options)
         return cls(JsonDecoder(*load(ref, options.load), grammar.tokenizer), grammar, options)
 
+    def for_schema(self, options: ExtractOptions, grammar: SchemaGrammar) -> Extractor:
+        """Return an extractor of the same model for other options. grammar: of `compile_for` with these."""
+        served = isinstance(self.decoder, ServedDecoder)
+        decoder = ServedDecoder(self.decoder.engine, options.schema) if served else self.decoder
+        return Extractor(decoder, grammar, replace(options, batch_size=self.options.batch_size))
+
     def extract(self, documents: Sequence[str]) -> list[dict[str, Any]]:
         """Return {"json", "truncated"} or {"error": {"code", "message"}} for each document; with `chunk` by pages."""
         options = self.options
-        prompts = [self.encoder.prompt(idp_prompt(document)) for document in documents]
+        prompts = [self.encoder.prompt(options.prompt.turn(document)) for document in documents]
         results: list[dict[str, Any]] = [{} for _ in documents]
         for i, prompt in enumerate(prompts):
             if len(prompt) > self.room and options.chunk:
@@ -170,7 +201,7 @@ class Extractor:
 
     def pages(self, document: str) -> list[str]:
         """Return the pages of a document that fit the context one by one."""
-        return pages_of(document, lambda text: len(self.encoder.prompt(idp_prompt(text))) <= self.room)
+        return pages_of(document, lambda text: len(self.encoder.prompt(self.options.prompt.turn(text))) <= self.room)
 
     def merged(self, answers: Sequence[dict[str, Any]], pages: Sequence[str]) -> dict[str, Any]:
         """Return one answer of those to the pages, or the error of a page or of the joined answer."""
@@ -190,8 +221,9 @@ def _failed(code: str, message: str) -> dict[str, Any]:
 def _room_for_document(encoder: PromptEncoder, context: int, options: ExtractOptions) -> int:
     """Return how many tokens a prompt may have. Raises InputError where that leaves no room for a document."""
     budget = options.max_new_tokens
-    left = context - budget - len(encoder.prompt(idp_prompt("")))
+    left = context - budget - len(encoder.prompt(options.prompt.turn("")))
     if left < (LEAST_PAGE if options.chunk else 1):
         left_of = f"leave {max(left, 0)} tokens of the context of {context}"
-        raise InputError(f"--max_new_tokens {budget} {left_of} for a document; lower it")
+        shown = f", or leave out {options.schema_name} (--show_schema off)" if options.prompt.shown else ""
+        raise InputError(f"--max_new_tokens {budget} {left_of} for a document; lower it{shown}")
     return context - budget

@@ -172,18 +172,20 @@ def f1_of_all(counts: Counter) -> float:
 
 
 def measure(rows: Sequence[dict], answers: Sequence[dict], schema: Any, resamples: int) -> dict[str, Any]:
-    """Return the metrics of the answers ({"json"} or {"error"}) to the rows ({"document", "expected"}).
+    """Return the metrics of the answers ({"json"} or {"error"}) to the rows ({"document", "expected"},
+    with their own "schema" in place of the one that is given).
     `f1` counts all fields together, `macro_f1` is the mean over fields that have a value anywhere; intervals are 95 %
     percentile bootstrap over documents. `exact`: an answer with all values and no others. `invention_rate`: of the
     values that the schema does not list, those that are not in the document; an implied quantity of 1 counts as one,
     so right answers may have a few."""
     import numpy as np
 
-    n, listed = len(rows), {*choices_of(schema)}
+    n = len(rows)
     each: list[Counter] = [Counter() for _ in rows]
     readable = []  # of each value: whether it is in the document
     for row, answer, counts in zip(rows, answers, each, strict=True):
         count_fields(answer.get("json"), row["expected"], counts)
+        listed = {*choices_of(row.get("schema", schema))}
         for path, value in leaves(answer.get("json")):
             if value is not None and not isinstance(value, bool) and path not in listed:
                 readable.append(occurs_in(path, value, row["document"]))

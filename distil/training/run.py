@@ -24,7 +24,7 @@ from distil.models import ModelRef, load, model_fingerprint
 from distil.processes import print_note, rank_and_world
 from distil.splits import recorded
 from distil.support import lora_targets
-from distil.tasks import PROMPTS, TASK_FILE, Task, model_task, shared_task, task_of
+from distil.tasks import PROMPTS, TASK_FILE, Task, document_record, model_task, shared_task, task_of
 from distil.training.curve import Records, plot_curve
 from distil.training.data import RowSizes, TrainingData
 from distil.training.flags import TrainOptions
@@ -223,6 +223,7 @@ def run_facts(method: str, options: TrainOptions, ref: ModelRef, data: TrainingD
     if val := data.validation:
         facts["validation"] = {"file": val.file, "sha256": val.sha256, "rows": len(val.rows)}
     answer = next(data.rows[0][name] for name in ("output", "teacher_output", "chosen") if name in data.rows[0])
+    facts["documents"] = data.note.get("documents", document_record(ref) if ref.adapter else None)
     facts |= {"answers": answer_kind(answer), "lora_targets": targets_of(ref, options)}
     facts |= data.origin().record | {"split_seed": options.split_seed, "seed": options.seed}
     facts |= {"packages": runs.package_versions(), "machine": runs.machine()}
@@ -255,8 +256,8 @@ def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[d
     plot_curve(done / "training_curve.png", history, f"{save_dir.name} ({run['method']})")
     write_card(done, save_dir.name, run, task and task.record)  # in place of PEFT's, with this machine's paths
     write_json(done / "run.json", run)
-    if task:
-        write_json(done / TASK_FILE, task.record | PROMPTS)
+    if record := task.record if task else run["documents"]:
+        write_json(done / TASK_FILE, record | PROMPTS)
     for name in ("run.json", "calibration.json", TASK_FILE):  # of the run that this one replaces
         (save_dir / name).unlink(missing_ok=True)
     for path in sorted(done.iterdir(), key=lambda path: path.name == "run.json"):
