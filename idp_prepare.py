@@ -133,7 +133,7 @@ def checked_rows(src: str, default: str | None) -> Iterator[tuple[dict, Any, Any
 def variants_of(schema: Any, answer: Any, count: int, choose: random.Random) -> Iterator[tuple[Any, Any]]:
     """Yield (schema, answer) of variants of a schema, without those whose other rules the shorter answer breaks."""
     for _ in range(count):
-        variant = variant_of(schema, choose)
+        variant = variant_of(schema, choose, fewer=choose.random() < 0.5)
         part = cut_to(variant, answer, Counter())
         if checked_validator(variant, "a variant").is_valid(part):
             yield variant, part

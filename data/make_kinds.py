@@ -149,7 +149,7 @@ class Draw:
         return f"{self.pick(COMPANIES.split())} {self.pick(TRADES.split())} {self.pick(FORMS.split())}"
 
     def day(self, first: datetime.date = FIRST_DAY, days: int = DAYS) -> datetime.date:
-        """Draw one of so many days."""
+        """Draw a day from `first`, within that number of days."""
         return first + datetime.timedelta(days=self.whole(0, days - 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -48,6 +49,21 @@ def test_right_answers_of_the_example_data_are_not_inventions():
     result = measure(rows, [{"json": row["expected"]} for row in rows], schema, 2)
     assert result["exact"] == result["macro_f1"] == 1
     assert result["invention_rate"] < 0.003  # quantities of 1 that are not written
+
+
+def test_expected_answers_are_cut_to_the_schema_and_lines_may_have_their_own(capsys):
+    a, b = ({"type": "object", "properties": {name: {"type": "number"}}} for name in "ab")
+    lines = [{"document": "x", "expected": {"b": 2, "a": 1}, **own} for own in ({}, {"schema": b}, {"schema": a}, {})]
+    rows = copy.deepcopy(lines)
+    (first, of_first), (second, of_second) = eval_idp.by_schema(rows, ExtractOptions(a, "a.json"), own=True)
+    assert (first.schema_name, of_first) == ("a.json", [0, 2, 3]) and second.schema == b and of_second == [1]
+    assert [row["expected"] for row in rows] == [{"a": 1}, {"b": 2}, {"a": 1}, {"a": 1}]
+    assert capsys.readouterr().err == "note: not in the schema and not measured: b, a (4 values)\n"
+    assert measure(rows, [{"json": row["expected"]} for row in rows], a, 2)["exact"] == 1
+    ((options, numbers),) = eval_idp.by_schema(lines, ExtractOptions(a, "a.json"), own=False)
+    assert options.schema == a and numbers == [0, 1, 2, 3] and all("schema" not in row for row in lines)
+    with pytest.raises(InputError, match="the schema of row 1: invalid at /type"):
+        eval_idp.by_schema([{"expected": 1, "schema": {"type": 5}}], ExtractOptions(a), own=True)
 
 
 def test_evaluation_side_by_side_and_by_group(model_dir, schema_file, tmp_path, capsys):

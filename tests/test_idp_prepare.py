@@ -76,6 +76,40 @@ def test_broken_copies_break_values_and_nothing_else():
         assert document.split("\n")[1] == f"{first} {second}"
 
 
+def test_lines_may_have_their_own_schemas_and_variants_are_of_training_alone(tmp_path):
+    total = {"type": "object", "properties": {"total": {"type": "number"}, "name": {"type": "string"}}}
+    age = {"title": "CV", "type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    answers = [
+        {"expected": {"age": i}, "schema": age} if i % 2 else {"expected": {"name": "N", "total": i}}
+        for i in range(60)
+    ]
+    source = write_lines(tmp_path / "src.jsonl", [row | {"document": f"doc {i}"} for i, row in enumerate(answers)])
+    (tmp_path / "s.json").write_text(json.dumps(total))
+    argv = ["--src", source, "--schema", str(tmp_path / "s.json"), "--val_share", "0.2", "--dev_share", "0.2"]
+    assert idp_prepare.main([*argv, "--schema_variants", "3", "--outdir", str(tmp_path / "a")]) == 0
+    sft, val, validation = (read_lines(tmp_path / f"a/idp_{part}.jsonl") for part in ("sft", "val", "validation"))
+    assert len(sft) == 4 * (60 - len(val) - len(validation))
+    for row in sft:
+        _, schema, _, document = row["input"].split("\n")
+        shown = [field.partition(":")[0].strip('"?') for field in schema.removeprefix("Schema: {").split(",")]
+        assert list(json.loads(row["output"])) == shown
+        assert document.startswith("doc ")
+    forms = {tuple(json.loads(row["output"])) for row in sft}
+    assert forms == {("age",), ("total",), ("name",), ("total", "name"), ("name", "total")}
+    assert all(row["input"].startswith("Extract the CV") == ("age" in row["output"]) for row in sft)
+    assert {tuple(json.loads(row["output"])) for row in val} == {("age",), ("total", "name")}
+    assert {"schema" in row for row in validation} == {True, False}
+    note = preparation(str(tmp_path / "a/idp_sft.jsonl"))
+    assert note["documents"] == {"instruction": None, "show_schema": True} and note["schema_variants"] == 3
+    assert idp_prepare.main([*argv, "--schema_variants", "3", "--outdir", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "a/idp_sft.jsonl").read_bytes() == (tmp_path / "b/idp_sft.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r'row 1 has no "schema"; give --schema'):
+        idp_prepare.main(["--src", source, "--outdir", str(tmp_path / "c")])
+    with pytest.raises(InputError, match="only 0 with --show_schema off"):
+        idp_prepare.main([*argv, "--schema_variants", "1", "--show_schema", "off", "--outdir", str(tmp_path / "c")])
+    assert not (tmp_path / "c").exists()
+
+
 def test_wrong_input_ends_with_status_2_and_one_line(tmp_path):
     done = run_cli("idp_prepare.py", "--src", "no.jsonl", "--schema", "no.json", "--outdir", "x", cwd=tmp_path)
     assert done.returncode == 2 and "no.json" in done.stderr and "Traceback" not in done.stderr
