@@ -115,23 +115,22 @@ def broken_copy(document: str, answer: Any, choose: random.Random) -> str:
 def checked_rows(src: str, default: str | None) -> Iterator[tuple[dict, Any, Any]]:
     """Yield (line, schema, answer in its form) of each line. default: file of the schema of lines without their own.
     Raises InputError for a line without a schema, and an answer that breaks it."""
-    validators: dict[str, Any] = {}
-    schemas = {"": read_json(default)} if default else {}
+    validators = {"": checked_validator(read_json(default), default)} if default else {}
     for number, row in enumerate(read_jsonl(src, ("document",)), 1):
         where = f"{src}: row {number}"
-        if "schema" not in row and not default:
+        key = json.dumps(row["schema"]) if "schema" in row else ""
+        if not (key or default):
             raise InputError(f'{where} has no "schema"; give --schema')
-        schema, name = (row["schema"], f"{where}: its schema") if "schema" in row else (schemas[""], default)
-        if (text := json.dumps(schema)) not in validators:
-            validators[text] = checked_validator(schema, str(name))
-        answer = in_schema_form(expected_of(row, where), schema)
-        if flaw := next(validators[text].iter_errors(answer), None):
+        if key not in validators:
+            validators[key] = checked_validator(row["schema"], f"{where}: its schema")
+        answer = in_schema_form(expected_of(row, where), schema := validators[key].schema)
+        if flaw := next(validators[key].iter_errors(answer), None):
             raise InputError(f'{where}: "expected" breaks the schema at {pointer_of(flaw)}: {flaw.message[:150]}')
         yield row, schema, answer
 
 
 def variants_of(schema: Any, answer: Any, count: int, choose: random.Random) -> Iterator[tuple[Any, Any]]:
-    """Yield (schema, answer) of variants of a schema, without those whose other rules the shorter answer breaks."""
+    """Yield variants of a schema with their part of the answer, without those whose other rules that would break."""
     for _ in range(count):
         variant = variant_of(schema, choose, fewer=choose.random() < 0.5)
         part = cut_to(variant, answer, Counter())

@@ -114,7 +114,9 @@ def task_of(record: Any, place: str) -> Task:
             raise InputError(f"{place}: {what}")
 
     need(isinstance(record, dict), "not a task: a JSON object is needed")
-    _check_prompts(record, place)
+    for name, value in PROMPTS.items():
+        differs = f'"{name}" is {json.dumps(record.get(name))} there and {json.dumps(value)} in this version'
+        need(record.get(name, value) == value, f"{differs}, so its prompts would differ; train it again")
     record = {name: value for name, value in record.items() if name not in PROMPTS}
     known = [field.name for field in fields(Task)]
     need(not (odd := sorted(set(record) - set(known))), f"unknown key {', '.join(odd)}; a task has {', '.join(known)}")
@@ -151,13 +153,6 @@ def task_of(record: Any, place: str) -> Task:
     return Task(**record | {"labels": tuple(labels), "missing": tuple(missing), "fields": parsed})
 
 
-def _check_prompts(record: dict, place: str) -> None:
-    for name, value in PROMPTS.items():
-        if record.get(name, value) != value:
-            differs = f'"{name}" is {json.dumps(record[name])} there and {json.dumps(value)} in this version'
-            raise InputError(f"{place}: {differs}, so its prompts would differ; train it again")
-
-
 def _field(record: Any, place: str, missing: Sequence[str]) -> Field:
     """Return a field of a task, checked. Raises InputError."""
     known = [field.name for field in fields(Field)]
@@ -181,28 +176,22 @@ def _field(record: Any, place: str, missing: Sequence[str]) -> Field:
     return Field(**record | ({"range": tuple(ends)} if ends is not None else {}))
 
 
-def _task_file(ref: ModelRef) -> tuple[Path, Any] | None:
-    """Return the task file that a model carries in its folder, of the adapter or else of its base, and its content."""
+def _task_file(ref: ModelRef, documents: bool) -> tuple[dict, str] | None:
+    """Return (content, path) of the task file in a model's folder, of the adapter, or else of its base; None where it
+    has none for labels, or `documents`."""
     paths = (Path(folder) / TASK_FILE for folder in (ref.adapter, ref.path) if folder)
-    return next(((path, read_json(path)) for path in paths if path.is_file()), None)
+    content, path = next(((read_json(path), str(path)) for path in paths if path.is_file()), (None, ""))
+    return (content, path) if path and (isinstance(content, dict) and "show_schema" in content) == documents else None
 
 
 def model_task(ref: ModelRef) -> Task | None:
     """Return the label task that a model carries; None without one."""
-    file = _task_file(ref)
-    return task_of(file[1], str(file[0])) if file and not _of_documents(file[1]) else None
+    return task_of(*file) if (file := _task_file(ref, documents=False)) else None
 
 
 def document_record(ref: ModelRef) -> dict[str, Any] | None:
-    """Return the task file of a model for documents (`distil.idp.documents.DocumentTask`); None without one."""
-    if not (file := _task_file(ref)) or not _of_documents(file[1]):
-        return None
-    _check_prompts(file[1], str(file[0]))
-    return file[1]
-
-
-def _of_documents(record: Any) -> bool:
-    return isinstance(record, dict) and "show_schema" in record
+    """Return the content of the task file of a model for documents; None without one."""
+    return file[0] if (file := _task_file(ref, documents=True)) else None
 
 
 def data_task(path: str, flag: str | None) -> Task | None:

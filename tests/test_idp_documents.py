@@ -68,7 +68,7 @@ def test_a_model_is_asked_as_it_was_trained(tmp_path, monkeypatch, model_dir, ca
     for shown, task in wanted.items():
         assert idp_prepare.main([*prepare, "--show_schema", shown, "--outdir", shown]) == 0
         data = f"{shown}/idp_sft.jsonl"
-        assert read_lines(data)[0]["input"].startswith(DocumentTask(None, shown == "on").prompt(TOTAL).head())
+        assert read_lines(data)[0]["input"].startswith(DocumentTask(None, shown == "on").prompt(TOTAL).head)
         train = ["--student", model_dir, "--data", data, "--save_dir", f"sft_{shown}", *how]
         assert trainer("sft").main(train) == 0
         assert task_of_model(ref := resolve(f"sft_{shown}")) == task and model_task(ref) is None

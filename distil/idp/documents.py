@@ -32,7 +32,8 @@ class DocumentTask:
 
     def prompt(self, schema: Any) -> DocumentPrompt:
         """Return the prompt of documents of a checked schema."""
-        return DocumentPrompt(self.instruction or instruction_of(schema), schema_form(schema), self.show_schema)
+        first = f"{self.instruction or instruction_of(schema)}\n"
+        return DocumentPrompt((f"{first}Schema: {schema_form(schema)}\n\n", first), self.show_schema)
 
 
 def task_of_model(ref: ModelRef) -> DocumentTask:
@@ -48,25 +49,24 @@ def task_of_model(ref: ModelRef) -> DocumentTask:
 
 @dataclass(frozen=True)
 class DocumentPrompt:
-    """The user turn of documents: the instruction line, the schema's form where it is shown, the document. What all
-    documents of a schema share comes first, so that it can be cached."""
+    """The user turn of documents. heads: the instruction line with the schema and without; `shown`: the first is used.
+    What all documents share comes first, so that it can be cached."""
 
-    instruction: str = INSTRUCTION
-    form: str = ""
+    heads: tuple[str, ...] = (f"{INSTRUCTION}\n",)
     shown: bool = False
 
-    def head(self, shown: bool | None = None) -> str:
-        """Return what comes before the document."""
-        schema = f"Schema: {self.form}\n\n" if (self.shown if shown is None else shown) else ""
-        return f"{self.instruction}\n{schema}"
+    @property
+    def head(self) -> str:
+        """What comes before the document."""
+        return self.heads[0 if self.shown else -1]
 
     def turn(self, document: str) -> str:
         """Return the user turn for a document, whose text has no blank ends of lines and page there."""
-        return self.head() + "\n".join(line.rstrip() for line in document.splitlines()).strip("\n")
+        return self.head + "\n".join(line.rstrip() for line in document.splitlines()).strip("\n")
 
     def document_of(self, turn: str) -> str:
         """Return the document in a user turn, as training rows have it; any other text as it is."""
-        heads = (self.head(True), self.head(False), f"{INSTRUCTION}\n")
+        heads = (*self.heads, f"{INSTRUCTION}\n")
         return next((turn.removeprefix(head) for head in heads if turn.startswith(head)), turn)
 
 

@@ -52,7 +52,8 @@ class ExtractOptions:
 
     def with_schema(self, schema: Any, name: str) -> Self:
         """Return the options for another schema, checked. Raises InputError. name: of the schema, in messages."""
-        return replace(self, schema=schema, schema_name=name, validator=checked_validator(schema, name))
+        validator = checked_validator(schema, name)
+        return replace(self, schema=validator.schema, schema_name=name, validator=validator)
 
 
 def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +78,7 @@ def extract_options(flags: Mapping[str, Any]) -> ExtractOptions:
         raise InputError("--max_new_tokens and --batch_size are at least 1, --retries 0 or more")
     path = flags["schema"] or SCHEMA
     schema, sha256 = read_json(path), file_sha256(path)
-    validator = checked_validator(schema, path)
-    return ExtractOptions(schema, path, sha256, **values, load=loading_options(flags), validator=validator)
+    return ExtractOptions(None, "", sha256, **values, load=loading_options(flags)).with_schema(schema, path)
 
 
 def compile_for(ref: ModelRef, options: ExtractOptions) -> SchemaGrammar:
@@ -97,8 +97,8 @@ def compile_for(ref: ModelRef, options: ExtractOptions) -> SchemaGrammar:
     if options.prompt != usual and (ref.adapter or document_record(ref)):
         print_note(f"{ref.name} was trained with other prompts than --show_schema or --instruction give")
     if options.prompt.shown:
-        tokens = len(encoder.text(options.prompt.form))
-        print_note(f"{options.schema_name} takes {tokens} tokens of each prompt; --show_schema off leaves it out")
+        shown, hidden = (len(encoder.text(head)) for head in options.prompt.heads)
+        print_note(f"{options.schema_name} takes {shown - hidden} tokens of each prompt (--show_schema)")
     return grammar
 
 
