@@ -21,7 +21,7 @@ from distil import cli
 from distil.cli import InputError, with_interval
 from distil.files import hashed, read_jsonl, write_jsonl
 from distil.idp import extractor
-from distil.idp.documents import DocumentPrompt, expected_of
+from distil.idp.documents import expected_of
 from distil.idp.extractor import ExtractOptions, Extractor
 from distil.idp.forms import cut_to
 from distil.idp.schema import SchemaGrammar
@@ -44,20 +44,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_documents(path: str, limit: int | None, prompts: Sequence[DocumentPrompt]) -> list[dict]:
+def read_documents(path: str, limit: int | None) -> list[dict]:
     """Return rows with "document" and, as a value, "expected". Raises InputError.
-    In the file these may be "input", a user turn of one of the prompts, and "output", and the answer JSON text."""
+    In the file these may be "input", a complete user turn, and "output", and the answer JSON text."""
     rows = read_jsonl(path, ("document|input",))[:limit]
     for number, row in enumerate(rows, 1):
-        parts = [prompt.document_of(row["input"]) for prompt in prompts if "document" not in row]
-        row["document"] = row.get("document") or min(parts, key=len)
+        row["document"] = row["document"] if "document" in row else row["input"]
         row["expected"] = expected_of(row, f"{path}: row {number}")
     return rows
 
 
-def by_schema(rows: list[dict], options: ExtractOptions, own: bool) -> list[tuple[ExtractOptions, list[int]]]:
-    """Return (options, numbers of rows) for each schema, that of the row if `own`. Expected answers are cut to it,
-    with a note: a model cannot write what its schema does not have. Raises InputError for an invalid schema."""
+def by_schema(
+    rows: list[dict], refs: Sequence[ModelRef], options: ExtractOptions, own: bool
+) -> list[tuple[ExtractOptions, list[int]]]:
+    """Return (options, numbers of rows) for each schema, that of the row if `own`. User turns of the models are cut to
+    their documents and, with a note, expected answers to the fields of the schema: a model cannot write others.
+    Raises InputError for an invalid schema."""
     numbers, dropped = defaultdict(list), Counter()
     for number, row in enumerate(rows):
         if not own:
@@ -70,7 +72,12 @@ def by_schema(rows: list[dict], options: ExtractOptions, own: bool) -> list[tupl
     own_of = {text: f"the schema of row {found[0] + 1}" for text, found in numbers.items()}
     own_of.pop(json.dumps(options.schema), None)
     parts = {text: options.with_schema(json.loads(text), name) for text, name in own_of.items()}
-    return [(parts.get(text, options), found) for text, found in numbers.items()]
+    result = [(parts.get(text, options), found) for text, found in numbers.items()]
+    for part, found in result:
+        prompts = [part.for_model(ref).prompt for ref in refs]
+        for row in (rows[number] for number in found):
+            row["document"] = min((prompt.document_of(row["document"]) for prompt in prompts), key=len)
+    return result
 
 
 def evaluate_model(
@@ -130,13 +137,12 @@ def main(argv: list[str] | None = None) -> int:
     cli.refuse_unused(parser, argv, unused | cli.unused_engine(vars(args)))
     cli.check_at_least_one(vars(args), "limit", "bootstrap")
     with cli.report_folder(args.report_dir):
+        rows, sha256 = hashed(args.data, lambda: read_documents(args.data, args.limit))
         refs, options = [resolve(name) for name in args.model_dir], extractor.extract_options(vars(args))
-        prompts = [options.for_model(ref).prompt for ref in refs]
-        rows, sha256 = hashed(args.data, lambda: read_documents(args.data, args.limit, prompts))
         check_split(args.model_dir, args.data, sha256)
         if args.by and not any(args.by in row for row in rows):
             raise InputError(f"--by {args.by}: no line of {args.data} has it")
-        parts = by_schema(rows, options, own=not args.schema)
+        parts = by_schema(rows, refs, options, own=not args.schema)
         compiled = [[extractor.compile_for(ref, part) for part, _ in parts] for ref in refs]
         measured = [
             evaluate_model(ref, rows, parts, grammars, args.by, args.bootstrap)

@@ -53,12 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.orders + args.subsets < 1:
         raise InputError("--orders or --subsets is at least 1")
     ref, options = resolve(args.model_dir), extractor.extract_options(vars(args))
-    rows = eval_idp.read_documents(args.data, args.limit, [options.for_model(ref).prompt])
+    rows = eval_idp.read_documents(args.data, args.limit)
     for row in rows:
         row["schema"] = options.schema if args.schema else row.get("schema", options.schema)
 
     def answered(rows: list[dict]) -> tuple[dict, list[dict]]:
-        parts = eval_idp.by_schema(rows, options, own=True)  # cuts the expected answers
+        parts = eval_idp.by_schema(rows, [ref], options, own=True)  # cuts the expected answers
         grammars = [extractor.compile_for(ref, part) for part, _ in parts]
         return eval_idp.evaluate_model(ref, rows, parts, grammars, None, args.bootstrap)
 

@@ -12,26 +12,29 @@ import eval_idp
 import infer_idp
 from common import InputError
 from distil.files import read_json
-from distil.idp.documents import DocumentPrompt, idp_prompt
+from distil.idp.documents import idp_prompt
 from distil.idp.extractor import ExtractOptions
 from distil.idp.values import measure
+from distil.models import resolve
 from distil.testing import ROOT, run_cli
 
 
-def test_training_rows_can_be_evaluated_and_the_instruction_comes_once(tmp_path):
+def test_training_rows_can_be_evaluated_and_the_instruction_comes_once(tmp_path, model_dir):
     turn = idp_prompt("INVOICE 7\n  Total 5")
     lines = [{"input": turn, "output": '{"total":5}'}, {"document": "A", "input": "B", "expected": {}, "output": 5}]
     path = write_lines(tmp_path / "rows.jsonl", lines)
-    first, second = eval_idp.read_documents(path, None, [DocumentPrompt()])
+    first, second = rows = eval_idp.read_documents(path, None)
+    assert first["document"] == turn
+    eval_idp.by_schema(rows, [resolve(model_dir)], ExtractOptions({}), own=True)
     assert first["document"] == "INVOICE 7\n  Total 5" and first["expected"] == {"total": 5}
     assert idp_prompt(first["document"]) == turn
     assert second["document"] == "A" and second["expected"] == {}
     write_lines(path, [{"text": "x", "expected": 1}])
     with pytest.raises(InputError, match='line 1 needs "document" or "input" as a non-empty string'):
-        eval_idp.read_documents(path, None, [DocumentPrompt()])
+        eval_idp.read_documents(path, None)
     write_lines(path, [{"input": "x"}])
     with pytest.raises(InputError, match='row 1 has no "expected" \\(or "output"\\)'):
-        eval_idp.read_documents(path, None, [DocumentPrompt()])
+        eval_idp.read_documents(path, None)
 
     class Echo:
         options = ExtractOptions({})
@@ -44,26 +47,27 @@ def test_training_rows_can_be_evaluated_and_the_instruction_comes_once(tmp_path)
 
 
 def test_right_answers_of_the_example_data_are_not_inventions():
-    rows = eval_idp.read_documents(str(ROOT / "data/idp_validation.jsonl"), None, [])
+    rows = eval_idp.read_documents(str(ROOT / "data/idp_validation.jsonl"), None)
     schema = read_json(ROOT / "data/idp_schema.json")
     result = measure(rows, [{"json": row["expected"]} for row in rows], schema, 2)
     assert result["exact"] == result["macro_f1"] == 1
     assert result["invention_rate"] < 0.003  # quantities of 1 that are not written
 
 
-def test_expected_answers_are_cut_to_the_schema_and_lines_may_have_their_own(capsys):
+def test_expected_answers_are_cut_to_the_schema_and_lines_may_have_their_own(capsys, model_dir):
+    base = resolve(model_dir)
     a, b = ({"type": "object", "properties": {name: {"type": "number"}}} for name in "ab")
     lines = [{"document": "x", "expected": {"b": 2, "a": 1}, **own} for own in ({}, {"schema": b}, {"schema": a}, {})]
     rows = copy.deepcopy(lines)
-    (first, of_first), (second, of_second) = eval_idp.by_schema(rows, ExtractOptions(a, "a.json"), own=True)
+    (first, of_first), (second, of_second) = eval_idp.by_schema(rows, [base], ExtractOptions(a, "a.json"), own=True)
     assert (first.schema_name, of_first) == ("a.json", [0, 2, 3]) and second.schema == b and of_second == [1]
     assert [row["expected"] for row in rows] == [{"a": 1}, {"b": 2}, {"a": 1}, {"a": 1}]
     assert capsys.readouterr().err == "note: not in the schema and not measured: b, a (4 values)\n"
     assert measure(rows, [{"json": row["expected"]} for row in rows], a, 2)["exact"] == 1
-    ((options, numbers),) = eval_idp.by_schema(lines, ExtractOptions(a, "a.json"), own=False)
+    ((options, numbers),) = eval_idp.by_schema(lines, [base], ExtractOptions(a, "a.json"), own=False)
     assert options.schema == a and numbers == [0, 1, 2, 3] and all("schema" not in row for row in lines)
     with pytest.raises(InputError, match="the schema of row 1: invalid at /type"):
-        eval_idp.by_schema([{"expected": 1, "schema": {"type": 5}}], ExtractOptions(a), own=True)
+        eval_idp.by_schema([{"expected": 1, "schema": {"type": 5}}], [base], ExtractOptions(a), own=True)
 
 
 def test_evaluation_side_by_side_and_by_group(model_dir, schema_file, tmp_path, capsys):
