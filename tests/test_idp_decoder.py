@@ -44,6 +44,7 @@ def test_a_document_is_cut_back_no_further_than_needed(decoder):
         (draft,) = decoder.generate([[5, 6, 7, 8]], [grammar], 64, temperature=1.0, seed=seed)
         value = json.loads(draft.text)
         jsonschema.validate(value, schema)
+        assert len(draft.logprobs) == len(draft.tokens)
         if draft.truncated and "notes" not in value:
             cut += 1
             assert value["name"]
@@ -101,6 +102,7 @@ def test_greedy_choices_are_those_of_plain_forwards(decoder):
         forced = matcher.compute_ff_tokens()
         if forced:
             assert draft.tokens[len(tokens) : len(tokens) + len(forced)] == forced
+            assert not any(draft.logprobs[len(tokens) : len(tokens) + len(forced)])
         else:
             mask = matcher.compute_bitmask()
             with torch.inference_mode():
@@ -109,6 +111,8 @@ def test_greedy_choices_are_those_of_plain_forwards(decoder):
             if len(tokens) < 200:  # before the budget has a say
                 forced = [max(allowed, key=lambda t: logits[t])]
                 assert draft.tokens[len(tokens)] == forced[0]
+                logprob = logits[forced[0]] - logits[allowed].logsumexp(dim=-1)
+                assert draft.logprobs[len(tokens)] == pytest.approx(float(logprob), abs=1e-4)
                 chosen += 1
             else:
                 forced = [draft.tokens[len(tokens)]]

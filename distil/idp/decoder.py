@@ -134,11 +134,14 @@ def _allows(mask: bytes, token: int) -> int:
 class Draft:
     """One document that is being written.
     pending: tokens the model has not seen; safe: tokens of a complete document, found when the draft had `looked`
-    tokens; look_at: length at which to search again; text: None where no valid ending fits the budget."""
+    tokens; look_at: length at which to search again; text: None where no valid ending fits the budget;
+    logprobs: of each token in nats, among the tokens that the grammar allowed there (temperature 1); 0 for those that
+    it forced and those of a closing."""
 
     matcher: Any
     pending: list[int]
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     safe: list[int] = field(default_factory=list)
     looked: int = 0
     look_at: int = 0
@@ -228,6 +231,7 @@ class JsonDecoder:
                 draft.safe, written = draft.tokens[:middle] + ending, middle
         draft.done = True
         if draft.safe:
+            draft.logprobs = draft.logprobs[:written] + [0.0] * (len(draft.safe) - written)
             draft.tokens, draft.text, draft.truncated = draft.safe, "", True
 
     def _force(self, draft: Draft, budget: int) -> None:
@@ -237,6 +241,7 @@ class JsonDecoder:
             return self._close(draft, budget)
         draft.matcher.consume_tokens(forced)
         draft.tokens += forced
+        draft.logprobs += [0.0] * len(forced)
         draft.pending += forced
         if draft.matcher.is_stopped():
             draft.done, draft.text = True, ""
@@ -262,5 +267,6 @@ class JsonDecoder:
         else:
             draft.matcher.consume_token(token)
             draft.tokens.append(token)
+            draft.logprobs.append(float(scores[token] - scores.logsumexp(dim=-1)))
             draft.pending = [token]
             self._force(draft, budget)
