@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import InputError
-from distil.support import context_length
+from common import InputError, add_adapters, compute_dtype
+from distil.models import LoadOptions, ModelRef, check_unchanged, load, parameter_count, use_note
+from distil.processes import print_note
+from distil.support import check_used, context_length
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,28 @@ class Written:
     text: str
     tokens: int
     ended: bool
+
+
+def load_to_write(ref: ModelRef, options: LoadOptions) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a model that only writes, as `load`. A CPU that computes in float32 would
+    dequantise all weights for every token: where the matrices fit half of the free memory, they are dequantised once
+    and the adapter is added to them, which changes scores by rounding alone. Raises InputError."""
+    import psutil
+    import torch
+
+    plain = not torch.cuda.is_available() and compute_dtype(options.compute_dtype) == torch.float32
+    if not plain or 8 * parameter_count(ref.path) > psutil.virtual_memory().available:
+        return load(ref, options)
+    print_note(use_note(ref, options))
+    model, tokenizer = load(ModelRef(ref.base, ref.base, ref.path), options, notes=False)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = model.dequantize(torch.float32)
+    if ref.adapter:
+        model = add_adapters(model, {"default": ref.adapter})
+        check_used(model, {"default": ref.adapter})
+        model = model.merge_and_unload()
+        check_unchanged(ref)
+    return model.eval(), tokenizer
 
 
 def left_padded(rows: Sequence[list[int]], filler: int, device: Any) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from common import InputError, PromptEncoder
-from distil.generation import generate
-from distil.testing import load_named, save_random_model, sentencepiece_tokenizer
+from distil.generation import generate, load_to_write
+from distil.models import LoadOptions, load, resolve
+from distil.testing import load_named, save_adapter, save_random_model, sentencepiece_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +57,25 @@ def test_what_goes_on_after_a_text_keeps_its_blank(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "generate", written)
     assert generate(model, tokenizer, [start], 8, [], 1)[0].text == "instruction debt"
     assert generate(model, tokenizer, [start], 8, [], 1, goes_on=True)[0].text == " instruction debt"
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_model_that_only_writes_has_plain_layers(model_dir, tmp_path, monkeypatch, quantization):
+    """Dequantised once and with the adapter added, where memory is free; the scores are those of the loaded model."""
+    ref, options = resolve(save_adapter(tmp_path / "adapter", model_dir)), LoadOptions(quantization, "float32")
+    ids = torch.arange(5, 25)[None]
+
+    def scores_and_layers(load_it, ref):
+        model, _ = load_it(ref, options)
+        with torch.inference_mode():
+            return model(input_ids=ids).logits, {type(module).__name__ for module in model.modules()}
+
+    loaded, _ = scores_and_layers(load, ref)
+    plain, layers = scores_and_layers(load_to_write, ref)
+    base, _ = scores_and_layers(load_to_write, resolve(model_dir))
+    assert not {"Linear4bit", "LoraModel", "ParameterDict"} & layers
+    torch.testing.assert_close(plain, loaded, atol=1e-4, rtol=1e-4)
+    assert (base - plain).abs().max() > 0.01  # the adapter says something
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1e5))
+    full, layers = scores_and_layers(load_to_write, ref)
+    assert torch.equal(full, loaded) and "LoraModel" in layers

@@ -9,6 +9,7 @@ import pytest
 from conftest import INVOICE_SCHEMA
 from llguidance import LLMatcher
 
+from distil.idp.decoder import Draft
 from distil.idp.schema import compile_schema
 
 
@@ -120,3 +121,49 @@ def test_greedy_choices_are_those_of_plain_forwards(decoder):
         matcher.consume_tokens(forced)
         tokens += forced
     assert chosen > 5
+
+
+def test_guesses_save_forwards_and_change_nothing(decoder, monkeypatch):
+    """Guesses that are right, wrong in the end, and wrong at once, in batches of one and of four."""
+    grammar = compile_schema(INVOICE_SCHEMA, decoder.grammar_tokenizer)
+    prompts = [[5, 6, 7, 8][:size] for size in (4, 1, 3, 2)]
+    forwards, forward = [], decoder.model.forward
+    monkeypatch.setattr(decoder.model, "forward", lambda **inputs: forwards.append(1) or forward(**inputs))
+
+    def written(prompts: list[list[int]], guess) -> tuple[list, int]:
+        forwards.clear()
+        monkeypatch.setattr(decoder, "_guess", guess)
+        drafts = decoder.generate(prompts, [grammar] * len(prompts), 150)
+        return drafts, len(forwards)
+
+    plain, count = written(prompts, lambda draft, most: [])
+    known = [draft.tokens for draft in plain]
+
+    def partly_right(draft, most):
+        size = len(draft.tokens)
+        if size % 3 == 0:
+            return [9] * most
+        tokens = next(tokens for tokens in known if tokens[:size] == draft.tokens)
+        return [*tokens[size : size + most - 1], 9]
+
+    together, fewer = written(prompts, partly_right)
+    assert [draft.tokens for draft in together] == known and fewer < 0.8 * count
+    for one, other in zip(plain, together, strict=True):
+        assert one.text == other.text and one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert [written([prompt], partly_right)[0][0].tokens for prompt in prompts] == known
+
+
+def test_a_value_is_guessed_from_the_document(decoder):
+    tokenizer = decoder.grammar_tokenizer
+    source = "Pen 1\nOpen Bay Tools Ltd\nBay 12 Main Street"
+
+    def guess(text: str, most: int = 7) -> str:
+        grammar = compile_schema(INVOICE_SCHEMA, tokenizer)
+        draft = Draft(grammar.matcher(), [], source, tokenizer.tokenize_str(text))
+        draft.matcher.consume_tokens(draft.tokens)
+        return tokenizer.decode_str(decoder._guess(draft, most))
+
+    start = next(iter(INVOICE_SCHEMA["properties"]))
+    assert " Main Street".startswith(guess(f'{{"{start}":"Bay 12')) and guess(f'{{"{start}":"Bay 12')
+    assert guess(f'{{"{start}":"Ltd Bay').startswith(" 12")  # over the end of a line
+    assert guess(f'{{"{start}":"') == guess(f'{{"{start}":"ay') == ""

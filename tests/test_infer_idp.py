@@ -61,7 +61,7 @@ def test_a_file_keeps_order_and_marks_lines_that_cannot_be_done(model_dir, schem
 
 
 def test_a_budget_as_long_as_the_context_stops_before_the_model_loads(model_dir, schema_file, monkeypatch):
-    monkeypatch.setattr(extractor, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(extractor, "load_to_write", lambda *_: pytest.fail("the model was loaded"))
     argv = ["--model_dir", model_dir, "--schema", str(schema_file), "--document", "x", "--max_new_tokens", "600"]
     with pytest.raises(InputError, match="--max_new_tokens 600 leave 0 tokens"):
         infer_idp.main(argv)
@@ -77,7 +77,7 @@ def test_a_schema_file_without_a_schema_is_wrong_input(model_dir, tmp_path):
 def test_a_schema_that_cannot_be_enforced_stops_before_the_model_loads(model_dir, tmp_path, monkeypatch):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps({"type": "string", "pattern": "(?=x)y"}))
-    monkeypatch.setattr(extractor, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(extractor, "load_to_write", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(InputError, match="/pattern"):
         infer_idp.main(["--model_dir", model_dir, "--schema", str(path), "--document", "x"])
 

@@ -1,8 +1,9 @@
 """Decode JSON that a schema allows, in batches, and close documents before their budget ends.
 
 llguidance determines which tokens the schema allows next; the model chooses among them. Departures from `generate`
-with a logits processor: tokens that the schema forces are appended without a forward each, and a document is closed
-by a search before its budget ends, never cut.
+with a logits processor: tokens that the schema forces are appended without a forward each, a value that was begun is
+guessed from the document and checked in one forward (prompt lookup decoding, Saxena 2023; the answers stay the same),
+and a document is closed by a search before its budget ends, never cut.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from itertools import count, islice
 from typing import Any
 
 from distil.generation import left_padded
-from distil.idp.schema import SchemaGrammar, grammar_tokenizer
+from distil.idp.schema import grammar_tokenizer
 from distil.support import context_length, recurrent
 from distil.workarounds import pack_for_decoding
 
+TOGETHER = {"cpu": 32}  # tokens of all rows of a forward that cost little more than one each
+GUESSED = 7  # tokens of a row at most
 EXPANSIONS = 800  # states that a best-first search for an ending may look at
 
 
@@ -133,6 +136,7 @@ def _allows(mask: bytes, token: int) -> int:
 @dataclass
 class Draft:
     """One document that is being written.
+    source: the text of the prompt for guesses, with one line for each piece between wide blanks;
     pending: tokens the model has not seen; safe: tokens of a complete document, found when the draft had `looked`
     tokens; look_at: length at which to search again; text: None where no valid ending fits the budget;
     logprobs: of each token in nats, among the tokens that the grammar allowed there (temperature 1); 0 for those that
@@ -140,6 +144,7 @@ class Draft:
 
     matcher: Any
     pending: list[int]
+    source: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     safe: list[int] = field(default_factory=list)
@@ -161,48 +166,85 @@ class JsonDecoder:
         self.vocabulary = model.config.get_text_config().vocab_size  # logits are often wider than the tokenizer
         self.grammar_tokenizer = tokens or grammar_tokenizer(tokenizer, self.vocabulary)
         self.closer = Closer(self.grammar_tokenizer)
-        self.context = context_length(model.config.get_text_config())
+        text = model.config.get_text_config()
+        self.context, self.recurrent = context_length(text), recurrent(text)
+        # Tokens that a mask hides, such as wrong guesses, change a recurrent state and the width of a window.
+        self.masks_hide = not self.recurrent and not getattr(text, "sliding_window", None)
 
     def generate(
-        self, ids: list[list[int]], grammars: list[SchemaGrammar], budget: int, temperature: float = 0, seed: int = 0
+        self, ids: list[list[int]], grammars: Sequence[Any], budget: int, temperature: float = 0, seed: int = 0
     ) -> list[Draft]:
-        """Return a finished draft for each prompt (its token ids) and grammar, in order. budget: tokens of a draft."""
+        """Return a finished draft for each prompt (its token ids) and grammar (SchemaGrammar, CopyGrammar), in order.
+        budget: tokens of a draft."""
         import torch
-        from llguidance import LLMatcher
         from transformers import DynamicCache
 
-        matchers = [LLMatcher(self.grammar_tokenizer, grammar.grammar) for grammar in grammars]
-        drafts = [Draft(matcher, list(prompt)) for prompt, matcher in zip(ids, matchers, strict=True)]
+        drafts = [
+            Draft(grammar.matcher(), list(prompt), re.sub(r"\s*(?:\n|\s\s)\s*", "\n", self.tokenizer.decode(prompt)))
+            for prompt, grammar in zip(ids, grammars, strict=True)
+        ]
         for draft in drafts:
             self._look(draft, budget)
             self._force(draft, budget)
         # Window layers keep all keys, which are few; recurrent layers need what the configuration says of their state.
         text, device = self.model.config.get_text_config(), self.model.device
-        cache = DynamicCache(config=text) if recurrent(text) else DynamicCache()
-        random = torch.Generator(device="cpu").manual_seed(seed)
+        cache = DynamicCache(config=text) if self.recurrent else DynamicCache()
+        how = budget, temperature, torch.Generator(device="cpu").manual_seed(seed)
         mask = torch.zeros(len(drafts), 0, dtype=torch.long, device=device)
         lengths = torch.zeros(len(drafts), dtype=torch.long, device=device)
+        live = drafts
         with torch.inference_mode():
-            while not all(draft.done for draft in drafts):
-                # After the prompts no row is padded for the forced tokens of others: each takes as many as all have.
-                waiting = [len(draft.pending) for draft in drafts if not draft.done]
-                width = min(waiting) if lengths.any() else max(waiting)
-                rows = [draft.pending[:width] for draft in drafts]
-                for draft in drafts:
-                    draft.pending = draft.pending[width:]
+            while True:
+                going = [row for row, draft in enumerate(live) if not draft.done]
+                if not going:
+                    break
+                if len(going) < len(live):
+                    live, rest = [live[row] for row in going], torch.tensor(going, device=device)
+                    mask, lengths = mask[rest], lengths[rest]
+                    if mask.shape[1]:
+                        cache.reorder_cache(rest)  # layers of every kind can be selected so
+                rows, guesses = self._next_columns(live, not mask.shape[1], temperature)
                 inputs = left_padded(rows, self.tokenizer.pad_token_id, device)
                 new = inputs["attention_mask"]
                 inputs["position_ids"] += lengths[:, None] * new  # 0 for padding
                 lengths += new.sum(dim=1)
                 inputs["attention_mask"] = mask = torch.cat([mask, new], dim=1)
-                output = self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
-                for draft, scores in zip(drafts, output.logits[:, -1].float().cpu(), strict=True):
-                    if not draft.done and not draft.pending:
-                        self._advance(draft, scores, budget, temperature, random)
+                kept = 1 + max(map(len, guesses))
+                output = self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=kept)
+                for row, scores in enumerate(output.logits.float().cpu()):
+                    if not live[row].pending:
+                        right = self._advance(live[row], scores[-1 - len(guesses[row]) :], guesses[row], *how)
+                        if wrong := len(guesses[row]) - right:
+                            mask[row, -wrong:] = 0
+                            lengths[row] -= wrong
         for draft in drafts:
             if draft.text is not None:
                 draft.text = self.tokenizer.decode(draft.tokens, clean_up_tokenization_spaces=False)
         return drafts
+
+    def _next_columns(
+        self, live: list[Draft], prompts: bool, temperature: float
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Take tokens from the drafts for the next forward; return them for each row, and the guesses at their ends.
+        Where masks hide no padding, each row takes as many as all have, after the prompts."""
+        waiting = [len(draft.pending) for draft in live]
+        room = TOGETHER.get(self.model.device.type, 256) // len(live) if self.masks_hide else 0
+        width = max(waiting) if prompts else max(min(waiting), min(max(waiting), room))
+        rows, guesses = [], []
+        for draft in live:
+            row, draft.pending = draft.pending[:width], draft.pending[width:]
+            most = 0 if draft.pending or temperature else min(GUESSED, room - len(row))
+            guesses.append(self._guess(draft, most) if most > 0 else [])
+            rows.append(row + guesses[-1])
+        return rows, guesses
+
+    def _guess(self, draft: Draft, most: int) -> list[int]:
+        """Return tokens that may come next: those behind the first place of the value so far in the source."""
+        value = re.search(r'[^":\[]*$', self.tokenizer.decode(draft.tokens[-16:]))[0]
+        pattern = rf"(?<!\w){re.escape(value)}(.*)".replace("\\ ", "\\s")
+        place = re.search(pattern, draft.source) if value.strip() else None
+        tokens = self.grammar_tokenizer.tokenize_str(place[1][: 8 * most])[:most] if place else []
+        return tokens[: draft.matcher.validate_tokens(tokens)]
 
     def _look(self, draft: Draft, budget: int) -> None:
         """Search for an ending from here; where none fits any more, close the document where one last did.
@@ -248,7 +290,20 @@ class JsonDecoder:
         elif len(draft.tokens) >= draft.look_at:
             self._look(draft, budget)
 
-    def _advance(self, draft: Draft, scores: Any, budget: int, temperature: float, random: Any) -> None:
+    def _advance(
+        self, draft: Draft, scores: Any, guess: list[int], budget: int, temperature: float, random: Any
+    ) -> int:
+        """Choose the next token, and those after it as long as the model has seen them: where they are those of the
+        guess. Return how many of these. scores: a tensor of logits (1 + guessed tokens, vocabulary)."""
+        right = 0
+        while not draft.done and not draft.pending:
+            self._choose(draft, scores[right], budget, temperature, random)
+            while draft.pending and guess[right : right + 1] == draft.pending[:1]:
+                del draft.pending[0]
+                right += 1
+        return right
+
+    def _choose(self, draft: Draft, scores: Any, budget: int, temperature: float, random: Any) -> None:
         """Choose the next token among those allowed. scores: a tensor of logits (vocabulary,)."""
         import numpy as np
         import torch
@@ -268,5 +323,5 @@ class JsonDecoder:
             draft.matcher.consume_token(token)
             draft.tokens.append(token)
             draft.logprobs.append(float(scores[token] - scores.logsumexp(dim=-1)))
-            draft.pending = [token]
+            draft.pending.append(token)
             self._force(draft, budget)

@@ -12,10 +12,11 @@ from common import InputError, PromptEncoder
 from distil.cli import add_engine_flags, add_loading_flags, loading_options, seed_number
 from distil.engine import ServedModel
 from distil.files import file_sha256, parse_json, read_json
+from distil.generation import load_to_write
 from distil.idp.decoder import Closer, Draft, JsonDecoder
 from distil.idp.documents import DocumentPrompt, DocumentTask, add_prompt_flags, joined, pages_of, task_of_model
 from distil.idp.schema import SchemaGrammar, broken_rule, checked_validator, compile_schema, grammar_tokenizer
-from distil.models import LoadOptions, ModelRef, load
+from distil.models import LoadOptions, ModelRef
 from distil.processes import print_note
 from distil.support import context_length
 from distil.tasks import document_record
@@ -127,11 +128,9 @@ class ServedDecoder:
     def _closed(self, text: str, grammar: SchemaGrammar, budget: int) -> str | None:
         """Return a document that was cut with an ending of at most `budget` tokens, None where there is none; a text
         that is not the beginning of a document stays as it is."""
-        from llguidance import LLMatcher
-
         self.closer = self.closer or Closer(grammar.tokenizer)
         tokens = self.engine.encoder.text(re.sub(r'("(?:[^"\\]|\\.)*"?)|\s+', r"\1", text))  # in the grammar's layout
-        matcher = LLMatcher(grammar.tokenizer, grammar.grammar)
+        matcher = grammar.matcher()
         accepted = tokens[: matcher.validate_tokens(tokens)]
         if len(accepted) < len(tokens) - 1:  # the last one may be half of another
             return text
@@ -155,7 +154,7 @@ class Extractor:
         if server := options.load.server:
             options = replace(options, batch_size=4 * server.concurrency)  # that wait for one another
             return cls(ServedDecoder(ServedModel(server, ref.path), options.schema), grammar, options)
-        return cls(JsonDecoder(*load(ref, options.load), grammar.tokenizer), grammar, options)
+        return cls(JsonDecoder(*load_to_write(ref, options.load), grammar.tokenizer), grammar, options)
 
     def for_schema(self, options: ExtractOptions, grammar: SchemaGrammar) -> Extractor:
         """Return an extractor of the same model for other options. grammar: of `compile_for` with these."""

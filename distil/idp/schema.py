@@ -142,6 +142,12 @@ class SchemaGrammar:
     validator: Any
     tokenizer: Any
 
+    def matcher(self) -> Any:
+        """Return llguidance's matcher at the beginning of a document."""
+        from llguidance import LLMatcher
+
+        return LLMatcher(self.tokenizer, self.grammar)
+
 
 def pointer_of(error: Any) -> str:
     """Return the JSON pointer to the place that an error of jsonschema is about."""
