@@ -13,6 +13,7 @@ from distil.cli import add_engine_flags, add_loading_flags, loading_options, see
 from distil.engine import ServedModel
 from distil.files import file_sha256, parse_json, read_json
 from distil.generation import load_to_write
+from distil.idp.copying import CopyGrammar, Vocabulary, check_copied
 from distil.idp.decoder import Closer, Draft, JsonDecoder
 from distil.idp.documents import DocumentPrompt, DocumentTask, add_prompt_flags, joined, pages_of, task_of_model
 from distil.idp.schema import SchemaGrammar, broken_rule, checked_validator, compile_schema, grammar_tokenizer
@@ -34,6 +35,7 @@ class ExtractOptions:
     schema: Any
     schema_name: str = "schema"
     schema_sha256: str = ""
+    copy: tuple[str, ...] = ()
     chunk: bool = False
     max_new_tokens: int = 512
     retries: int = 3
@@ -54,6 +56,7 @@ class ExtractOptions:
     def with_schema(self, schema: Any, name: str) -> Self:
         """Return the options for another schema, checked. Raises InputError. name: of the schema, in messages."""
         validator = checked_validator(schema, name)
+        check_copied(self.copy, validator.schema, name)
         return replace(self, schema=validator.schema, schema_name=name, validator=validator)
 
 
@@ -62,6 +65,8 @@ def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("schema and decoding").add_argument
     add("--schema", help=f"JSON Schema of the answer ({SCHEMA})")
     add_prompt_flags(add, "auto: as the model was trained, on for a base model")
+    paths = "vendor or line_items[].description"
+    add("--copy", nargs="+", metavar="FIELD", default=[], help=f"strings made of words of the document: {paths}")
     add("--chunk", action="store_true", help="read documents longer than the context page by page")
     add("--max_new_tokens", type=int, default=512, help="budget of an answer; it is closed within it (%(default)s)")
     add("--retries", type=int, default=3, help="further tries where only jsonschema can check a rule (%(default)s)")
@@ -74,11 +79,13 @@ def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
 def extract_options(flags: Mapping[str, Any]) -> ExtractOptions:
     """Return the checked options of `add_extraction_flags`, with the schema read and checked. Raises InputError."""
     values = {name: flags[name] for name in ("chunk", "max_new_tokens", "retries", "seed", "batch_size")}
-    values |= {name: flags[name] for name in ("show_schema", "instruction")}
+    values |= {"copy": tuple(flags["copy"])} | {name: flags[name] for name in ("show_schema", "instruction")}
     if min(values["max_new_tokens"], values["batch_size"]) < 1 or values["retries"] < 0:
         raise InputError("--max_new_tokens and --batch_size are at least 1, --retries 0 or more")
     path = flags["schema"] or SCHEMA
     schema, sha256 = read_json(path), file_sha256(path)
+    if flags["copy"] and flags["url"]:
+        raise InputError("--copy is for a model that runs here, and --url names an engine")
     return ExtractOptions(None, "", sha256, **values, load=loading_options(flags)).with_schema(schema, path)
 
 
@@ -145,6 +152,7 @@ class Extractor:
     def __init__(self, decoder: JsonDecoder | ServedDecoder, grammar: SchemaGrammar, options: ExtractOptions):
         self.decoder, self.grammar, self.options = decoder, grammar, options
         self.encoder = PromptEncoder(decoder.tokenizer)
+        self.vocabulary = Vocabulary(grammar.tokenizer) if options.copy else None
         self.room = _room_for_document(self.encoder, decoder.context, options)
 
     @classmethod
@@ -180,11 +188,18 @@ class Extractor:
             how = (options.max_new_tokens, RETRY_TEMPERATURE if attempt else 0.0, options.seed + attempt)
             for start in range(0, len(waiting), options.batch_size):
                 batch = waiting[start : start + options.batch_size]
-                drafts = self.decoder.generate([prompts[i] for i in batch], [self.grammar] * len(batch), *how)
+                grammars = [self.grammar_for(documents[i]) for i in batch]
+                drafts = self.decoder.generate([prompts[i] for i in batch], grammars, *how)
                 for i, draft in zip(batch, drafts, strict=True):
                     results[i] = self.checked(draft.text, draft.truncated)
             waiting = [i for i in waiting if results[i].get("error", {}).get("code") == "invalid"]
         return results
+
+    def grammar_for(self, document: str) -> SchemaGrammar | CopyGrammar:
+        """Return the grammar of the answer to a document."""
+        if self.vocabulary is None:
+            return self.grammar
+        return CopyGrammar(self.grammar, self.vocabulary, document, self.options.copy)
 
     def checked(self, text: str | None, truncated: bool) -> dict[str, Any]:
         """Return the answer where the text parses, validates and can be written as JSON, else an error."""
