@@ -8,24 +8,26 @@ from decimal import Decimal
 
 import pytest
 
-from distil.idp.values import count_fields, days, measure, numbers, occurs_in, same
+from distil.idp.values import count_fields, days, measure, numbers, occurs_in, places, same
 
 
 def test_numbers_and_days_of_a_text():
-    assert {Decimal("1234.5"), Decimal("3"), Decimal("1007.50")} <= numbers("1.234,50 and 3 of RM1,007.50")
-    assert numbers("3 2 169,75   1\xa0200.50 2 125 250,00 1'000") >= {
+    def values(text):
+        return {value for value, *_ in numbers(text)}
+
+    assert {Decimal("1234.5"), Decimal("3"), Decimal("1007.50")} <= values("1.234,50 and 3 of RM1,007.50")
+    assert values("3 2 169,75   1\xa0200.50 2 125 250,00 1'000") >= {
         Decimal(text) for text in ("3", "2169.75", "1200.50", "125250", "1000")
     }
-    assert Decimal(53) not in numbers("5 3") and Decimal(11234) not in numbers("1 1 234")
-    (readings,) = days("on 03/04/2024")
-    assert readings == (date(2024, 4, 3), date(2024, 3, 4))
+    assert Decimal(53) not in values("5 3") and Decimal(11234) not in values("1 1 234")
+    assert [*days("on 03/04/2024 ")] == [((date(2024, 4, 3), date(2024, 3, 4)), 3, 13)]
     for text in ("25 Dec 2018", "25-DEC-18", "December 25, 2018", "2018-12-25", "25.12.18", "25/12/2018 8:13"):
-        assert list(days(text)) == [(date(2018, 12, 25),)], text
-    assert list(days("Rechnung 2026/29 vom 23.02.2026")) == [(date(2026, 2, 23),)]
+        assert [day for day, *_ in days(text)] == [(date(2018, 12, 25),)], text
+    assert [day for day, *_ in days("Rechnung 2026/29 vom 23.02.2026")] == [(date(2026, 2, 23),)]
     for text in ("13. März 2023", "13 mars 2023", "13. Mrz. 2023", "13.Ma\u0308rz 2023"):
-        assert list(days(text)) == [(date(2023, 3, 13),)], text
+        assert [*days(text)] == [((date(2023, 3, 13),), 0, len(text))], text
     for text, month in {"1 oktober": 10, "4. Mai": 5, "1er août": 8, "16 juillet": 7, "2 juin": 6, "9 maj": 5}.items():
-        assert [day[0].month for day in days(f"{text} 2022")] == [month], text
+        assert [day[0].month for day, *_ in days(f"{text} 2022")] == [month], text
     assert not list(days("99/99/2018 and 12.50")) and not list(days("12 Market 2018"))
 
 
@@ -130,6 +132,25 @@ def test_exact_needs_an_answer_with_all_values_and_no_others():
     assert exact({"json": {}}, note=None) == exact({"json": {"note": None, "l": []}}) == 1
     assert exact({"json": {"note": "a", "more": "b"}}, note="a") == exact({"json": {"a": {}}}, a="x") == 0
     assert measure([{"document": "x", "expected": {}}], [{"json": {}}], {}, 5)["macro_f1"] == 0  # nothing to measure
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "document", "read"),
+    [
+        ("total", 1007.5, "RM1,007.50 or 1 007,50", ["1,007.50", "1 007,50"]),
+        ("qty", 2, "2 2 469,00 x 12", ["2", "2"]),
+        ("date", "2018-12-25", "25. De\u0301c 18; 12/25/2018 8:13", ["25. De\u0301c 18", "12/25/2018"]),
+        ("date", "2023-03-13", "am 13.Ma\u0308rz 2023.", ["13.Ma\u0308rz 2023"]),
+        ("name", "Müller & Sohn", "Mu\u0308ller\n  SOHN", ["Mu\u0308ller\n  SOHN"]),
+        ("name", "cafe", "café, cafe", ["cafe"]),
+        ("name", "strasse", "Große Straße 5", ["Straße"]),
+        ("currency", "€", "€ 5 €", ["€", "€"]),
+        ("number", "A-17", "x A 17, a17", ["A 17", "a17"]),
+        *(("note", value, "all of it 0", []) for value in ("", " ", None, True, "none")),
+    ],
+)
+def test_places_of_values_in_a_document(name, value, document, read):
+    assert [document[start:end] for start, end in places(name, value, document)] == read
 
 
 def test_inventions_are_values_that_are_not_in_the_document():

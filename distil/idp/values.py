@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import date
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 from typing import Any
 
 from distil.idp.schema import field_schemas
@@ -31,16 +32,17 @@ SPACES = str.maketrans({"\xa0": " ", "\u202f": " ", "\u2009": " ", "\u2019": "'"
 KINDS = ("right", "predicted", "expected")  # of counted values
 
 
-def _month(word: str) -> int | None:
-    signs = unicodedata.normalize("NFD", word.casefold())
-    letters = "".join(sign for sign in signs if not unicodedata.combining(sign))
-    return next((i for i, names in enumerate(MONTHS.split("|"), 1) if f" {letters}" in f" {names}"), None)
+def plain(text: str) -> tuple[str, list[int]]:
+    """Return a text in lower case without accents, and the place of each of its letters in the given one."""
+    pairs = ((sign, i) for i, letter in enumerate(text) for sign in unicodedata.normalize("NFD", letter.casefold()))
+    pairs = [(sign, i) for sign, i in pairs if not unicodedata.combining(sign)]
+    return "".join(sign for sign, _ in pairs), [i for _, i in pairs]
 
 
-def days(text: str) -> Iterator[tuple[date, ...]]:
-    """Yield the days that each date in a text can mean: of 03/04/2024 first 3 April, then 4 March."""
-    text, at = unicodedata.normalize("NFC", text), 0
-    while match := DAY.search(text, at):
+def days(text: str) -> Iterator[tuple[tuple[date, ...], int, int]]:
+    """Yield the days that each date in a text can mean, of 03/04/2024 first 3 April, then 4 March, and its place."""
+    (letters, places), at = plain(text), 0
+    while match := DAY.search(letters, at):
         y, m, d, a, b, c, d2, m2, y2, m3, d3, y3 = match.groups()
         named = [(y2, m2 and _month(m2), d2), (y3, m3 and _month(m3), d3)]
         valid = []
@@ -49,24 +51,27 @@ def days(text: str) -> Iterator[tuple[date, ...]]:
                 valid.append(date(int(year) + (2000 if len(year) == 2 else 0), int(month), int(day)))
         at = match.end() if valid else match.start() + 1  # of `29 vom 23.02.2026` the end is a date
         if valid:
-            yield tuple(dict.fromkeys(valid))
+            yield tuple(dict.fromkeys(valid)), places[match.start()], places[match.end() - 1] + 1
 
 
-def numbers(text: str) -> set[Decimal]:
-    """Return the values that the numbers in a text can have: 1.234,50 and 1,234.50 and 1 234,50 are all 1234.5; 1.234
-    has two values. Where columns are one space apart, 2 469,00 is 2, 469 and 2469."""
-    values = set()
-    for row in NUMBER.findall(text.translate(SPACES)):
-        pieces = row.split(" ")
-        for start in range(len(pieces)):
-            for end in range(start + 1, len(pieces) + 1):
-                number = " ".join(pieces[start:end])
-                if end > start + 1 and not GROUPS.fullmatch(number):
+def _month(word: str) -> int | None:
+    return next((i for i, names in enumerate(MONTHS.split("|"), 1) if f" {word}" in f" {names}"), None)
+
+
+def numbers(text: str) -> Iterator[tuple[Decimal, int, int]]:
+    """Yield the values that the numbers in a text can have, and their places: 1.234,50 and 1,234.50 and 1 234,50 are
+    all 1234.5; 1.234 has two values. Where columns are one space apart, 2 469,00 is 2, 469 and 2469."""
+    for row in NUMBER.finditer(text.translate(SPACES)):
+        pieces = [*re.finditer("[^ ]+", row[0])]
+        for i, first in enumerate(pieces):
+            for last in pieces[i:]:
+                number = row[0][first.start() : last.end()]
+                if last is not first and not GROUPS.fullmatch(number):
                     break
                 for decimal, thousands in (".,", ",."):
                     with suppress(InvalidOperation):
-                        values.add(Decimal(re.sub(f"[ '{thousands}]", "", number).replace(decimal, ".")))
-    return values
+                        value = Decimal(re.sub(f"[ '{thousands}]", "", number).replace(decimal, "."))
+                        yield value, row.start() + first.start(), row.start() + last.end()
 
 
 def normalised(text: str) -> str:
@@ -86,22 +91,46 @@ def leaf_key(name: str, value: Any) -> Any:
         return Decimal(str(value)).normalize()
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
     dated = {"date", "dates"} & {word.lower() for word in words}
-    return (dated and next(days(value), None)) or normalised(value)
+    return (dated and next(days(value), [None])[0]) or normalised(value)
 
 
 def occurs_in(name: str, value: Any, document: str) -> bool:
-    """Return whether a value can be read in the document: a number by value, a date by day, a text by its letters and
-    digits, signs alone as they are. A value that is implied but not written, such as a quantity of 1, cannot."""
-    key = leaf_key(name, value)
+    """Return whether a value can be read in the document. A value that is implied but not written, such as a quantity
+    of 1, cannot."""
+    return value == "" or bool(places(name, value, document))
+
+
+def places(name: str, value: Any, document: str) -> list[tuple[int, int]]:
+    """Return where a value can be read in the document, [start, end) in its characters: a number by value, a date by
+    day, a text by its letters and digits, also over line breaks, signs alone as they are."""
+    key, (text, at, dates, values) = leaf_key(name, value), _readings(document)
     if isinstance(key, Decimal):
-        return abs(key) in numbers(document)
-    if isinstance(key, tuple) and any(set(key) & set(readings) for readings in days(document)):
-        return True
-    if not isinstance(value, str):
-        return False
-    texts = (unicodedata.normalize("NFC", text).casefold() for text in (value, document))
-    letters, read = ("".join(re.findall(r"\w+", text)) for text in texts)
-    return letters in read if letters else normalised(value) in "".join(document.split())
+        return [*dict.fromkeys((start, end) for number, start, end in values if number == abs(key))]
+    if isinstance(key, tuple) and (found := [place for read, *place in dates if set(key) & set(read)]):
+        return [*map(tuple, found)]
+    if not isinstance(value, str) or not (letters := _letters(plain(value)[0])):
+        return []
+    gap = r"\W*" if re.match(r"\w", letters) else r"\s*"
+    found = []
+    for match in re.finditer(gap.join(map(re.escape, letters)), text):
+        start, end = at[match.start()], at[match.end() - 1] + 1
+        while end < len(document) and unicodedata.combining(document[end]):
+            end += 1
+        if _letters(document[start:end]) == _letters(value):  # also the accents
+            found.append((start, end))
+    return found
+
+
+@lru_cache(maxsize=16)
+def _readings(document: str) -> tuple[str, list[int], list, list]:
+    """Return `plain`, `days` and `numbers` of a document, which are computed once for all of its values."""
+    return *plain(document), [*days(document)], [*numbers(document)]
+
+
+def _letters(text: str) -> str:
+    """Return the letters and digits of a text, or its signs where it has no others."""
+    text = unicodedata.normalize("NFC", text).casefold()
+    return "".join(re.findall(r"\w+", text) or text.split())
 
 
 def same(name: str, a: Any, b: Any) -> bool:
