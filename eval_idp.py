@@ -20,7 +20,7 @@ from typing import Any
 from distil import cli
 from distil.cli import InputError, with_interval
 from distil.files import hashed, read_jsonl, write_jsonl
-from distil.idp import extractor
+from distil.idp import confidence, extractor
 from distil.idp.documents import expected_of
 from distil.idp.extractor import ExtractOptions, Extractor
 from distil.idp.forms import cut_to
@@ -30,6 +30,8 @@ from distil.models import ModelRef, resolve
 from distil.processes import only_one, print_note
 from distil.splits import check_split
 
+Part = tuple[ExtractOptions, SchemaGrammar, list[int]]  # of one schema: options of the model, grammar, numbers of rows
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
@@ -38,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     fields = 'JSONL of {"document"|"input", "expected"|"output"}; "schema": of a line, unless --schema is given'
     add("--data", default="data/idp_validation.jsonl", help=f"{fields} (%(default)s)")
     add("--limit", type=int, help="only the first LIMIT documents")
+    text = "first fit the confidence of --evidence on this JSONL and store it with the model as confidence.json"
+    add("--fit_confidence", metavar="FILE", help=text)
     add("--by", metavar="FIELD", help="also measure groups by this field of the lines, such as layout")
     cli.add_report_flags(parser, "documents", 2000)
     extractor.add_extraction_flags(parser)
@@ -80,28 +84,36 @@ def by_schema(
     return result
 
 
-def evaluate_model(
-    ref: ModelRef,
-    rows: list[dict],
-    parts: list[tuple[ExtractOptions, list[int]]],
-    grammars: list[SchemaGrammar],
-    by: str | None,
-    resamples: int,
-) -> tuple[dict, list[dict]]:
-    """Return (metrics, answers) of one model. parts: of `by_schema`, with the grammar of `compile_for` for each; by: a
-    field to group rows by."""
+def answer_all(model: Extractor, rows: list[dict], chosen: range, parts: list[Part], name: str) -> list[dict]:
+    """Return the answers to the rows of these numbers, with a progress bar of this name."""
     from tqdm import tqdm
 
-    model, answers = Extractor.load(ref, parts[0][0], grammars[0]), [{}] * len(rows)
-    start, size = time.perf_counter(), 4 * parts[0][0].batch_size
-    for (options, numbers), grammar in zip(parts, grammars, strict=True):
-        model = model.for_schema(options.for_model(ref), grammar)
-        for first in tqdm(range(0, len(numbers), size), desc=ref.name, unit="batch", file=sys.stderr):
+    answers: dict[int, dict] = {}
+    size = 4 * model.options.batch_size
+    for options, grammar, numbers in parts:
+        own, numbers = model.for_schema(options, grammar), [number for number in numbers if number in chosen]
+        for first in tqdm(range(0, len(numbers), size), desc=name, unit="batch", file=sys.stderr):
             batch = numbers[first : first + size]
-            for i, answer in zip(batch, model.extract([rows[i]["document"] for i in batch]), strict=True):
-                answers[i] = answer
-    result = {"model": ref.name, "seconds_per_document": round((time.perf_counter() - start) / len(rows), 3)}
-    result |= measure(rows, answers, schema := parts[0][0].schema, resamples)
+            answers |= zip(batch, own.extract([rows[number]["document"] for number in batch]), strict=True)
+    return [answers[number] for number in chosen]
+
+
+def evaluate_model(
+    ref: ModelRef, rows: list[dict], count: int, parts: list[Part], note: dict, by: str | None, resamples: int
+) -> tuple[dict, list[dict]]:
+    """Return (metrics, answers) of one model to the first `count` rows. The confidence is fitted on the others, if
+    there are some, and stored with `note`. parts: of all rows; by: a field to group rows by."""
+    (options, grammar, _), others = parts[0], range(count, len(rows))
+    model = Extractor.load(ref, options, grammar, calibrated=not others)
+    if others:
+        answers = answer_all(model, rows, others, parts, f"{ref.name}: fit")
+        model.weights = confidence.fit(rows[count:], answers, options.schema)
+        confidence.store_weights(ref, model.weights, note)
+    start, rows = time.perf_counter(), rows[:count]
+    answers = answer_all(model, rows, range(count), parts, ref.name)
+    result = {"model": ref.name, "seconds_per_document": round((time.perf_counter() - start) / count, 3)}
+    result |= measure(rows, answers, schema := options.schema, resamples)
+    result |= confidence.measure_evidence(rows, answers, schema) if options.evidence else {}
     if by:
         groups = defaultdict(list)
         for row, answer in zip(rows, answers, strict=True):
@@ -119,8 +131,10 @@ def print_tables(results: list[dict], by: str | None, out: Any) -> None:
         table.append([path, *(with_interval(c["f1"], c["interval_95"], ".3f") if c else "-" for c in cells)])
     table.append(["all fields", *(with_interval(r["f1"], r["f1_interval_95"], ".3f") for r in results)])
     table.append(["mean of fields", *(f"{r['macro_f1']:.3f}" for r in results)])
-    for key in ("valid", "truncated", "exact", "invention_rate"):
-        table.append([key.replace("_", " "), *(f"{r[key]:.3f}" for r in results)])
+    rows = {key: key.replace("_", " ") for key in ("valid", "truncated", "exact", "invention_rate")}
+    rows |= confidence.MEASURES if "ece" in results[0] else {}
+    for key, name in rows.items():
+        table.append([name, *("-" if r[key] is None else f"{r[key]:.3f}" for r in results)])
     table.append(["seconds a document", *(f"{r['seconds_per_document']:.2f}" for r in results)])
     table += [[f"all fields, by {by}"]] if by else []
     for group, part in results[0]["by"].items() if by else ():
@@ -134,20 +148,31 @@ def main(argv: list[str] | None = None) -> int:
     args = (parser := build_parser()).parse_args(argv)
     only_one("evaluation of documents")
     unused = {"only for retries, and --retries is 0": [] if args.retries else ["seed"]}
+    unused |= {"--url gives no log-probabilities": ["fit_confidence"] if args.url else []}
     cli.refuse_unused(parser, argv, unused | cli.unused_engine(vars(args)))
     cli.check_at_least_one(vars(args), "limit", "bootstrap")
     with cli.report_folder(args.report_dir):
         rows, sha256 = hashed(args.data, lambda: read_documents(args.data, args.limit))
-        refs, options = [resolve(name) for name in args.model_dir], extractor.extract_options(vars(args))
+        refs = [resolve(name) for name in args.model_dir]
+        options = extractor.extract_options(vars(args) | {"evidence": args.evidence or bool(args.fit_confidence)})
         check_split(args.model_dir, args.data, sha256)
+        known, note = [], {}
+        if args.fit_confidence:
+            known, digest = hashed(args.fit_confidence, lambda: read_documents(args.fit_confidence, None))
+            check_split(args.model_dir, args.fit_confidence, digest)
+            note = {"data": args.fit_confidence, "data_sha256": digest, "documents": len(known)}
+            if digest == sha256 or not all(ref.adapter for ref in refs):
+                raise InputError("--fit_confidence: needs adapters, and other documents than --data")
         if args.by and not any(args.by in row for row in rows):
             raise InputError(f"--by {args.by}: no line of {args.data} has it")
-        parts = by_schema(rows, refs, options, own=not args.schema)
-        compiled = [[extractor.compile_for(ref, part) for part, _ in parts] for ref in refs]
-        measured = [
-            evaluate_model(ref, rows, parts, grammars, args.by, args.bootstrap)
-            for ref, grammars in zip(refs, compiled, strict=True)
+        note["schema_sha256"] = options.schema_sha256
+        by_options, measured = by_schema(all_rows := rows + known, refs, options, own=not args.schema), []
+        compiled = [
+            [(part.for_model(ref), extractor.compile_for(ref, part), numbers) for part, numbers in by_options]
+            for ref in refs
         ]
+        for ref, parts in zip(refs, compiled, strict=True):
+            measured.append(evaluate_model(ref, all_rows, len(rows), parts, note, args.by, args.bootstrap))
         results = [result for result, _ in measured]
         data = {"file": args.data, "sha256": sha256, "documents": len(rows)}
         schema = {"file": options.schema_name, "sha256": options.schema_sha256}

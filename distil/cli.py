@@ -79,7 +79,7 @@ def seed_number(text: str) -> int:
 
 
 def gold_share(text: str) -> float:
-    """Parse --gold_share: a share above 0 and at most 1."""
+    """Parse a share above 0 and at most 1."""
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text}: a share above 0 and at most 1")
     return float(text)

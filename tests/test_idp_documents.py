@@ -116,9 +116,13 @@ def test_a_schema_without_room_in_the_context_is_refused_with_what_to_do(model_d
 
 
 def test_pages_end_at_form_feeds_and_long_lines_are_cut():
-    assert pages_of("a\fb", lambda text: True) == ["a", "\fb"]
-    assert pages_of("one\n\f\n \n\ftwo\n\f", lambda text: True) == ["one\n", "\ftwo\n"]
-    assert all(len(page) <= 10 for page in pages_of("word " * 9, lambda text: len(text) <= 10))
+    assert pages_of("a\fb", lambda text: True) == {0: "a", 1: "\fb"}
+    document = "one\n\f\n \n\ftwo\n\f"
+    assert pages_of(document, lambda text: True) == {0: "one\n", 8: "\ftwo\n"}
+    document = "\n" + "word " * 9 + "\nlast\n"
+    pages = pages_of(document, lambda text: len(text) <= 10)
+    assert all(document[start:].startswith(page) and len(page) <= 10 for start, page in pages.items())
+    assert "".join(pages.values()) == document
 
 
 def test_values_come_from_the_page_that_has_them_and_lists_are_joined():

@@ -95,8 +95,8 @@ def test_chunk_reads_pages_and_joins_their_lists(decoder):
     schema = {"type": "object", "properties": properties, "required": ["items"], "additionalProperties": False}
     document = "\n".join(f"line {i} of a long document" for i in range(60))
     pages = make_extractor(decoder, schema).pages(document)
-    assert len(pages) > 1 and "\n".join(pages) == document
-    single = [answer["json"]["items"] for answer in make_extractor(decoder, schema).extract(pages)]
+    assert len(pages) > 1 and "".join(pages.values()) == document
+    single = [answer["json"]["items"] for answer in make_extractor(decoder, schema).extract([*pages.values()])]
     (answer,) = make_extractor(decoder, schema, chunk=True).extract([document])
     assert answer["json"]["items"] == [item for items in single for item in items]
 
@@ -105,10 +105,10 @@ def test_joined_answers_are_validated_and_failed_pages_reported(decoder):
     schema = {"type": "array", "items": {"type": "integer"}, "maxItems": 2}
     reader = make_extractor(decoder, schema, chunk=True)
     answers = [{"json": [1], "truncated": False}, {"json": [1], "truncated": True}]
-    assert reader.merged(answers, ["1", "1"]) == {"json": [1, 1], "truncated": True}
-    error = reader.merged([*answers, answers[0]], ["1"] * 3)["error"]
+    assert reader.merged(answers, {0: "1", 1: "1"}) == {"json": [1, 1], "truncated": True}
+    error = reader.merged([*answers, answers[0]], {0: "1", 1: "1", 2: "1"})["error"]
     assert error["message"] == "the joined answers of 3 pages: the result breaks maxItems at /"
-    error = reader.merged([answers[0], {"error": {"code": "no_close", "message": "m"}}], ["1", "1"])["error"]
+    error = reader.merged([answers[0], {"error": {"code": "no_close", "message": "m"}}], {0: "1", 1: "1"})["error"]
     assert error == {"code": "no_close", "message": "page 2 of 2: m"}
 
 

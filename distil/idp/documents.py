@@ -7,6 +7,7 @@ file task.json of an adapter has its `DocumentTask`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,18 +104,18 @@ def expected_of(row: dict, where: str) -> Any:
         raise InputError(f'{where}: "{name}" is not JSON: {error}') from None
 
 
-def pages_of(document: str, fits: Callable[[str], bool]) -> list[str]:
-    """Return the document in parts of complete lines, as few as `fits` allows; a form feed always ends a page.
-    A single line that does not fit is cut between words; blank pages are left out."""
-    pages = [""]
-    for line in document.replace("\f", "\n\f").split("\n"):
+def pages_of(document: str, fits: Callable[[str], bool]) -> dict[int, str]:
+    """Return the document in parts of complete lines, as few as `fits` allows, by the place of their first character.
+    A form feed always begins a page, a line that does not fit is cut between words, blank pages are left out."""
+    pages: dict[int, str] = {}
+    at = first = 0
+    for line in re.findall(r"\f?[^\n\f]*\n?", document):
         for piece in _line_parts(line, fits):
-            longer = f"{pages[-1]}\n{piece}" if pages[-1] else piece
-            if pages[-1] and (piece.startswith("\f") or not fits(longer)):
-                pages.append(piece)
-            else:
-                pages[-1] = longer
-    return [page for page in pages if page.strip()]
+            longer = pages.get(first, "") + piece
+            first = at if piece.startswith("\f") or not fits(longer) else first
+            pages[first] = longer if first < at else piece
+            at += len(piece)
+    return {start: page for start, page in pages.items() if page.strip()}
 
 
 def _line_parts(line: str, fits: Callable[[str], bool]) -> list[str]:
@@ -128,7 +129,7 @@ def _line_parts(line: str, fits: Callable[[str], bool]) -> list[str]:
 def joined(answers: Sequence[Any], pages: Sequence[str], name: str = "") -> Any:
     """Return one value of the answers to a document's pages, at least one: objects field by field, lists concatenated.
     Any other value is that of the first page whose text has it: a total is on the last page, and answers of pages
-    without it do not count. Where no page has it, it is the first page's."""
+    without it do not count. Where no page has it, it is the first page's. A leaf may be an object with a `value`."""
     kind = next((type(answer) for answer in answers if isinstance(answer, dict | list)), None)
     if kind is list:
         return [item for answer in answers if isinstance(answer, list) for item in answer]
@@ -139,5 +140,6 @@ def joined(answers: Sequence[Any], pages: Sequence[str], name: str = "") -> Any:
             for field in answer if isinstance(answer, dict) else ():
                 fields.setdefault(field, []).append((answer[field], page))
         return {field: joined(*zip(*parts, strict=True), f"{name}.{field}") for field, parts in fields.items()}
-    readable = (answer for answer, page in pairs if answer != "" and occurs_in(name, answer, page))
+    values = [(answer, getattr(answer, "value", answer), page) for answer, page in pairs]
+    readable = (answer for answer, value, page in values if value != "" and occurs_in(name, value, page))
     return next(readable, answers[0])

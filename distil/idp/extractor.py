@@ -13,10 +13,13 @@ from distil.cli import add_engine_flags, add_loading_flags, loading_options, see
 from distil.engine import ServedModel
 from distil.files import file_sha256, parse_json, read_json
 from distil.generation import load_to_write
+from distil.idp import confidence
 from distil.idp.copying import CopyGrammar, Vocabulary, check_copied
 from distil.idp.decoder import Closer, Draft, JsonDecoder
 from distil.idp.documents import DocumentPrompt, DocumentTask, add_prompt_flags, joined, pages_of, task_of_model
+from distil.idp.evidence import evidence_rows, gathered
 from distil.idp.schema import SchemaGrammar, broken_rule, checked_validator, compile_schema, grammar_tokenizer
+from distil.idp.values import choices_of
 from distil.models import LoadOptions, ModelRef
 from distil.processes import print_note
 from distil.support import context_length
@@ -41,6 +44,7 @@ class ExtractOptions:
     retries: int = 3
     seed: int = 0
     batch_size: int = 8
+    evidence: bool = False
     show_schema: str = "auto"
     instruction: str | None = None
     load: LoadOptions = field(default_factory=LoadOptions)
@@ -72,13 +76,14 @@ def add_extraction_flags(parser: argparse.ArgumentParser) -> None:
     add("--retries", type=int, default=3, help="further tries where only jsonschema can check a rule (%(default)s)")
     add("--seed", type=seed_number, default=0, help="of the retries, which sample (%(default)s)")
     add("--batch_size", type=int, default=8, help="documents decoded together (%(default)s)")
+    add("--evidence", action="store_true", help="also the confidence of each value and its place in the document")
     add_loading_flags(parser)
     add_engine_flags(parser)
 
 
 def extract_options(flags: Mapping[str, Any]) -> ExtractOptions:
     """Return the checked options of `add_extraction_flags`, with the schema read and checked. Raises InputError."""
-    values = {name: flags[name] for name in ("chunk", "max_new_tokens", "retries", "seed", "batch_size")}
+    values = {name: flags[name] for name in ("chunk", "max_new_tokens", "retries", "seed", "batch_size", "evidence")}
     values |= {"copy": tuple(flags["copy"])} | {name: flags[name] for name in ("show_schema", "instruction")}
     if min(values["max_new_tokens"], values["batch_size"]) < 1 or values["retries"] < 0:
         raise InputError("--max_new_tokens and --batch_size are at least 1, --retries 0 or more")
@@ -154,31 +159,57 @@ class Extractor:
         self.encoder = PromptEncoder(decoder.tokenizer)
         self.vocabulary = Vocabulary(grammar.tokenizer) if options.copy else None
         self.room = _room_for_document(self.encoder, decoder.context, options)
+        self.weights: list[float] | None = None  # of the confidence; without them it is the raw probability
+        self.listed = frozenset(choices_of(options.schema))
 
     @classmethod
-    def load(cls, ref: ModelRef, options: ExtractOptions, grammar: SchemaGrammar | None = None) -> Self:
-        """Compile the schema, unless `grammar` is of `compile_for`, then load the model. Raises InputError."""
+    def load(
+        cls, ref: ModelRef, options: ExtractOptions, grammar: SchemaGrammar | None = None, calibrated: bool = True
+    ) -> Self:
+        """Compile the schema, unless `grammar` is of `compile_for`, then load the model and, where `calibrated`, the
+        calibration of its confidence. Raises InputError."""
         grammar, options = grammar or compile_for(ref, options), options.for_model(ref)
-        if server := options.load.server:
+        server, weights = options.load.server, None
+        if options.evidence and server:
+            print_note("--url gives no log-probabilities: confidence is null")
+        elif options.evidence and calibrated and not (weights := confidence.stored_weights(ref)):
+            raw = "the raw probability of tokens; eval_idp.py --fit_confidence fits it"
+            print_note(f"confidence is not calibrated: {raw}")
+        if server:
             options = replace(options, batch_size=4 * server.concurrency)  # that wait for one another
             return cls(ServedDecoder(ServedModel(server, ref.path), options.schema), grammar, options)
-        return cls(JsonDecoder(*load_to_write(ref, options.load), grammar.tokenizer), grammar, options)
+        extractor = cls(JsonDecoder(*load_to_write(ref, options.load), grammar.tokenizer), grammar, options)
+        extractor.weights = weights
+        return extractor
 
     def for_schema(self, options: ExtractOptions, grammar: SchemaGrammar) -> Extractor:
         """Return an extractor of the same model for other options. grammar: of `compile_for` with these."""
         served = isinstance(self.decoder, ServedDecoder)
         decoder = ServedDecoder(self.decoder.engine, options.schema) if served else self.decoder
-        return Extractor(decoder, grammar, replace(options, batch_size=self.options.batch_size))
+        other = Extractor(decoder, grammar, replace(options, batch_size=self.options.batch_size))
+        other.weights = self.weights
+        return other
 
     def extract(self, documents: Sequence[str]) -> list[dict[str, Any]]:
-        """Return {"json", "truncated"} or {"error": {"code", "message"}} for each document; with `chunk` by pages."""
+        """Return {"json", "truncated"} or {"error": {"code", "message"}} for each document; with `chunk` by pages.
+        With `evidence` an answer also has the rows of `evidence_rows`."""
+        results = self._answers(documents)
+        for result, document in zip(results, documents, strict=True):
+            if "evidence" in result:
+                result["evidence"] = evidence_rows(result["evidence"], document)
+                if self.weights:
+                    confidence.apply(self.weights, result, self.listed)
+        return results
+
+    def _answers(self, documents: Sequence[str], starts: Sequence[int] = ()) -> list[dict[str, Any]]:
+        """Return what `extract` does, with evidence of `gathered`. starts: of these pages in their document."""
         options = self.options
         prompts = [self.encoder.prompt(options.prompt.turn(document)) for document in documents]
         results: list[dict[str, Any]] = [{} for _ in documents]
         for i, prompt in enumerate(prompts):
             if len(prompt) > self.room and options.chunk:
                 pages = self.pages(documents[i])
-                results[i] = self.merged(self.extract(pages), pages)
+                results[i] = self.merged(self._answers([*pages.values()], [*pages]), pages)
             elif len(prompt) > self.room:
                 budget = options.max_new_tokens
                 numbers = f"{len(prompt)} tokens and {budget} for the answer, context {self.room + budget}"
@@ -192,6 +223,9 @@ class Extractor:
                 drafts = self.decoder.generate([prompts[i] for i in batch], grammars, *how)
                 for i, draft in zip(batch, drafts, strict=True):
                     results[i] = self.checked(draft.text, draft.truncated)
+                    if options.evidence and "json" in results[i]:
+                        pieces = [self.grammar.tokenizer.decode_bytes([token]) for token in draft.tokens]
+                        results[i]["evidence"] = gathered(draft, pieces, documents[i], *starts[i : i + 1])
             waiting = [i for i in waiting if results[i].get("error", {}).get("code") == "invalid"]
         return results
 
@@ -213,19 +247,22 @@ class Extractor:
             return _failed("invalid", f"the answer {problem}; raise --retries")
         return {"json": value, "truncated": truncated}
 
-    def pages(self, document: str) -> list[str]:
-        """Return the pages of a document that fit the context one by one."""
+    def pages(self, document: str) -> dict[int, str]:
+        """Return the pages of a document that fit the context one by one, as `pages_of`."""
         return pages_of(document, lambda text: len(self.encoder.prompt(self.options.prompt.turn(text))) <= self.room)
 
-    def merged(self, answers: Sequence[dict[str, Any]], pages: Sequence[str]) -> dict[str, Any]:
+    def merged(self, answers: Sequence[dict[str, Any]], pages: Mapping[int, str]) -> dict[str, Any]:
         """Return one answer of those to the pages, or the error of a page or of the joined answer."""
         for number, answer in enumerate(answers, 1):
             if error := answer.get("error"):
                 return _failed(error["code"], f"page {number} of {len(answers)}: {error['message']}")
-        value = joined([answer["json"] for answer in answers], pages)
+        value = joined([answer["json"] for answer in answers], [*pages.values()])
         if problem := broken_rule(self.grammar.validator, value):
             return _failed("pages", f"the joined answers of {len(pages)} pages: the result {problem}")
-        return {"json": value, "truncated": any(answer["truncated"] for answer in answers)}
+        result = {"json": value, "truncated": any(answer["truncated"] for answer in answers)}
+        if self.options.evidence:
+            result["evidence"] = joined([answer["evidence"] for answer in answers], [*pages.values()])
+        return result
 
 
 def _failed(code: str, message: str) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def occurs_in(name: str, value: Any, document: str) -> bool:
 def places(name: str, value: Any, document: str) -> list[tuple[int, int]]:
     """Return where a value can be read in the document, [start, end) in its characters: a number by value, a date by
     day, a text by its letters and digits, also over line breaks, signs alone as they are."""
-    key, (text, at, dates, values) = leaf_key(name, value), _readings(document)
+    iso = isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value)
+    key, (text, at, dates, values) = leaf_key("date" if iso else name, value), _readings(document)
     if isinstance(key, Decimal):
         return [*dict.fromkeys((start, end) for number, start, end in values if number == abs(key))]
     if isinstance(key, tuple) and (found := [place for read, *place in dates if set(key) & set(read)]):
@@ -142,16 +143,21 @@ def same(name: str, a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def count_fields(predicted: Any, expected: Any, counts: Counter, path: str = "") -> int:
+def count_fields(
+    predicted: Any, expected: Any, counts: Counter, path: str = "", pointer: str = "", judged: dict | None = None
+) -> int:
     """Add to counts[path, kind] for every leaf, each kind of KINDS; return the number of right leaves.
-    Items of lists are matched so that most leaves are right (Hungarian method), in any order."""
+    Items of lists are matched so that most leaves are right (Hungarian method), in any order.
+    judged: gets whether each leaf of `predicted` is right, by its JSON pointer; a null where none is expected."""
     kinds = {dict if isinstance(v, dict) else list if isinstance(v, list) else str for v in (predicted, expected)}
     if len(kinds) > 1 and None not in (predicted, expected):  # an object for a text: all of both is wrong
-        return count_fields(predicted, None, counts, path) + count_fields(None, expected, counts, path)
+        wrong = count_fields(predicted, None, counts, path, pointer, judged)
+        return wrong + count_fields(None, expected, counts, path)
     if isinstance(predicted, dict) or isinstance(expected, dict):
         predicted, expected = (value if isinstance(value, dict) else {} for value in (predicted, expected))
         names = dict.fromkeys([*expected, *predicted])
-        return sum(count_fields(predicted.get(n), expected.get(n), counts, f"{path}.{n}".lstrip(".")) for n in names)
+        places = [(n, f"{path}.{n}".lstrip("."), below(pointer, n)) for n in names]
+        return sum(count_fields(predicted.get(n), expected.get(n), counts, *place, judged) for n, *place in places)
     if isinstance(predicted, list) or isinstance(expected, list):
         import numpy as np
         from scipy.optimize import linear_sum_assignment
@@ -161,12 +167,29 @@ def count_fields(predicted: Any, expected: Any, counts: Counter, path: str = "")
         pairs = dict(zip(*linear_sum_assignment(-right), strict=True)) if right.size else {}
         matched = [(item, expected[pairs[i]] if i in pairs else None) for i, item in enumerate(predicted)]
         matched += [(None, expected[j]) for j in set(range(len(expected))) - {int(j) for j in pairs.values()}]
-        return sum(count_fields(one, other, counts, f"{path}[]") for one, other in matched)
+        where = [(f"{path}[]", below(pointer, i)) for i in range(len(matched))]
+        return sum(count_fields(*pair, counts, *place, judged) for pair, place in zip(matched, where, strict=True))
     counts[path, "predicted"] += predicted is not None
     counts[path, "expected"] += expected is not None
     right = predicted is not None and expected is not None and same(path, predicted, expected)
     counts[path, "right"] += right
+    if judged is not None:
+        judged[pointer] = right or (predicted is None and expected is None)
     return int(right)
+
+
+def pointers(value: Any, pointer: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (JSON pointer, value) of what `leaves` yields, in the same order."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if inner is None:
+        yield pointer, value
+    for key, part in inner or ():
+        yield from pointers(part, below(pointer, key))
+
+
+def below(pointer: str, key: str | int) -> str:
+    """Return the JSON pointer to a name or list position in what another leads to (RFC 6901)."""
+    return f"{pointer}/{str(key).replace('~', '~0').replace('/', '~1')}"
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -258,7 +258,7 @@ def write_run(trainer: Any, save_dir: Path, run: dict[str, Any], history: list[d
     write_json(done / "run.json", run)
     if record := task.record if task else run["documents"]:
         write_json(done / TASK_FILE, record | PROMPTS)
-    for name in ("run.json", "calibration.json", TASK_FILE):  # of the run that this one replaces
+    for name in ("run.json", "calibration.json", "confidence.json", TASK_FILE):  # of the run that this one replaces
         (save_dir / name).unlink(missing_ok=True)
     for path in sorted(done.iterdir(), key=lambda path: path.name == "run.json"):
         path.replace(save_dir / path.name)  # needs no room on a full disk
