@@ -26,7 +26,7 @@ from distil.processes import gather, only_one, own_share, rank_and_world
 from distil.runs import conditions
 
 # Flags that decide no answer; an address may hold a password.
-NO_SETTINGS = ("overwrite", "debug", "url", "api_key_env", "concurrency", "timeout")
+NO_SETTINGS = ("overwrite", "debug", "review_page", "url", "api_key_env", "concurrency", "timeout")
 Work = Callable[[list[Any]], list[dict]]  # the output object of each row, in order; JSONL: of each line
 
 
