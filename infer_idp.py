@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = vars(args) | {"evidence": args.evidence or below is not None or page is not None}
     check_one_or_file(flags, "document")
     unused = {"only for retries, and --retries is 0": [] if args.retries else ["seed"]}
+    unused |= {"--url gives no log-probabilities": ["review_below"] if args.url else []}
     refuse_unused(parser, argv, unused | unused_engine(flags))
     if page:
         check_writable(page)
