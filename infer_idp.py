@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from distil.batch import add_file_flags, answer_file, check_one_or_file, parse_line
 from distil.cli import InputError, gold_share, new_parser, refuse_unused, run_script, unused_engine
 from distil.files import check_writable, read_text
+from distil.idp.documents import DocumentPrompt
 from distil.idp.extractor import ExtractOptions, Extractor, add_extraction_flags, extract_options
 from distil.idp.pdf import is_pdf, pdf_text
 from distil.idp.review import marked, write_page
@@ -91,14 +92,14 @@ def start(options: ExtractOptions, below: float | None, ref: ModelRef) -> tuple:
     return 4 * options.batch_size, functools.partial(work_lines, extractor, below=below), contents
 
 
-def review(answers: Iterable[dict], below: float | None, page: str | None) -> None:
+def review(answers: Iterable[dict], prompt: DocumentPrompt, below: float | None, page: str | None) -> None:
     """Write the page of answers, objects with "document" (or "input"), and report how many values to check."""
     shown, values, flagged = {}, 0, 0
     for number, row in enumerate(answers, 1):
         values += len(evidence := row.get("evidence", ()))
         flagged += sum("review" in one for one in evidence)
         if page and "json" in row:
-            shown[number] = document_of(row.get("document") or row["input"]), row
+            shown[number] = prompt.document_of(row.get("document") or row["input"]), row
     if page:
         write_page(page, shown)
     if below is not None:
@@ -130,14 +131,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.document is not None:
         document, options = read_document(args.document), extract_options(flags)
         extractor = Extractor.load(resolve(args.model_dir), options)
-        document = extractor.options.prompt.document_of(document)
-        (answer,) = extractor.extract([document])
-        review([{"document": document} | marked(answer, below)], below, page)
+        prompt = extractor.options.prompt
+        (answer,) = extractor.extract([document := prompt.document_of(document)])
+        review([{"document": document} | marked(answer, below)], prompt, below, page)
         return print_answer(answer)
-    status = answer_file(flags, functools.partial(start, extract_options(flags), below))
+    options = extract_options(flags)
+    status = answer_file(flags, functools.partial(start, options, below))
     if (page or below is not None) and rank_and_world()[0] == 0:
         with open(args.output, encoding="utf-8") as lines:
-            review(map(json.loads, lines), below, page)
+            review(map(json.loads, lines), options.for_model(resolve(args.model_dir)).prompt, below, page)
     return status
 
 
