@@ -11,7 +11,7 @@ from test_idp_extractor import make_extractor
 
 from common import InputError
 from distil.idp.copying import CopyGrammar, Vocabulary, check_copied
-from distil.idp.schema import compile_schema
+from distil.idp.schema import compile_schema, grammar_tokenizer
 
 ITEM = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 30}, "n": {"type": "integer"}}}
 SCHEMA = {
@@ -93,6 +93,14 @@ def test_blanks_and_signs_are_free_and_words_are_not(decoder, vocabulary, value,
     matcher = grammar(decoder, vocabulary).matcher()
     assert accepts(matcher.deep_copy(), decoder.grammar_tokenizer, text) is allowed
     assert accepts(matcher, decoder.grammar_tokenizer, '{"vendor":"TAMAN","note":"TAM"')  # the copy changed nothing
+
+
+def test_vocabularies_of_every_size_are_masked(tokenizer):
+    """Logits are often wider than the tokenizer, and masks have words of 32 bits."""
+    for size in range(len(tokenizer), len(tokenizer) + 33):
+        tokens = grammar_tokenizer(tokenizer, size)
+        matcher = CopyGrammar(compile_schema(SCHEMA, tokens), Vocabulary(tokens), DOCUMENT, FIELDS).matcher()
+        assert accepts(matcher, tokens, '{"vendor":"TAMAN","note":"TAM"')
 
 
 def test_a_string_may_end_within_a_word_where_the_schema_ends_it(decoder, vocabulary):

@@ -94,7 +94,7 @@ class Vocabulary:
             for place in chain(*words.starts.values()) if places is None else places:
                 for size in range(1, self.longest + 1):
                     found.update(self.by_letters.get(words.row[place : place + size], ()))
-            bits = np.zeros(-(-len(self.texts) // 32) * 32, bool)
+            bits = np.zeros(len(self.texts) // 32 * 32 + 64, bool)  # masks have a word more than they need
             for token in found:
                 head, quote, _ = self.texts[token].partition(b'"')
                 after = words.follow(head, places, signs)
