@@ -1,4 +1,4 @@
-"""Evidence of an answer: where each value stands in the document, and the log-probability of its tokens."""
+"""Evidence of an answer: where each value is in the document, and the log-probability of its tokens."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def evidence_rows(tree: Any, document: str) -> list[dict[str, Any]]:
 
 def token_logprobs(text: str, pieces: Sequence[bytes], logprobs: Sequence[float]) -> list[float]:
     """Return for each value of a JSON text the log-probability of its tokens together with the one that ends it:
-    whether 58 goes on as 584 is decided there. Empty where the tokens are not known or not those of the text."""
+    whether 58 continues as 584 is decided there. Empty where the tokens are not known or not those of the text."""
     if not logprobs or b"".join(pieces) != text.encode():
         return []
     at = [*accumulate((len(letter.encode()) for letter in text), initial=0)]  # byte of each character
@@ -76,7 +76,7 @@ def token_logprobs(text: str, pieces: Sequence[bytes], logprobs: Sequence[float]
 
 
 def locate(answer: Any, document: str) -> list[Place | None]:
-    """Return where each value stands in the document, None where it does not. Of several places the one is chosen that
+    """Return where each value is in the document, None where it does not. Of several places the one is chosen that
     - no other value has,
     - is in the order of the same field in other items of a list,
     - is near the other values of the same object (mean of log(1 + characters between)),
