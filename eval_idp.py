@@ -30,7 +30,7 @@ from distil.models import ModelRef, resolve
 from distil.processes import only_one, print_note
 from distil.splits import check_split
 
-Part = tuple[ExtractOptions, SchemaGrammar, list[int]]  # of one schema: options of the model, grammar, numbers of rows
+Part = tuple[ExtractOptions, SchemaGrammar, list[int]]  # of one schema: numbers of rows
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,36 +84,45 @@ def by_schema(
     return result
 
 
-def answer_all(model: Extractor, rows: list[dict], chosen: range, parts: list[Part], name: str) -> list[dict]:
-    """Return the answers to the rows of these numbers, with a progress bar of this name."""
+def compiled(ref: ModelRef, parts: list[tuple[ExtractOptions, list[int]]]) -> list[Part]:
+    """Return parts of `by_schema` for a model, with the grammars of their schemas. Raises InputError."""
+    return [(options.for_model(ref), extractor.compile_for(ref, options), found) for options, found in parts]
+
+
+def answer_all(model: Extractor, rows: list[dict], parts: list[Part], name: str) -> list[dict]:
+    """Return the answers to rows, with a progress bar of this name."""
     from tqdm import tqdm
 
-    answers: dict[int, dict] = {}
-    size = 4 * model.options.batch_size
+    size, answers = 4 * model.options.batch_size, [{}] * len(rows)
     for options, grammar, numbers in parts:
-        own, numbers = model.for_schema(options, grammar), [number for number in numbers if number in chosen]
+        asked = model.for_schema(options, grammar)
         for first in tqdm(range(0, len(numbers), size), desc=name, unit="batch", file=sys.stderr):
             batch = numbers[first : first + size]
-            answers |= zip(batch, own.extract([rows[number]["document"] for number in batch]), strict=True)
-    return [answers[number] for number in chosen]
+            for i, answer in zip(batch, asked.extract([rows[i]["document"] for i in batch]), strict=True):
+                answers[i] = answer
+    return answers
+
+
+def load_fitted(ref: ModelRef, parts: list[Part], known: list[dict], known_parts: list[Part], note: dict) -> Extractor:
+    """Return a loaded model. known: rows to fit its confidence on first, if there are some; note: what to store about
+    them."""
+    model = Extractor.load(ref, *parts[0][:2], calibrated=not known)
+    if known:
+        answers = answer_all(model, known, known_parts, f"{ref.name}: fit")
+        model.weights = confidence.fit(known, answers, parts[0][0].schema)
+        confidence.store_weights(ref, model.weights, note)
+    return model
 
 
 def evaluate_model(
-    ref: ModelRef, rows: list[dict], count: int, parts: list[Part], note: dict, by: str | None, resamples: int
+    model: Extractor, name: str, rows: list[dict], parts: list[Part], by: str | None, resamples: int
 ) -> tuple[dict, list[dict]]:
-    """Return (metrics, answers) of one model to the first `count` rows. The confidence is fitted on the others, if
-    there are some, and stored with `note`. parts: of all rows; by: a field to group rows by."""
-    (options, grammar, _), others = parts[0], range(count, len(rows))
-    model = Extractor.load(ref, options, grammar, calibrated=not others)
-    if others:
-        answers = answer_all(model, rows, others, parts, f"{ref.name}: fit")
-        model.weights = confidence.fit(rows[count:], answers, options.schema)
-        confidence.store_weights(ref, model.weights, note)
-    start, rows = time.perf_counter(), rows[:count]
-    answers = answer_all(model, rows, range(count), parts, ref.name)
-    result = {"model": ref.name, "seconds_per_document": round((time.perf_counter() - start) / count, 3)}
-    result |= measure(rows, answers, schema := options.schema, resamples)
-    result |= confidence.measure_evidence(rows, answers, schema) if options.evidence else {}
+    """Return (metrics, answers) of one model. by: a field to group rows by."""
+    start, schema = time.perf_counter(), model.options.schema
+    answers = answer_all(model, rows, parts, name)
+    result = {"model": name, "seconds_per_document": round((time.perf_counter() - start) / len(rows), 3)}
+    result |= measure(rows, answers, schema, resamples)
+    result |= confidence.measure_evidence(rows, answers, schema) if model.options.evidence else {}
     if by:
         groups = defaultdict(list)
         for row, answer in zip(rows, answers, strict=True):
@@ -152,27 +161,27 @@ def main(argv: list[str] | None = None) -> int:
     cli.refuse_unused(parser, argv, unused | cli.unused_engine(vars(args)))
     cli.check_at_least_one(vars(args), "limit", "bootstrap")
     with cli.report_folder(args.report_dir):
+        evidence = {"evidence": args.evidence or bool(args.fit_confidence)}
         rows, sha256 = hashed(args.data, lambda: read_documents(args.data, args.limit))
-        refs = [resolve(name) for name in args.model_dir]
-        options = extractor.extract_options(vars(args) | {"evidence": args.evidence or bool(args.fit_confidence)})
+        refs, options = [resolve(name) for name in args.model_dir], extractor.extract_options(vars(args) | evidence)
         check_split(args.model_dir, args.data, sha256)
         known, note = [], {}
         if args.fit_confidence:
             known, digest = hashed(args.fit_confidence, lambda: read_documents(args.fit_confidence, None))
             check_split(args.model_dir, args.fit_confidence, digest)
             note = {"data": args.fit_confidence, "data_sha256": digest, "documents": len(known)}
+            note["schema_sha256"] = options.schema_sha256
             if digest == sha256 or not all(ref.adapter for ref in refs):
                 raise InputError("--fit_confidence: needs adapters, and other documents than --data")
         if args.by and not any(args.by in row for row in rows):
             raise InputError(f"--by {args.by}: no line of {args.data} has it")
-        note["schema_sha256"] = options.schema_sha256
-        by_options, measured = by_schema(all_rows := rows + known, refs, options, own=not args.schema), []
-        compiled = [
-            [(part.for_model(ref), extractor.compile_for(ref, part), numbers) for part, numbers in by_options]
-            for ref in refs
-        ]
-        for ref, parts in zip(refs, compiled, strict=True):
-            measured.append(evaluate_model(ref, all_rows, len(rows), parts, note, args.by, args.bootstrap))
+        parts, known_parts = (by_schema(some, refs, options, own=not args.schema) for some in (rows, known))
+        # All schemas are compiled before the first model is loaded.
+        asked = [(ref, compiled(ref, parts), compiled(ref, known_parts)) for ref in refs]
+        measured = []
+        for ref, mine, fitted in asked:
+            fit = (ref, mine, known, fitted, note)  # loaded in the call: one model at a time
+            measured.append(evaluate_model(load_fitted(*fit), ref.name, rows, mine, args.by, args.bootstrap))
         results = [result for result, _ in measured]
         data = {"file": args.data, "sha256": sha256, "documents": len(rows)}
         schema = {"file": options.schema_name, "sha256": options.schema_sha256}

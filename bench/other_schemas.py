@@ -57,16 +57,17 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         row["schema"] = options.schema if args.schema else row.get("schema", options.schema)
 
-    def answered(rows: list[dict]) -> tuple[dict, list[dict]]:
-        parts = eval_idp.by_schema(rows, [ref], options, own=True)  # cuts the expected answers
-        grammars = [extractor.compile_for(ref, part) for part, _ in parts]
-        return eval_idp.evaluate_model(ref, rows, parts, grammars, None, args.bootstrap)
+    def compiled(rows: list[dict]) -> list[eval_idp.Part]:
+        return eval_idp.compiled(ref, eval_idp.by_schema(rows, [ref], options, own=True))  # cuts the expected answers
 
-    metrics, own = answered(copy.deepcopy(rows))
+    parts = compiled(same := copy.deepcopy(rows))
+    model = extractor.Extractor.load(ref, *parts[0][:2])
+    metrics, own = eval_idp.evaluate_model(model, ref.name, same, parts, None, args.bootstrap)
     figures = {"own schemas": cli.with_interval(metrics["f1"], metrics["f1_interval_95"], ".3f")}
     names = [f"order {i + 1}" for i in range(args.orders)] + [f"subset {i + 1}" for i in range(args.subsets)]
     for name in names:
-        result, _ = answered(others := varied(rows, name))
+        parts = compiled(others := varied(rows, name))
+        result, _ = eval_idp.evaluate_model(model, ref.name, others, parts, None, args.bootstrap)
         cut = [{"json": cut_to(row["schema"], a.get("json"), Counter())} for row, a in zip(others, own, strict=True)]
         before = measure(others, cut, options.schema, args.bootstrap)["f1"]
         interval = cli.with_interval(result["f1"], result["f1_interval_95"], ".3f")
