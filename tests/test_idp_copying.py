@@ -1,4 +1,4 @@
-"""Copied fields: their words stand in the document, and nothing else of an answer changes."""
+"""Copied fields: the document has their words, and nothing else of an answer changes."""
 
 from __future__ import annotations
 

@@ -67,6 +67,13 @@ def test_a_budget_as_long_as_the_context_stops_before_the_model_loads(model_dir,
         infer_idp.main(argv)
 
 
+def test_fields_to_copy_are_checked_before_the_model_loads(model_dir, schema_file):
+    engine = ["--url", "http://127.0.0.1:9/v1"]
+    for flags, message in ((["--copy", "total"], "not a free text"), (["--copy", "number", *engine], "runs here")):
+        with pytest.raises(InputError, match=f"--copy .*{message}"):
+            infer_idp.main(["--model_dir", model_dir, "--schema", str(schema_file), "--document", "x", *flags])
+
+
 def test_a_schema_file_without_a_schema_is_wrong_input(model_dir, tmp_path):
     path = tmp_path / "schema.json"
     path.write_text("null")
