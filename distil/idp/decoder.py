@@ -203,7 +203,7 @@ class JsonDecoder:
                     mask, lengths = mask[rest], lengths[rest]
                     if mask.shape[1]:
                         cache.reorder_cache(rest)  # layers of every kind can be selected so
-                rows, guesses = self._next_columns(live, not mask.shape[1], temperature)
+                rows, guesses = self._next_columns(live, not mask.shape[1], 0 if temperature else budget)
                 inputs = left_padded(rows, self.tokenizer.pad_token_id, device)
                 new = inputs["attention_mask"]
                 inputs["position_ids"] += lengths[:, None] * new  # 0 for padding
@@ -222,18 +222,17 @@ class JsonDecoder:
                 draft.text = self.tokenizer.decode(draft.tokens, clean_up_tokenization_spaces=False)
         return drafts
 
-    def _next_columns(
-        self, live: list[Draft], prompts: bool, temperature: float
-    ) -> tuple[list[list[int]], list[list[int]]]:
+    def _next_columns(self, live: list[Draft], prompts: bool, budget: int) -> tuple[list[list[int]], list[list[int]]]:
         """Take tokens from the drafts for the next forward; return them for each row, and the guesses at their ends.
-        Where masks hide no padding, each row takes as many as all have, after the prompts."""
+        Where masks hide no padding, each row takes as many as all have, after the prompts. budget: tokens of a draft,
+        which guesses keep, since positions behind it may not exist; 0 for no guesses."""
         waiting = [len(draft.pending) for draft in live]
         room = TOGETHER.get(self.model.device.type, 256) // len(live) if self.masks_hide else 0
         width = max(waiting) if prompts else max(min(waiting), min(max(waiting), room))
         rows, guesses = [], []
         for draft in live:
             row, draft.pending = draft.pending[:width], draft.pending[width:]
-            most = 0 if draft.pending or temperature else min(GUESSED, room - len(row))
+            most = 0 if draft.pending else min(GUESSED, room - len(row), budget - len(draft.tokens))
             guesses.append(self._guess(draft, most) if most > 0 else [])
             rows.append(row + guesses[-1])
         return rows, guesses
