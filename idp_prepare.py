@@ -11,6 +11,7 @@ such values, a small model learns to read one line only.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import re
@@ -19,13 +20,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 
 from distil.cli import InputError, new_parser, run_script
 from distil.files import read_json, read_jsonl
 from distil.idp.documents import DocumentTask, add_prompt_flags, compact_json, expected_of, instruction_of
 from distil.idp.forms import cut_to, variant_of
-from distil.idp.schema import checked_validator, pointer_of
+from distil.idp.schema import as_list, closed, noted_validator, resolver_of, same_place
+from distil.idp.validation import checked_validator, pointer_of
 from distil.idp.values import leaves
 from distil.splits import part_of, write_parts
 
@@ -78,26 +81,55 @@ def number_in(text: str) -> Decimal | None:
     return -Decimal(digits) if minus else Decimal(digits)
 
 
-def in_schema_form(value: Any, schema: Any) -> Any:
-    """Return the answer with the schema's key order and number types; what cannot be converted stays as it is."""
-    if not isinstance(schema, dict):
-        return value
+def in_schema_form(value: Any, schema: Any, validator: Any = None) -> Any:
+    """Return the answer with the schema's key order and number types; what cannot be converted stays as it is.
+    Of anyOf and oneOf that schema counts which allows the answer as it is, else in its form, else all of them do.
+    validator: of the complete schema, where `schema` is a part of it."""
+    validator = validator or checked_validator(schema, "schema")
+
+    def choose(options: list) -> list:
+        for form in (lambda _: value, lambda one: in_schema_form(value, one, validator)):
+            for one in options:
+                if validator.evolve(schema=one).is_valid(form(one)):
+                    return [one]
+        return options
+
+    parts = [*same_place(schema, resolver_of(validator.schema), choose)]
     if isinstance(value, dict):
-        properties = schema.get("properties", {})
-        names = [*(n for n in properties if n in value), *(n for n in value if n not in properties)]
-        return {name: in_schema_form(value[name], properties.get(name)) for name in names}
+        names = dict.fromkeys(n for key in ("properties", "required") for part in parts for n in part.get(key, ()))
+        names = [name for name in {**names, **value} if name in value]
+        return {n: _formed(value[n], [one for p in parts for one in _of_name(p, n)], validator) for n in names}
     if isinstance(value, list):
-        return [in_schema_form(item, schema.get("items")) for item in value]
-    types = schema.get("type", ())
-    types = [types] if isinstance(types, str) else types
+        return [_formed(v, [one for p in parts for one in _of_item(p, i)], validator) for i, v in enumerate(value)]
+    types = {name for part in parts for name in as_list(part.get("type", ()))}
     if not isinstance(value, str) or "string" in types:
         return value
     if not value.strip() and "null" in types:
         return None
-    number = number_in(value) if {"number", "integer"} & set(types) else None
+    number = number_in(value) if {"number", "integer"} & types else None
     if number is None:
         return value
     return int(number) if number == int(number) else float(number)
+
+
+def _formed(value: Any, schemas: list, validator: Any) -> Any:
+    return functools.reduce(lambda value, one: in_schema_form(value, one, validator), schemas, value)
+
+
+def _of_name(part: dict, name: str) -> list:
+    """Return the schemas that a part of a schema has for the value of a key."""
+    found = [part["properties"][name]] if name in part.get("properties", ()) else []
+    found += [one for pattern, one in part.get("patternProperties", {}).items() if re.search(pattern, name)]
+    return found or [part.get("additionalProperties", True)]
+
+
+def _of_item(part: dict, number: int) -> list:
+    """Return the schemas that a part of a schema has for an item of a list."""
+    items = part.get("items", True)
+    first, rest = (
+        (items, part.get("additionalItems", True)) if isinstance(items, list) else (part.get("prefixItems", []), items)
+    )
+    return [first[number] if number < len(first) else rest]
 
 
 def broken_copy(document: str, answer: Any, choose: random.Random) -> str:
@@ -112,20 +144,28 @@ def broken_copy(document: str, answer: Any, choose: random.Random) -> str:
     return document
 
 
+def validators_of(schema: Any, name: str) -> tuple[Any, Any]:
+    """Return validators of a schema and of what decoding can write of it, where objects are closed."""
+    validator = noted_validator(schema, name)
+    return validator, checked_validator(closed(validator.schema)[0], name)
+
+
 def checked_rows(src: str, default: str | None) -> Iterator[tuple[dict, Any, Any]]:
     """Yield (line, schema, answer in its form) of each line. default: file of the schema of lines without their own.
     Raises InputError for a line without a schema, and an answer that breaks it."""
-    validators = {"": checked_validator(read_json(default), default)} if default else {}
+    validators = {"": validators_of(read_json(default), default)} if default else {}
     for number, row in enumerate(read_jsonl(src, ("document",)), 1):
         where = f"{src}: row {number}"
         key = json.dumps(row["schema"]) if "schema" in row else ""
         if not (key or default):
             raise InputError(f'{where} has no "schema"; give --schema')
         if key not in validators:
-            validators[key] = checked_validator(row["schema"], f"{where}: its schema")
-        answer = in_schema_form(expected_of(row, where), schema := validators[key].schema)
-        if flaw := next(validators[key].iter_errors(answer), None):
+            validators[key] = validators_of(row["schema"], f"{where}: its schema")
+        validator, writable = validators[key]
+        answer = in_schema_form(expected_of(row, where), writable.schema, writable)
+        if flaw := next(chain(validator.iter_errors(answer), writable.iter_errors(answer)), None):
             raise InputError(f'{where}: "expected" breaks the schema at {pointer_of(flaw)}: {flaw.message[:150]}')
+        schema = validator.schema
         yield row, schema, answer
 
 
@@ -152,8 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     groups: dict[str, set[str]] = {name: set() for name in names}
     choose = random.Random(args.split_seed)
     for number, (row, schema, answer) in enumerate(rows, 1):
-        document = row["document"]
-        name = row.get(args.group, answer.get(args.group)) if args.group else document
+        document, own = row["document"], answer.get(args.group) if isinstance(answer, dict) else None
+        name = row.get(args.group, own) if args.group else document
         if name is None:
             raise InputError(f"{args.src}: row {number}: no {args.group!r} in the line or its answer")
         group = " ".join(re.findall(r"\w+", str(name).casefold()))

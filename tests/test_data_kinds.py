@@ -8,7 +8,7 @@ import pytest
 from conftest import read_lines
 
 from data import make_kinds
-from distil.idp.schema import checked_validator, subschemas
+from distil.idp.validation import checked_validator, subschemas
 from distil.idp.values import choices_of, leaves, occurs_in
 
 

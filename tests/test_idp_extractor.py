@@ -85,6 +85,11 @@ def test_an_answer_that_cannot_be_checked_is_an_error(decoder):
         assert answers.checked(text, False)["error"]["code"] == "invalid"
 
 
+def test_a_key_that_stands_twice_is_an_error(decoder):
+    answer = make_extractor(decoder, {"type": "object"}).checked('{"a":1,"a":2}', False)
+    assert answer["error"]["code"] == "invalid" and '"a" occurs twice' in answer["error"]["message"]
+
+
 def test_a_document_longer_than_the_context_is_refused_with_the_numbers(decoder):
     (answer,) = make_extractor(decoder, INVOICE_SCHEMA).extract(["word " * 3000])
     assert answer["error"]["code"] == "too_long" and "context 512" in answer["error"]["message"]

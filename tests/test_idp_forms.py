@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from distil.idp.forms import cut_to, schema_form, variant_of
-from distil.idp.schema import checked_validator
+from distil.idp.validation import checked_validator
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "boss": {"$ref": "#/$defs/p"}}}
 SCHEMA = {

@@ -7,10 +7,12 @@ import random
 
 import pytest
 from conftest import read_lines, write_lines
+from llguidance import LLMatcher
 
 import idp_prepare
 from common import InputError
-from distil.idp.documents import idp_prompt
+from distil.idp.documents import compact_json, idp_prompt
+from distil.idp.schema import compile_schema, grammar_tokenizer
 from distil.splits import preparation
 from distil.testing import run_cli
 
@@ -63,6 +65,78 @@ def test_an_answer_that_cannot_be_read_as_a_number_is_refused_with_its_row(tmp_p
     ]
     with pytest.raises(InputError, match=r'row 2: "expected" breaks the schema at /total: .INV5. is not'):
         idp_prepare.main([*map(str, argv)])
+
+
+ITEM = {"type": "object", "properties": {"qty": {"type": "integer"}, "price": {"type": ["number", "null"]}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "text"),
+    [
+        ({"items": {"$ref": "#/$defs/Item"}}, [{"price": "1,007.50", "qty": "2"}], '[{"qty":2,"price":1007.5}]'),
+        ({"items": {"anyOf": [{"$ref": "#/$defs/Item"}, {"type": "null"}]}}, [{"price": "", "qty": 2}, None], None),
+        ({"prefixItems": [{"type": "number"}], "items": {"type": "string"}}, ["1,50", "1,50"], '[1.5,"1,50"]'),
+        ({"allOf": [{"$ref": "#/$defs/Item"}], "properties": {"a": {}}}, {"a": 1, "qty": "2"}, '{"qty":2,"a":1}'),
+        ({"properties": {"a": {}}, "allOf": [{"$ref": "#/$defs/Item"}]}, {"qty": "2", "a": 1}, '{"a":1,"qty":2}'),
+        ({"properties": {"a": {}}, "required": ["c", "b"]}, {"b": 1, "a": 2, "c": 3}, '{"a":2,"c":3,"b":1}'),
+        (
+            {"additionalProperties": {"$ref": "#/$defs/Item"}},
+            {"x": {"price": 1, "qty": 2}},
+            '{"x":{"qty":2,"price":1}}',
+        ),
+        ({"patternProperties": {"^x": {"type": "number"}}}, {"xy": "5 EUR", "z": "5"}, '{"xy":5,"z":"5"}'),
+        ({"anyOf": [{"type": "number"}, {"type": "null"}]}, "", "null"),
+        ({"anyOf": [{"type": "number"}, {"type": "string"}]}, "5", '"5"'),
+        ({"type": "number", "nullable": True}, " ", "null"),
+        (
+            {
+                "oneOf": [
+                    {"properties": {"k": {"const": 1}, "b": {}, "a": {}}},
+                    {"properties": {"k": {"const": 2}, "a": {}}},
+                ]
+            },
+            {"a": 1, "b": 2, "k": 1},
+            '{"k":1,"b":2,"a":1}',
+        ),
+    ],
+)
+def test_answers_take_the_order_and_types_of_what_a_schema_refers_to(schema, answer, text, tokenizer):
+    text = text or '[{"qty":2,"price":null},null]'
+    grammar = compile_schema(schema | {"$defs": {"Item": ITEM}}, grammar_tokenizer(tokenizer))
+    assert compact_json(idp_prepare.in_schema_form(answer, grammar.validator.schema)) == text
+    matcher = LLMatcher(grammar.tokenizer, grammar.grammar)
+    assert matcher.consume_tokens(grammar.tokenizer.tokenize_str(text)) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "message"),
+    [
+        (
+            {"properties": {"total": {"multipleOf": 0.01}}},
+            {"total": 0.005},
+            "at /total: 0.005 is not a multiple of 0.01",
+        ),
+        ({"properties": {"total": {"type": "number"}}}, {"total": 5, "vat": 1}, "at /: Additional properties .*'vat'"),
+        ({"type": "array"}, ["a list"], "no 'vendor' in the line or its answer"),
+    ],
+)
+def test_answers_that_decoding_could_not_produce_are_refused(schema, answer, message, tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+    source = write_lines(tmp_path / "src.jsonl", [{"document": "d", "expected": answer}])
+    argv = ["--src", source, "--schema", tmp_path / "s.json", "--group", "vendor", "--outdir", tmp_path / "out"]
+    with pytest.raises(InputError, match=f"row 1.*{message}"):
+        idp_prepare.main([*map(str, argv)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_amounts_with_a_step_are_accepted_and_a_list_can_have_a_group(tmp_path):
+    schema = {"type": "array", "items": {"type": "number", "multipleOf": 0.01}}
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+    rows = [{"document": f"d{i}", "vendor": i, "expected": ["19.99", 0.07, 1.15]} for i in range(9)]
+    source = write_lines(tmp_path / "src.jsonl", rows)
+    argv = ["--src", source, "--schema", tmp_path / "s.json", "--group", "vendor", "--outdir", tmp_path]
+    assert idp_prepare.main([*map(str, argv)]) == 0
+    assert {row["output"] for row in read_lines(tmp_path / "idp_sft.jsonl")} == {"[19.99,0.07,1.15]"}
 
 
 def test_broken_copies_break_values_and_nothing_else():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from llguidance import LLMatcher
 
 from common import InputError
-from distil.idp.schema import checked_validator, compile_schema, field_schemas, grammar_tokenizer, subschemas
+from distil.idp.documents import compact_json
+from distil.idp.schema import closed, compile_schema, field_schemas, grammar_tokenizer, read_schema
+from distil.idp.validation import checked_validator, subschemas
 
 
 @pytest.fixture(scope="module")
@@ -13,18 +18,195 @@ def tokens(tokenizer):
     return grammar_tokenizer(tokenizer)
 
 
+CIRCULAR = {  # key "ab" is under both rules, which llguidance cannot join
+    "$ref": "#/$defs/n",
+    "$defs": {"n": {"properties": {"ab": {"$ref": "#/$defs/n"}}, "patternProperties": {"^a": {"$ref": "#/$defs/n"}}}},
+}
+
+
 @pytest.mark.parametrize(
     ("schema", "pointer"),
     [
         ({"type": "objekt"}, "/type"),
         ({"properties": {"a": {"minimum": "x"}}}, "/properties/a/minimum"),
-        ({"type": "object", "properties": {"a": {"type": "string", "pattern": "(?<=x)y"}}}, "/properties/a/pattern"),
-        ({"type": "object", "properties": {"a/b": {"type": "string", "format": "url"}}}, "/properties/a~1b/format"),
+        ({"properties": {"a": {"type": "string", "pattern": "["}}}, "/properties/a/pattern"),
+        ({"properties": {"a": {"patternProperties": {r"^\p{L}": {}}}}}, "/properties/a/patternProperties"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "/minimum"),
+        ({"properties": {"a": {"$dynamicRef": "#/$defs/b"}}, "$defs": {"b": {}}}, r"/properties/a/\$dynamicRef"),
+        (CIRCULAR, r"/\$defs/n \(circular"),
     ],
 )
 def test_invalid_or_unenforceable_keywords_are_reported_by_pointer(tokens, schema, pointer):
     with pytest.raises(InputError, match=pointer):
         compile_schema(schema, tokens)
+
+
+def writes(grammar, text: str) -> bool:
+    matcher, ids = LLMatcher(grammar.tokenizer, grammar.grammar), grammar.tokenizer.tokenize_str(text)
+    return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
+
+
+def field(**rules) -> dict:
+    return {"type": "object", "properties": {"a": rules}, "required": ["a"]}
+
+
+def referred(**rules) -> dict:
+    return {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"} | rules}, "$defs": {"x": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        (field(type="number", multipleOf=0.01), [19.99, 0.07, 1.15, 5, -0.29], [0.005, "x"]),
+        (field(type="string", nullable=True), ["x", None], [5]),
+        (field(type="string", enum=["x"], nullable=True), ["x", None], ["y"]),
+        (field(type=["string", "null"], enum=["x"], nullable=True), ["x", None], ["y"]),
+        (field(anyOf=[{"type": "string"}, {"type": "integer"}], nullable=True), ["x", 5, None], [0.5]),
+        (field(type="string", const="x", nullable=True), ["x", None], ["y"]),
+        (field(type="string", nullable=False), ["x"], [None]),
+        (referred(nullable=True), ["x", None], [5]),
+        (
+            {
+                "type": "object",
+                "properties": {"a": {"$ref": "#/components/schemas/x"}},
+                "components": {"schemas": {"x": {"type": "string", "format": "phone", "nullable": True}}},
+            },
+            ["x", None],
+            [5],
+        ),
+        *[(field(type="string", format=f), ["x"], [5]) for f in ("password", "binary", "currency", "phone", "url")],
+        (field(type="integer", format="int64"), [5], ["5"]),
+        (field(type="string", pattern=r"^\p{L}+$"), ["Ünal"], ["a1", ""]),
+        (field(type="string", pattern=r"^(?!0)\d{3}$"), ["123"], ["012", "12"]),
+        (field(type="string", pattern=r"(?<y>\d{4})"), ["in 2024"], ["in 24"]),
+        (field(type="string", pattern=r"(?<=x)y"), ["xy"], ["y"]),
+        (field(type="integer", minimum=-(2**63), maximum=2**63 - 1), [5, 2**63 - 1], [2**63]),
+        (field(type="number", maximum=1.7976931348623157e308), [5], ["5"]),
+    ],
+)
+def test_what_is_valid_can_be_written_and_what_is_not_is_found(tokens, schema, right, wrong):
+    grammar = compile_schema(schema, tokens)
+    for value in right:
+        assert grammar.validator.is_valid({"a": value}) and writes(grammar, compact_json({"a": value})), value
+    for value in wrong:
+        assert not grammar.validator.is_valid({"a": value}), value
+
+
+@pytest.mark.parametrize(
+    ("schema", "left_out"),
+    [
+        (field(type="string", format="phone", pattern="(?!x)", maxLength=5), ["format", "pattern"]),
+        (field(type="string", format="date", pattern=r"^\d"), []),
+        (field(type="integer", minimum=-(2**63), maximum=9), ["minimum"]),
+        (field(uniqueItems=True), ["uniqueItems"]),
+        (field(uniqueItems=False), []),
+        (field(type="object", properties={"b": {}, "c": {}}, minProperties=1), ["minProperties"]),
+        (field(type="object", patternProperties={"^(?!x)": {}}), ["patternProperties"]),
+        (field(oneOf=[{"type": "integer"}, {"type": "number"}]), ["oneOf"]),
+        (field(oneOf=[{"type": "integer"}, {"type": "null"}]), []),
+        (field(**{"not": {"properties": {"b": {"not": {}}}}}), ["not"]),
+    ],
+)
+def test_what_only_validation_can_check_is_listed_by_pointer(tokens, schema, left_out):
+    grammar = compile_schema(schema, tokens)
+    assert sorted(grammar.left_out) == [f"/properties/a/{keyword}" for keyword in left_out]
+
+
+def test_keys_under_a_pattern_that_no_grammar_takes_can_still_be_written(tokens):
+    schema = {"type": "object", "patternProperties": {"^(?!x)": {"type": "integer"}}, "additionalProperties": False}
+    grammar = compile_schema(schema, tokens)
+    assert writes(grammar, '{"a":1}') and not writes(grammar, '{"a":"b"}')
+    assert not grammar.validator.is_valid({"x": 1})
+
+
+def test_a_wrapper_is_taken_off_and_reported(tmp_path, capsys):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "string", "nullable": True}, "b": {"properties": {"c": {}}}},
+    }
+    wrapped = {"name": "inv", "strict": True, "schema": schema}
+    for number, value in enumerate([wrapped, {"type": "json_schema", "json_schema": wrapped}]):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(value))
+        validator = read_schema(str(path))
+        assert validator.schema["properties"]["a"] == {
+            "anyOf": [{"type": "string"}, {"type": "null"}]
+        } and not validator.is_valid("free text")
+        expected = [
+            f'note: {path}: the schema is what stands under "schema"',
+            "null is allowed at /properties/a (nullable)",
+            "no further keys at /, /properties/b (without additionalProperties)\n",
+        ]
+        assert capsys.readouterr().err == "; ".join(expected)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"name": "inv", "schema": {"type": "object"}, "type": "string"}, '"schema" next to type'),
+        ({"total": {"type": "number"}}, "allows any value: total"),
+        ({"components": {"schemas": {}}}, "allows any value: components"),
+        ({"$defs": {"a": {"type": "string"}}}, "allows any value: \\$defs"),
+    ],
+)
+def test_schemas_that_constrain_nothing_are_refused(schema, message):
+    with pytest.raises(InputError, match=message):
+        checked_validator(schema, "s.json")
+
+
+BASE = {"type": "object", "properties": {"a": {"type": "integer"}}}
+MORE = {"properties": {"b": {"type": "integer"}}, "required": ["c"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        (BASE, '{"a":1}', '{"a":1,"x":1}'),
+        (BASE | {"unevaluatedProperties": False}, '{"a":1}', '{"a":1,"x":1}'),
+        (BASE | {"required": ["b"]}, '{"a":1,"b":"any"}', '{"b":1,"x":1}'),
+        ({"allOf": [{"$ref": "#/$defs/b"}, MORE], "$defs": {"b": BASE}}, '{"a":1,"b":1,"c":1}', '{"c":1,"x":1}'),
+        (BASE | {"allOf": [MORE]}, '{"a":1,"b":1,"c":1}', '{"a":1,"c":1,"x":1}'),
+        (BASE | {"anyOf": [MORE, {"required": ["a"]}]}, '{"a":1,"b":1,"c":1}', '{"a":1,"c":1,"x":1}'),
+        ({"anyOf": [BASE, {"type": "null"}]}, "null", '{"x":1}'),
+        ({"type": "array", "items": {"$ref": "#/$defs/b"}, "$defs": {"b": BASE}}, '[{"a":1}]', '[{"x":1}]'),
+        (BASE | {"if": {"required": ["a"]}, "then": MORE}, '{"a":1,"b":1,"c":1}', '{"x":1}'),
+        (
+            {"$schema": "http://json-schema.org/draft-04/schema#"} | BASE | {"required": ["b"]},
+            '{"b":1}',
+            '{"b":1,"x":1}',
+        ),
+    ],
+)
+def test_closed_objects_have_the_keys_that_the_schema_names(tokens, schema, right, wrong):
+    validator = checked_validator(schema, "s.json")
+    as_it_is, inside = (compile_schema(s, tokens, validator=validator) for s in (validator.schema, closed(schema)[0]))
+    assert writes(inside, right) and not writes(inside, wrong) and closed(schema)[1]
+    assert writes(as_it_is, wrong)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        BASE | {"additionalProperties": True},
+        BASE | {"additionalProperties": {"type": "integer"}},
+        BASE | {"patternProperties": {"^x": {}}},
+        BASE | {"allOf": [{"additionalProperties": True}]},
+        {"type": "object"},
+        {"not": BASE},
+    ],
+)
+def test_objects_that_say_what_else_they_take_stay_open(schema):
+    assert closed(schema) == (schema, [])
+
+
+def test_drafts_that_ignore_what_stands_next_to_a_reference_are_enforced_so(tokens):
+    place = {"$ref": "#/definitions/x", "type": "string"}
+    schema = {"properties": {"a": place}, "required": ["a"], "definitions": {"x": {"type": "integer"}}}
+    schema["$schema"] = "http://json-schema.org/draft-07/schema#"
+    grammar = compile_schema(schema, tokens)
+    assert writes(grammar, '{"a":1}') and grammar.validator.is_valid({"a": 1})
+    del schema["$schema"]
+    assert not writes(compile_schema(schema, tokens), '{"a":1}')
 
 
 CIRCLE = {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}}
@@ -96,7 +278,8 @@ def test_fields_are_found_through_references_alternatives_and_lists():
     }
     more = {"properties": {"total": {"title": "Sum", "const": 5}}}
     schema = {"$defs": {"Item": item}, "allOf": [{"properties": properties, "required": ["items"]}, more]}
-    fields = [(f.path, f.types, f.required, f.choices, f.description) for f in field_schemas(schema)]
+    validator = checked_validator(schema, "s.json")
+    fields = [(f.path, f.types, f.required, f.choices, f.description) for f in field_schemas(validator.schema)]
     assert fields == [
         ("", (), True, (), ""),
         ("vendor", ("string", "null"), False, (), ""),

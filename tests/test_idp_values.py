@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 
-from distil.idp.values import count_fields, days, measure, numbers, occurs_in, places, same
+from distil.idp.values import choices_of, count_fields, days, measure, numbers, occurs_in, places, same
 
 
 def test_numbers_and_days_of_a_text():
@@ -164,3 +164,14 @@ def test_inventions_are_values_that_are_not_in_the_document():
     schema = {"properties": {"currency": {"enum": ["MYR"]}}}
     rows = [{"document": document, "expected": {"currency": "MYR"}}]
     assert measure(rows, [{"json": {"currency": "MYR"}}], schema, 10)["invention_rate"] == 0
+
+
+def test_fields_with_listed_values_are_found_through_references():
+    kind = {"anyOf": [{"$ref": "#/$defs/Kind"}, {"type": "null"}]}
+    properties = {
+        "kind": kind,
+        "name": {"type": "string"},
+        "lines": {"items": {"properties": {"unit": {"const": "kg"}}}},
+    }
+    schema = {"properties": properties, "$defs": {"Kind": {"enum": ["a", "b"]}}}
+    assert [*choices_of(schema)] == ["kind", "lines[].unit"]

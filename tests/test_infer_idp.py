@@ -81,11 +81,28 @@ def test_a_schema_file_without_a_schema_is_wrong_input(model_dir, tmp_path):
         infer_idp.main(["--model_dir", model_dir, "--schema", str(path), "--document", "x"])
 
 
+def test_what_only_validation_can_check_and_what_is_closed_is_reported_before_the_model_loads(
+    model_dir, tmp_path, capsys, monkeypatch
+):
+    path = tmp_path / "schema.json"
+    date = {"type": "string", "format": "phone"}
+    path.write_text(
+        json.dumps({"properties": {"a": date, "b": date | {"pattern": "(?!0)"}}, "not": {"required": ["c"]}})
+    )
+    monkeypatch.setattr(extractor, "load_to_write", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(pytest.fail.Exception):
+        infer_idp.main(["--model_dir", model_dir, "--schema", str(path), "--document", "x", "--max_new_tokens", "99"])
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {path}: no further keys at / (without additionalProperties)",
+        f"note: {path}: checked after decoding only: /not, /properties/a/format, /properties/b/format, 1 more",
+    ]
+
+
 def test_a_schema_that_cannot_be_enforced_stops_before_the_model_loads(model_dir, tmp_path, monkeypatch):
     path = tmp_path / "schema.json"
-    path.write_text(json.dumps({"type": "string", "pattern": "(?=x)y"}))
+    path.write_text(json.dumps({"type": "integer", "minimum": 3, "maximum": 2}))
     monkeypatch.setattr(extractor, "load_to_write", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(InputError, match="/pattern"):
+    with pytest.raises(InputError, match="/minimum"):
         infer_idp.main(["--model_dir", model_dir, "--schema", str(path), "--document", "x"])
 
 

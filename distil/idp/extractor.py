@@ -18,7 +18,8 @@ from distil.idp.copying import CopyGrammar, Vocabulary, check_copied
 from distil.idp.decoder import Closer, Draft, JsonDecoder
 from distil.idp.documents import DocumentPrompt, DocumentTask, add_prompt_flags, joined, pages_of, task_of_model
 from distil.idp.evidence import evidence_rows, gathered
-from distil.idp.schema import SchemaGrammar, broken_rule, checked_validator, compile_schema, grammar_tokenizer
+from distil.idp.schema import SchemaGrammar, closed, compile_schema, grammar_tokenizer, noted_validator
+from distil.idp.validation import broken_rule, some
 from distil.idp.values import choices_of
 from distil.models import LoadOptions, ModelRef
 from distil.processes import print_note
@@ -59,7 +60,7 @@ class ExtractOptions:
 
     def with_schema(self, schema: Any, name: str) -> Self:
         """Return the options for another schema, checked. Raises InputError. name: of the schema, in messages."""
-        validator = checked_validator(schema, name)
+        validator = noted_validator(schema, name)
         check_copied(self.copy, validator.schema, name)
         return replace(self, schema=validator.schema, schema_name=name, validator=validator)
 
@@ -104,7 +105,9 @@ def compile_for(ref: ModelRef, options: ExtractOptions) -> SchemaGrammar:
     encoder = PromptEncoder(tokenizer)
     tokenizer.eos_token = encoder.end_of_turn  # as loading sets it: the token that ends a document
     tokens = grammar_tokenizer(tokenizer, config.get_text_config().vocab_size)
-    grammar = compile_schema(options.schema, tokens, options.schema_name, options.validator)
+    grammar = compile_schema(closed(options.schema)[0], tokens, options.schema_name, options.validator)
+    if grammar.left_out:
+        print_note(f"{options.schema_name}: checked after decoding only: {some(grammar.left_out)}")
     _room_for_document(encoder, context_length(config.get_text_config()), options)
     usual = replace(options, show_schema="auto", instruction=None).for_model(ref).prompt
     if options.prompt != usual and (ref.adapter or document_record(ref)):
@@ -177,7 +180,7 @@ class Extractor:
             print_note(f"confidence is not calibrated: {raw}")
         if server:
             options = replace(options, batch_size=4 * server.concurrency)  # that wait for one another
-            return cls(ServedDecoder(ServedModel(server, ref.path), options.schema), grammar, options)
+            return cls(ServedDecoder(ServedModel(server, ref.path), grammar.schema), grammar, options)
         extractor = cls(JsonDecoder(*load_to_write(ref, options.load), grammar.tokenizer), grammar, options)
         extractor.weights = weights
         return extractor
@@ -185,7 +188,7 @@ class Extractor:
     def for_schema(self, options: ExtractOptions, grammar: SchemaGrammar) -> Extractor:
         """Return an extractor of the same model for other options. grammar: of `compile_for` with these."""
         served = isinstance(self.decoder, ServedDecoder)
-        decoder = ServedDecoder(self.decoder.engine, options.schema) if served else self.decoder
+        decoder = ServedDecoder(self.decoder.engine, grammar.schema) if served else self.decoder
         other = Extractor(decoder, grammar, replace(options, batch_size=self.options.batch_size))
         other.weights = self.weights
         return other
@@ -240,7 +243,7 @@ class Extractor:
         if text is None:
             return _failed("no_close", "no valid ending fits the token budget; raise --max_new_tokens")
         try:
-            value = parse_json(text)
+            value = parse_json(text, unique=True)
         except ValueError as error:
             return _failed("invalid", f"the answer is not JSON: {error}")
         if problem := broken_rule(self.grammar.validator, value):

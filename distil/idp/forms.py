@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from distil.idp.schema import Field, resolver_of, same_place, subschemas
+from distil.idp.schema import Field, resolver_of, same_place
+from distil.idp.validation import subschemas
 
 KEPT = 2 / 3  # share of the fields that a variant with fewer fields has, on average
 

@@ -1,4 +1,4 @@
-"""JSON Schemas: checked before a model loads, compiled to a grammar for decoding, validated against at the end.
+"""JSON Schemas for decoding: the fields they name, the form that a grammar can enforce, and the grammar.
 
 llguidance enforces what a grammar can express; what it cannot is left to jsonschema after decoding.
 """
@@ -8,60 +8,51 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
-from itertools import product
+from collections.abc import Callable, Iterator, Set
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from common import InputError
+from distil.files import read_json
+from distil.idp.validation import checked_validator, some, subschemas
+from distil.processes import print_note
 
 # One layout for training text, grammar and prompts: no white space outside strings.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":", "coerce_one_of": True}
 # Keywords that no grammar can enforce and jsonschema can check: left out of the grammar, enforced by retries.
-CHECKED_AFTER = (
+CHECKED_AFTER = {
     *("uniqueItems", "contains", "minContains", "maxContains", "not", "if", "then", "else", "propertyNames"),
     *("dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
-)
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-_ONE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
-_REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
-_BY_NAME = {"dependentSchemas", "dependencies"}
-_IN_PLACE = {"allOf", "anyOf", "oneOf", "not", "if", "then", "else"}  # they apply to the same part of a document
+}
+# Rules for one number or text. Which of them llguidance can enforce depends on their values.
+_RULES = ("format", "pattern", "multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_RULES += ("minLength", "maxLength")
 # Numbers without a limit get this one in the grammar, which also rules out exponents: 1e999 is read as infinity.
 LARGEST = 1e15
 
 
-def subschemas(schema: Any, pointer: str = "") -> Iterator[tuple[str, dict]]:
-    """Yield (JSON pointer, schema) of a schema and of all schemas inside it; a property name is not a keyword."""
-    if not isinstance(schema, dict):
-        return
-    yield pointer, schema
-    for key, value in schema.items():
-        inner = {key: value} if key in _ONE else {}
-        if key in _MAPS and isinstance(value, dict):
-            inner = {f"{key}/{name.replace('~', '~0').replace('/', '~1')}": part for name, part in value.items()}
-        elif key in _LISTS and isinstance(value, list):
-            inner = {f"{key}/{number}": part for number, part in enumerate(value)}
-        for name, part in inner.items():
-            yield from subschemas(part, f"{pointer}/{name}")
-
-
-def same_place(part: Any, resolver: Any) -> Iterator[dict]:
-    """Yield a schema and, each once, those that apply to the same value: through $ref, allOf, anyOf and oneOf.
+def same_place(part: Any, resolver: Any, choose: Callable[[list], list] = list) -> Iterator[dict]:
+    """Yield a schema and those that apply to the same value: through $ref, allOf, and what `choose` returns of the
+    lists of anyOf and oneOf. Names of `properties` come in the order in which llguidance writes them.
     resolver: of `resolver_of` the complete schema."""
-    todo, seen = [part], set()
-    while todo:
-        part = todo.pop(0)
-        if not isinstance(part, dict) or id(part) in seen:
-            continue
-        seen.add(id(part))
+    from referencing.exceptions import Unresolvable
+
+    if not isinstance(part, dict):
+        return
+    if "properties" not in part:
         yield part
-        todo[:0] = [
-            target(part, resolver),
-            *(inner for key in ("allOf", "anyOf", "oneOf") for inner in part.get(key, ())),
-        ]
+    for key, value in part.items():
+        if key == "properties":
+            yield part
+        if key == "$ref":
+            with suppress(Unresolvable):  # relative to an inner $id that is not on the way here
+                resolved = resolver.lookup(value)
+                yield from same_place(resolved.contents, resolved.resolver, choose)
+        elif key in ("allOf", "anyOf", "oneOf"):
+            for one in value if key == "allOf" else choose(value):
+                yield from same_place(one, resolver, choose)
 
 
 def resolver_of(schema: Any) -> Any:
@@ -71,11 +62,6 @@ def resolver_of(schema: Any) -> Any:
 
     draft = specification_with(schema.get("$schema", "") if isinstance(schema, dict) else "", DRAFT202012)
     return REGISTRY.resolver_with_root(draft.create_resource(schema))
-
-
-def target(part: dict, resolver: Any) -> Any:
-    """Return the schema that the part's $ref leads to, None where it has none."""
-    return resolver.lookup(part["$ref"]).contents if "$ref" in part else None
 
 
 @dataclass(frozen=True)
@@ -90,8 +76,7 @@ class Field:
     @property
     def types(self) -> tuple[str, ...]:
         """Names of types that a value may have, "null" among them; none where the schema names none."""
-        named = [name for part in self.parts for name in _list(part.get("type", ()))]
-        named += ["null"] * any(part.get("nullable") is True for part in self.parts)
+        named = [name for part in self.parts for name in as_list(part.get("type", ()))]
         return tuple(dict.fromkeys(named))
 
     @property
@@ -123,24 +108,28 @@ def field_schemas(schema: Any) -> Iterator[Field]:
                 names.setdefault(name, []).append(value)
         for name, values in names.items():
             yield from walk(values, f"{path}.{name}".lstrip("."), name in needed, above)
-        items = [one for part in parts for key in ("prefixItems", "items") for one in _list(part.get(key, []))]
+        items = [one for part in parts for key in ("prefixItems", "items") for one in as_list(part.get(key, []))]
         if items:
             yield from walk(items, f"{path}[]", True, above)
 
     yield from walk([schema], "", True, frozenset())
 
 
-def _list(value: Any) -> list:
+def as_list(value: Any) -> list:
+    """Return a value that may be one or a list of them, as `type` and `items`, as a list."""
     return [*value] if isinstance(value, list | tuple) else [value]
 
 
 @dataclass(frozen=True)
 class SchemaGrammar:
-    """A checked schema. grammar: for llguidance; validator: for the final check; tokenizer: of `grammar_tokenizer`."""
+    """A checked schema. grammar: for llguidance; validator: for the final check; tokenizer: of `grammar_tokenizer`;
+    schema: what the grammar enforces of it; left_out: JSON pointers of what it does not."""
 
     grammar: str
     validator: Any
     tokenizer: Any
+    schema: Any = True
+    left_out: list[str] = field(default_factory=list)
 
     def matcher(self) -> Any:
         """Return llguidance's matcher at the beginning of a document."""
@@ -149,150 +138,147 @@ class SchemaGrammar:
         return LLMatcher(self.tokenizer, self.grammar)
 
 
-def pointer_of(error: Any) -> str:
-    """Return the JSON pointer to the place that an error of jsonschema is about."""
-    return "/" + "/".join(str(part) for part in error.absolute_path)
+def read_schema(path: str) -> Any:
+    """Return the validator of a schema file, as `noted_validator`."""
+    return noted_validator(read_json(path), path)
 
 
-def broken_rule(validator: Any, value: Any) -> str:
-    """Return how a model's value breaks the schema or cannot be written as JSON, '' where it is valid."""
-    try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-        problem = next(iter(validator.iter_errors(value)), None)
-    except Exception as error:  # nested too deep, a number too large, ...: one answer must not end a run over many
-        return f"cannot be checked ({type(error).__name__})"
-    return f"breaks {problem.validator} at {pointer_of(problem)}" if problem else ""
+def noted_validator(schema: Any, name: str) -> Any:
+    """Return the validator of a schema, as `checked_validator`, with a note on how the schema is read."""
+    notes: list[str] = []
+    validator = checked_validator(schema, name, notes.append)
+    if pointers := closed(validator.schema)[1]:
+        notes.append(f"no further keys at {some(pointers)} (without additionalProperties)")
+    print_note(f"{name}: {'; '.join(notes)}" if notes else None)
+    return validator
 
 
-def checked_validator(schema: Any, name: str) -> Any:
-    """Return a jsonschema validator of the schema's draft that checks formats too and never fetches anything.
-    Raises InputError with the schema's name where it is invalid, or a reference in it leads nowhere or in a circle."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-    from referencing import Registry
-
-    if not isinstance(schema, dict | bool):
-        raise InputError(f"{name}: not a JSON Schema: an object is expected, found {json.dumps(schema)[:40]}")
-    if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
-        raise InputError(f"{name}: invalid at /$schema: string expected, found {json.dumps(schema['$schema'])[:40]}")
-    kind = validator_for(schema, default=Draft202012Validator)
-    try:
-        kind.check_schema(schema)
-    except SchemaError as error:
-        raise InputError(f"{name}: invalid at {pointer_of(error)}: {error.message[:200]}") from None
-    except RecursionError:
-        raise InputError(f"{name}: nested too deep") from None
-    _check_references(schema, kind, name)
-    return kind(schema, format_checker=kind.FORMAT_CHECKER, registry=Registry())  # by default it fetches addresses
-
-
-def _check_references(schema: Any, kind: type, name: str) -> None:
-    """Raise InputError for a reference that leads to no schema in this file or of the drafts, and for one that comes
-    back to itself without a step into the document, where validation would never end."""
-    from jsonschema_specifications import REGISTRY
-    from referencing.exceptions import Unresolvable
-    from referencing.jsonschema import specification_with
-
-    draft = specification_with(kind.ID_OF(kind.META_SCHEMA))
-    todo = [("", schema, REGISTRY.resolver_with_root(draft.create_resource(schema)))]
-    places: dict[int, str] = {}
-    same_part: dict[int, list[int]] = {}  # schemas by identity, and those that apply to the same part of a document
-    while todo:
-        start, tree, resolver = todo.pop()
-        resolvers = {start: resolver}  # an inner $id changes what references are relative to
-        for pointer, part in subschemas(tree, start):
-            if pointer != start:
-                above = next(r for n in (1, 2) if (r := resolvers.get(pointer.rsplit("/", n)[0])))
-                resolvers[pointer] = above.in_subresource(draft.create_resource(part))
-            if id(part) in places:
-                continue
-            places[id(part)] = pointer
-            values = [part[key] for key in _IN_PLACE & part.keys()]
-            values += [[*part[key].values()] for key in _BY_NAME & part.keys() if isinstance(part[key], dict)]
-            inner = [item for value in values for item in (value if isinstance(value, list) else [value])]
-            for key in _REFERENCES & part.keys():
-                try:
-                    resolved = resolvers[pointer].lookup(part[key])
-                except (Unresolvable, ValueError, TypeError, AttributeError):
-                    resolved = None
-                if resolved is None or not isinstance(resolved.contents, dict | bool):
-                    where, shown = f"{name}: {pointer}/{key}", json.dumps(part[key])[:100]
-                    raise InputError(f"{where}: {shown} is not a schema in this file; nothing is fetched")
-                inner.append(resolved.contents)
-                target = part[key][1:] if part[key].startswith("#/") else f"{pointer}/{key}"
-                todo.append((target, resolved.contents, resolved.resolver))
-            same_part[id(part)] = [id(item) for item in inner if isinstance(item, dict)]
-    try:
-        TopologicalSorter(same_part).prepare()
-    except CycleError as error:
-        circle = " -> ".join(places[number] or "/" for number in reversed(error.args[1]))
-        raise InputError(f"{name}: $ref in a circle: {circle}") from None
+def closed(schema: Any) -> tuple[Any, list[str]]:
+    """Return a copy in which objects have no keys but those that the schema names, and the JSON pointers of objects
+    that this closed. Objects that say which further keys they take (additionalProperties, patternProperties) and
+    those that name no key stay as they are. schema: of `checked_validator`."""
+    schema = copy.deepcopy(schema)
+    resolver = resolver_of(schema)
+    inner: set[int] = set()
+    found = []
+    for pointer, part in [*subschemas(schema, skipped=CHECKED_AFTER)]:
+        group = [*same_place(part, resolver)]
+        ways = [one for key in ("$ref", "allOf", "anyOf", "oneOf") for one in as_list(part.get(key, []))]
+        alone = len(ways) == 1 or ("allOf" not in part and len(ways) == len(part.get("anyOf", part.get("oneOf", ()))))
+        if ways and alone and "properties" not in part:
+            continue  # the alternatives are closed one by one
+        conditional = [p[key] for p in group for key in ("then", "else") if isinstance(p.get(key), dict)]
+        conditional += [one for p in group for one in p.get("dependentSchemas", {}).values() if isinstance(one, dict)]
+        names = [name for p in [*group, *conditional] for key in ("properties", "required") for name in p.get(key, ())]
+        if not any("properties" in p for p in group):
+            continue
+        inner |= {id(p) for p in group if p is not part}
+        further = any(p.keys() & {"additionalProperties", "patternProperties"} for p in group)
+        if not further and not any(p.get("unevaluatedProperties") for p in group):
+            found.append((pointer, part, names))
+    found = [one for one in found if id(one[1]) not in inner]  # what is part of a larger object is closed with it
+    for _, part, names in found:
+        own = part.get("properties", {})
+        part["properties"] = own | {name: {} for name in names if name not in own}
+        part["additionalProperties"] = False
+    return schema, [pointer for pointer, _, _ in found]
 
 
 def compile_schema(schema: Any, tokenizer: Any, name: str = "schema", validator: Any = None) -> SchemaGrammar:
     """Check a schema and compile it to a grammar. tokenizer: of `grammar_tokenizer`; name: of the schema, in errors;
-    validator: of `checked_validator`, if it was checked. Raises InputError with the JSON pointer of what is wrong."""
-    validator = validator or checked_validator(schema, name)
-    for left_out, limited in product(((), CHECKED_AFTER), (True, False)):
-        enforced = _enforced(schema, left_out, limited)
-        grammar, problem = _grammar(enforced, tokenizer)
-        if not problem:
-            return SchemaGrammar(grammar, validator, tokenizer)
-    raise InputError(f"{name}: cannot be enforced: {_blame(enforced, problem, tokenizer)}")
+    validator: of `checked_validator` if the schema is this validator's, or that one `closed`. Raises InputError with
+    the JSON pointer of what is wrong."""
+    if validator is None:
+        validator = checked_validator(schema, name)
+        schema = validator.schema
+    schema, left_out = _enforceable(copy.deepcopy(schema))
+    grammar, problem, warning = _grammar(_limited(schema), tokenizer)
+    if "min/maxProperties" in problem:
+        left_out += _without(schema, {"minProperties", "maxProperties"})
+        grammar, problem, warning = _grammar(_limited(schema), tokenizer)
+    if problem:
+        raise InputError(f"{name}: cannot be enforced: {_blame(schema, problem)}")
+    if "oneOf" in warning:  # of alternatives that do not exclude one another; the grammar takes them as anyOf
+        left_out += [f"{pointer}/oneOf" for pointer, part in subschemas(schema) if "oneOf" in part]
+    return SchemaGrammar(grammar, validator, tokenizer, schema, left_out)
 
 
-def _enforced(schema: Any, left_out: Sequence[str], limited: bool) -> Any:
-    """Return a copy of the schema without these keywords, and with limits of its numbers."""
+def _enforceable(schema: Any) -> tuple[Any, list[str]]:
+    """Remove what llguidance cannot enforce, in place; return the schema and the JSON pointers of what was removed."""
+    left_out = _without(schema, CHECKED_AFTER)
+    for pointer, part in subschemas(schema):
+        for rule in _impossible(part):
+            del part[rule]
+            left_out.append(f"{pointer}/{rule}")
+        patterns = part.get("patternProperties", {})
+        if lost := [pattern for pattern in patterns if _impossible({"pattern": pattern})]:
+            further = part.get("additionalProperties", True)
+            values = [patterns.pop(pattern) for pattern in lost] + ([further] if further else [])
+            part["additionalProperties"] = {} if further in (True, {}) else {"anyOf": values}
+            left_out.append(f"{pointer}/patternProperties")
+    return schema, left_out
+
+
+def _without(schema: Any, keywords: Set[str]) -> list[str]:
+    """Remove keywords, in place; return the JSON pointers of those that demanded something."""
+    found = []
+    for pointer, part in [*subschemas(schema, skipped=keywords)]:
+        for key in sorted(keywords & part.keys()):
+            idle = ["false"] if key == "uniqueItems" else ["true", "{}", "[]"]
+            found += [f"{pointer}/{key}"] if json.dumps(part.pop(key)) not in idle else []
+    return found
+
+
+def _impossible(part: dict) -> list[str]:
+    """Return which rules for a number or text llguidance cannot enforce."""
+    kind = {"type": part["type"]} if "type" in part else {}
+    return [rule for rule in _RULES if rule in part and _problem(json.dumps(kind | {rule: part[rule]}))]
+
+
+@cache
+def _problem(schema: str) -> str:
+    return _grammar(json.loads(schema), _bytes())[1]
+
+
+@cache
+def _bytes() -> Any:
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")  # what a grammar can enforce does not depend on tokens
+
+
+def _limited(schema: Any) -> Any:
+    """Return a copy with limits of its numbers, where they have none and llguidance can enforce them."""
     schema = copy.deepcopy(schema)
-    for _, part in list(subschemas(schema)):
-        for keyword in left_out:
-            part.pop(keyword, None)
-        for side, limit in (("Minimum", -LARGEST), ("Maximum", LARGEST)) if limited else ():
-            if "number" in part.get("type", ()) and f"exclusive{side}" not in part:  # type: a name or a list of names
-                part.setdefault(side.lower(), limit)
+    for _, part in subschemas(schema):
+        limits = {"minimum": -LARGEST, "maximum": LARGEST}
+        limits = {key: limit for key, limit in limits.items() if f"exclusive{key.capitalize()}" not in part} | part
+        rules = {key: limits[key] for key in ("type", *_RULES) if key in limits}
+        if "number" in part.get("type", ()) and not _problem(json.dumps(rules)):  # type: a name or a list of names
+            part.update(limits)
     return schema
 
 
-def _grammar(schema: Any, tokenizer: Any) -> tuple[str, str]:
-    """Return (grammar, error message or '')."""
+def _grammar(schema: Any, tokenizer: Any) -> tuple[str, str, str]:
+    """Return (grammar, error message or '', warning or '')."""
     from llguidance import LLMatcher
 
     try:
         grammar = LLMatcher.grammar_from_json_schema(json.dumps({} if schema is True else schema), defaults=LAYOUT)
     except ValueError as error:
-        return "", str(error)
+        return "", str(error), ""
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
-    return grammar, messages[0] if failed else ""
+    return grammar, messages[0] if failed else "", "" if failed else " ".join(messages)
 
 
-def _blame(schema: Any, problem: str, tokenizer: Any) -> str:
-    """Return the JSON pointers of the keywords that llguidance's message is about, and the message.
-    The message gives no place, so: keywords whose part of the schema alone has the same problem, else the one without
-    which the grammar can be built, else those that the message mentions."""
+def _blame(schema: Any, problem: str) -> str:
+    """Return JSON pointers of keywords that llguidance's message mentions, innermost first, and the message."""
     reason = " ".join(problem.split())[:160]
-    places = [(pointer, keyword, part[keyword]) for pointer, part in subschemas(schema) for keyword in part]
-    places.sort(key=lambda place: -place[0].count("/"))  # the innermost first: removing an outer one removes it too
-    patterns = [p for p in places if p[1] == "pattern"]
-    patterns += [(f"{p}/{k}", regex, regex) for p, k, v in places if k == "patternProperties" for regex in v]
-    formats = [p for p in places if p[1] == "format"]
-    alone = [p for p in formats if _grammar({"type": "string", "format": p[2]}, tokenizer)[1] == problem]
-    if "regex" in problem:
-        alone += [p for p in patterns if "regex" in _grammar({"type": "string", "pattern": p[2]}, tokenizer)[1]]
-    about = {"circular": ("$ref",), "min/maxProperties": ("minProperties", "maxProperties")}
-    expected = [keyword for text, keywords in about.items() if text in problem for keyword in keywords]
-    named = [p for p in places if p[1] in expected or re.search(rf"\b{re.escape(p[1])}\b", problem)]
-    blamed = alone
-    for pointer, keyword, value in [*named, *places][:200] if not alone else []:
-        trial = copy.deepcopy(schema)
-        next(part for p, part in subschemas(trial) if p == pointer).pop(keyword)
-        if not _grammar(trial, tokenizer)[1]:
-            blamed = [(pointer, keyword, value)]
-            break
-    if not alone and expected and (not blamed or blamed[0][1] not in expected):
-        blamed = named
-    shown = ", ".join(dict.fromkeys(f"{pointer}/{keyword}" for pointer, keyword, _ in (blamed or named)[:3]))
-    return f"{shown} ({reason})" if shown else reason
+    if circular := re.search(r"circular .*#(/\S+)", problem):
+        return f"{circular[1]} ({reason})"
+    parts = dict(sorted(subschemas(schema), key=lambda place: -place[0].count("/")))
+    named = [f"{p}/{k}" for p in parts for k in parts[p] if re.search(rf"(?<!\w){re.escape(k)}(?!\w)", problem)]
+    return f"{some(named)} ({reason})" if named else reason
 
 
 def grammar_tokenizer(tokenizer: Any, vocabulary: int | None = None) -> Any:

@@ -11,9 +11,10 @@ from common import InputError
 from distil.batch import AnswerFile
 from distil.codegen.judge import code_scores
 from distil.codegen.tasks import codegen_prompt, task_of
-from distil.files import parse_json, read_json
+from distil.files import parse_json
 from distil.idp.documents import expected_of
-from distil.idp.schema import broken_rule, checked_validator
+from distil.idp.schema import read_schema
+from distil.idp.validation import broken_rule, checked_validator
 from distil.idp.values import count_fields, f1_of_all
 from distil.models import ModelRef
 from distil.tasks import MOST_LABELS
@@ -85,7 +86,7 @@ def judged_pairs(
         tasks = [task_of(row, f"{options.input}: row {number}") for number, row in enumerate(rows, 1)]
         prompts, gold = [codegen_prompt(task.prompt) for task in tasks], [task.reference for task in tasks]
     else:
-        judge = json_judge(rows, options.input, read_json(options.schema), options.schema)
+        judge = json_judge(rows, options.input, read_schema(options.schema).schema, options.schema)
         prompts, gold = [row["input"] for row in rows], [row["output"] for row in rows]
     file = answer_file(ref, options, task=options.task, n=n)
     turns = [prompt for prompt in prompts for _ in range(n)]
