@@ -95,7 +95,7 @@ def served_way(args: argparse.Namespace, url: str, size: int) -> Any:
     import httpx2
 
     name = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
-    engine = ServedModel(Server(f"{url}/v1", name, concurrency=size), args.model_dir)
+    engine = ServedModel(Server(f"{url}/v1", name, concurrency=size, timeout=3600), args.model_dir)
     how = ServedDecoder(engine, read_json(args.schema)).how | {"cache_prompt": False}  # each turn reads its prompts
 
     def write(prompts: list, documents: list) -> list:
