@@ -92,7 +92,7 @@ def test_what_only_validation_can_check_and_what_is_closed_is_reported_before_th
     monkeypatch.setattr(extractor, "load_to_write", lambda *_: pytest.fail("loaded"))
     with pytest.raises(pytest.fail.Exception):
         infer_idp.main(["--model_dir", model_dir, "--schema", str(path), "--document", "x", "--max_new_tokens", "99"])
-    assert capsys.readouterr().err.splitlines() == [
+    assert capsys.readouterr().err.splitlines()[:2] == [
         f"note: {path}: no further keys at / (without additionalProperties)",
         f"note: {path}: checked after decoding only: /not, /properties/a/format, /properties/b/format, 1 more",
     ]
