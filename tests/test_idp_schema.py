@@ -92,6 +92,17 @@ def test_what_is_valid_can_be_written_and_what_is_not_is_found(tokens, schema, r
         assert not grammar.validator.is_valid({"a": value}), value
 
 
+def test_a_number_ends(tokens):
+    """A model that writes one zero after the other would use up the budget."""
+    for rules in ({}, {"minimum": 0}, {"exclusiveMinimum": 0, "maximum": 1e6}, {"type": ["number", "null"]}):
+        grammar = compile_schema(field(**{"type": "number"} | rules), tokens)
+        for number in ("5", "0.07", "1.10", "99999.99", "48.8583701", "0.0000000001", "1." + "0" * 10):
+            assert writes(grammar, f'{{"a":{number}}}'), number
+        assert not writes(grammar, '{"a":1.' + "0" * 11 + "}")
+    for rules in ({"enum": [0.123456789012]}, {"minimum": 0.123456789011, "maximum": 0.123456789013}):
+        assert writes(compile_schema(field(type="number", **rules), tokens), '{"a":0.123456789012}')
+
+
 @pytest.mark.parametrize(
     ("schema", "left_out"),
     [

@@ -31,6 +31,7 @@ _RULES = ("format", "pattern", "multipleOf", "minimum", "maximum", "exclusiveMin
 _RULES += ("minLength", "maxLength")
 # Numbers without a limit get this one in the grammar, which also rules out exponents: 1e999 is read as infinity.
 LARGEST = 1e15
+FINEST = 1e-10  # numbers without a step get this one: models write 0.000... until the budget ends
 
 
 def same_place(part: Any, resolver: Any, choose: Callable[[list], list] = list) -> Iterator[dict]:
@@ -251,9 +252,9 @@ def _limited(schema: Any) -> Any:
     """Return a copy with limits of its numbers, where they have none and llguidance can enforce them."""
     schema = copy.deepcopy(schema)
     for _, part in subschemas(schema):
-        limits = {"minimum": -LARGEST, "maximum": LARGEST}
+        limits = {"minimum": -LARGEST, "maximum": LARGEST, "multipleOf": FINEST}
         limits = {key: limit for key, limit in limits.items() if f"exclusive{key.capitalize()}" not in part} | part
-        rules = {key: limits[key] for key in ("type", *_RULES) if key in limits}
+        rules = {key: limits[key] for key in ("type", "enum", "const", *_RULES) if key in limits}
         if "number" in part.get("type", ()) and not _problem(json.dumps(rules)):  # type: a name or a list of names
             part.update(limits)
     return schema
