@@ -78,6 +78,9 @@ def looks_like_path(text: str) -> bool:
 def work_lines(extractor: Extractor, lines: list[str], below: float | None = None) -> list[dict]:
     """Return the output object of each input line, in order; values with a confidence `below` are marked."""
     results = [parse_line(line, ("document", "input")) for line in lines]
+    for row, _ in results:
+        for name in ("json", "truncated", "evidence"):  # of an earlier run
+            row.pop(name, None)
     good = [i for i, (_, document) in enumerate(results) if document is not None]
     documents = [extractor.options.prompt.document_of(results[i][1]) for i in good]
     for i, answer in zip(good, extractor.extract(documents), strict=True):

@@ -50,14 +50,16 @@ def test_nothing_is_printed_where_no_valid_close_fits(model_dir, schema_file, ca
 
 def test_a_file_keeps_order_and_marks_lines_that_cannot_be_done(model_dir, schema_file, tmp_path):
     output = tmp_path / "out.jsonl"
-    rows = [{"document": "A 1", "id": 1}, {"id": 2}, {"input": "B 2"}, {"document": "word " * 3000}, "[1]"]
+    before = {"json": {"number": "old"}, "truncated": False, "evidence": 5}  # of an earlier run
+    rows = [{"document": "A 1", "id": 1} | before, {"id": 2}, {"input": "B 2"}]
+    rows += [{"document": "word " * 3000} | before, "[1]"]
     source = write_lines(tmp_path / "in.jsonl", rows)
     argv = ["--model_dir", model_dir, "--schema", schema_file, "--input", source, "--output", output]
     assert infer_idp.main([*map(str, argv), "--max_new_tokens", "200"]) == 1
     out = read_lines(output)
     codes = [row.get("error", {}).get("code") for row in out]
     assert codes == [None, "no_document", None, "too_long", "not_an_object"]
-    assert set(out[0]) == {"document", "id", "json", "truncated"}
+    assert set(out[0]) == {"document", "id", "json", "truncated"} and set(out[3]) == {"document", "error"}
 
 
 def test_a_budget_as_long_as_the_context_stops_before_the_model_loads(model_dir, schema_file, monkeypatch):
