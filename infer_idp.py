@@ -131,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     refuse_unused(parser, argv, unused | unused_engine(flags))
     if page:
         check_writable(page)
+        used = {name: os.path.realpath(flags[name]) for name in ("document", "input", "output") if flags[name]}
+        if same := [name for name, path in used.items() if path == os.path.realpath(page)]:
+            raise InputError(f"--review_page {page}: is the --{same[0]}; choose another name")
     if args.document is not None:
         document, options = read_document(args.document), extract_options(flags)
         extractor = Extractor.load(resolve(args.model_dir), options)

@@ -69,6 +69,16 @@ def test_a_budget_as_long_as_the_context_stops_before_the_model_loads(model_dir,
         infer_idp.main(argv)
 
 
+def test_the_review_page_replaces_no_document_and_no_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = write_lines(tmp_path / "in.jsonl", [{"document": "x"}])
+    for flags, page in ((["--document", "in.jsonl"], "in.jsonl"), (["--input", "in.jsonl"], f"{tmp_path}/out.jsonl")):
+        files = ["--output", "out.jsonl"] if "--input" in flags else []
+        with pytest.raises(InputError, match=r"--review_page .*: is the --(document|output); choose another name"):
+            infer_idp.main(["--model_dir", "x", *flags, *files, "--review_page", page])
+    assert read_lines(source) == [{"document": "x"}] and len([*tmp_path.iterdir()]) == 1
+
+
 def test_fields_to_copy_are_checked_before_the_model_loads(model_dir, schema_file):
     engine = ["--url", "http://127.0.0.1:9/v1"]
     for flags, message in ((["--copy", "total"], "not a free text"), (["--copy", "number", *engine], "runs here")):
