@@ -7,6 +7,7 @@ import re
 
 import jsonschema
 import pytest
+from conftest import build_tokenizer
 from test_idp_extractor import make_extractor
 
 from common import InputError
@@ -101,6 +102,26 @@ def test_vocabularies_of_every_size_are_masked(tokenizer):
         tokens = grammar_tokenizer(tokenizer, size)
         matcher = CopyGrammar(compile_schema(SCHEMA, tokens), Vocabulary(tokens), DOCUMENT, FIELDS).matcher()
         assert accepts(matcher, tokens, '{"vendor":"TAMAN","note":"TAM"')
+
+
+def test_a_token_that_begins_a_string_and_a_word_is_masked_too():
+    """Vocabularies such as those of Qwen and Llama 3 have a quote and the letters behind it as one token."""
+    texts = ['"TAM', '"Pen', '"Pen"', '","TAM', '","Pen']
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(texts)
+    tokens, schema = grammar_tokenizer(tokenizer), {"type": "array", "items": {"type": "string"}}
+    fields = {"vendor": {"type": ["string", "null"]}, "note": {"type": "string"}, "place": {"type": "null"}}
+    copying = CopyGrammar(compile_schema(schema, tokens), Vocabulary(tokens), DOCUMENT, ("[]",))
+    record = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
+    other = CopyGrammar(compile_schema(record, tokens), copying.vocabulary, DOCUMENT, FIELDS)
+    cases = [(copying, "[", ['"TAM']), (copying, '["TAMAN', ['","TAM']), (other, '{"vendor":', ['"TAM'])]
+    cases += [(other, '{"vendor":"TAMAN","note":', ['"TAM', '"Pen', '"Pen"'])]  # not copied
+    for grammar, start, allowed in cases:
+        matcher = grammar.matcher()
+        assert accepts(matcher, tokens, start)
+        mask = matcher.compute_bitmask()
+        ids = tokenizer.convert_tokens_to_ids(texts)
+        assert [text for text, t in zip(texts, ids, strict=True) if mask[t >> 3] >> (t & 7) & 1] == allowed, start
 
 
 def test_a_string_may_end_within_a_word_where_the_schema_ends_it(decoder, vocabulary):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -73,6 +74,13 @@ class Words:
         return not signs if places is None else not self.ends.isdisjoint(places)
 
 
+def follows(text: bytes, words: Words, places: Places = None, signs: int = 0) -> bool:
+    """Return whether a copied string may go on with a text, which may end it."""
+    head, quote, _ = text.partition(b'"')
+    after = words.follow(head, places, signs)
+    return after is not None and (not quote or words.may_end(*after)) and not NOT_COPIED.search(head)
+
+
 class Vocabulary:
     """The tokens that copied strings can have, by their letters. tokenizer: llguidance's."""
 
@@ -84,12 +92,8 @@ class Vocabulary:
             if text and not tokenizer.is_special_token(token) and not NOT_COPIED.search(head):
                 self.by_letters.setdefault(NO_LETTER.sub(b"", head), []).append(token)
         self.longest = max(map(len, self.by_letters))
+        self.openers = [token for token, text in enumerate(self.texts) if b'"' in text[:-1]]  # or closing, or both
         self.signs: dict[tuple[bool, int], list[int]] = {}
-
-    def _follows(self, token: int, words: Words, places: Places, signs: int) -> bool:
-        head, quote, _ = self.texts[token].partition(b'"')
-        after = words.follow(head, places, signs)
-        return after is not None and (not quote or words.may_end(*after))
 
     def mask(self, words: Words, places: Places, signs: int) -> Any:
         """Return the bits of the tokens that may follow in a copied string, as llguidance's masks have them."""
@@ -101,12 +105,12 @@ class Vocabulary:
                 for size in range(1, self.longest + 1):
                     found.update(self.by_letters.get(words.row[place : place + size], ()))
             bits = np.zeros(len(self.texts) // 32 * 32 + 64, bool)  # masks have a word more than they need
-            bits[[token for token in found if self._follows(token, words, places, signs)]] = True
+            bits[[token for token in found if follows(self.texts[token], words, places, signs)]] = True
             if places is None or not words.ends.isdisjoint(places):  # tokens of signs alone: the same after any word
                 kind = places is None, signs
                 if kind not in self.signs:
                     free = self.by_letters.get(b"", ())
-                    self.signs[kind] = [token for token in free if self._follows(token, words, places, signs)]
+                    self.signs[kind] = [t for t in free if follows(self.texts[t], words, places, signs)]
                 bits[self.signs[kind]] = True
             words.masks[places, signs] = np.packbits(bits, bitorder="little")
         return words.masks[places, signs]
@@ -157,13 +161,25 @@ class CopyMatcher:
         import numpy as np
 
         mask, vocabulary = self.matcher.compute_bitmask(), self.grammar.vocabulary
-        place = open_string(b"".join(vocabulary.texts[token] for token in self.tokens))
+        text = b"".join(vocabulary.texts[token] for token in self.tokens)
+        place = open_string(text)
         at = self.words.follow(place[1]) if place and place[0] in self.grammar.fields else None
-        if at is None:
-            return mask
         bits = np.frombuffer(mask, np.uint8)
-        both = bits & vocabulary.mask(self.words, *at)[: len(bits)]
+        both = bits.copy() if at is None else bits & vocabulary.mask(self.words, *at)[: len(bits)]
+        opened = cache(lambda start: open_string(text + start))
+        for token in vocabulary.openers:
+            if mask[token >> 3] >> (token & 7) & 1 and self._invents(vocabulary.texts[token], opened):
+                both[token >> 3] &= 255 - (1 << (token & 7))
         return both.tobytes() if both.any() else mask
+
+    def _invents(self, token: bytes, opened: Callable) -> bool:
+        """Return whether a token begins a copied string with what the document has not. opened(start): `open_string`
+        after this start of the token."""
+        for i in (quote.end() for quote in re.finditer(b'"', token)):
+            place = opened(token[:i])
+            if place and not place[1] and place[0] in self.grammar.fields and not follows(token[i:], self.words):
+                return True
+        return False
 
 
 @dataclass(frozen=True)
