@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from distil.files import read_json, read_jsonl
 from distil.generation import load_to_write
 from distil.idp.copying import CopyGrammar, Vocabulary
 from distil.idp.decoder import JsonDecoder
-from distil.idp.documents import idp_prompt
+from distil.idp.documents import task_of_model
 from distil.idp.extractor import ServedDecoder
 from distil.idp.schema import compile_schema
 from distil.models import LoadOptions, load, resolve
@@ -65,6 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def written(decoder: JsonDecoder, budget: int, grammar_of: Any, prompts: list, documents: list) -> list:
+    """Return [(text, tokens)] of answers to documents. grammar_of: the grammar of a document."""
+    drafts = decoder.generate(prompts, [grammar_of(document) for document in documents], budget)
+    return [(draft.text or "", len(draft.tokens)) for draft in drafts]
+
+
 def local_ways(args: argparse.Namespace) -> dict[str, tuple[Any, psutil.Process]]:
     """Return {way: (function of prompts and documents that returns [(text, tokens)], process)} of models here."""
     ways: dict[str, tuple[Any, psutil.Process]] = {}
@@ -74,19 +81,11 @@ def local_ways(args: argparse.Namespace) -> dict[str, tuple[Any, psutil.Process]
         if not guesses:
             decoder._guess = lambda draft, most: []
         grammar = compile_schema(read_json(args.schema), decoder.grammar_tokenizer)
-        vocabulary = Vocabulary(decoder.grammar_tokenizer) if args.copy else None
-
-        def write(
-            prompts: list, documents: list, decoder: Any = decoder, grammar: Any = grammar, vocabulary: Any = None
-        ) -> list:
-            grammars = [CopyGrammar(grammar, vocabulary, d, args.copy) if vocabulary else grammar for d in documents]
-            drafts = decoder.generate(prompts, grammars, args.max_new_tokens)
-            return [(draft.text or "", len(draft.tokens)) for draft in drafts]
-
-        ways[name] = write, psutil.Process()
-        if vocabulary:
-            copied = lambda *work, write=write, vocabulary=vocabulary: write(*work, vocabulary=vocabulary)  # noqa: E731
-            ways[f"{name}, copied"] = copied, psutil.Process()
+        write = partial(written, decoder, args.max_new_tokens)
+        ways[name] = partial(write, lambda _, grammar=grammar: grammar), psutil.Process()
+        if args.copy:
+            copied = partial(CopyGrammar, grammar, Vocabulary(decoder.grammar_tokenizer), fields=tuple(args.copy))
+            ways[f"{name}, copied"] = partial(write, copied), psutil.Process()
     return ways
 
 
@@ -114,7 +113,7 @@ def value_of(text: str) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    rows = read_jsonl(args.data, ("document",))[: args.documents]
+    rows, schema = read_jsonl(args.data, ("document",))[: args.documents], read_json(args.schema)
     with contextlib.ExitStack() as stack:
         ways = local_ways(args)
         for file in args.gguf:
@@ -122,11 +121,12 @@ def main(argv: list[str] | None = None) -> int:
             ways[Path(file).name] = served_way(args, url, max(args.batch_size)), process
         from transformers import AutoTokenizer
 
-        encoder = PromptEncoder(AutoTokenizer.from_pretrained(resolve(args.model_dir).path))
-        prompts = [encoder.prompt(idp_prompt(row["document"])) for row in rows]
+        ref = resolve(args.model_dir)
+        encoder, turn = PromptEncoder(AutoTokenizer.from_pretrained(ref.path)), task_of_model(ref).prompt(schema).turn
+        prompts = [encoder.prompt(turn(row["document"])) for row in rows]
         result: dict[str, Any] = {"documents": len(rows), "prompt_tokens": statistics.mean(map(len, prompts))}
         for write, _ in ways.values():
-            write([encoder.prompt(idp_prompt("Pen 1.00"))], ["Pen 1.00"])  # first calls build tables
+            write([encoder.prompt(turn("Pen 1.00"))], ["Pen 1.00"])  # first calls build tables
         for size in args.batch_size:
             answers: dict[str, list] = {way: [] for way in ways}
             wall, used = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
