@@ -42,7 +42,7 @@ def load_to_write(ref: ModelRef, options: LoadOptions) -> tuple[Any, Any]:
         model = add_adapters(model, {"default": ref.adapter})
         check_used(model, {"default": ref.adapter})
         model = model.merge_and_unload()
-        check_unchanged(ref)
+    check_unchanged(ref)
     return model.eval(), tokenizer
 
 
