@@ -96,6 +96,13 @@ def test_blanks_and_signs_are_free_and_words_are_not(decoder, vocabulary, value,
     assert accepts(matcher, decoder.grammar_tokenizer, '{"vendor":"TAMAN","note":"TAM"')  # the copy changed nothing
 
 
+def test_a_part_of_a_text_without_blanks_can_be_copied(decoder, vocabulary):
+    for value, allowed in (("株式会社", True), ("東京", True), ("京都", False)):
+        matcher = grammar(decoder, vocabulary, "東京株式会社 5").matcher()
+        text = '{"vendor":"' + value + '","note'
+        assert accepts(matcher, decoder.grammar_tokenizer, text) is allowed
+
+
 def test_vocabularies_of_every_size_are_masked(tokenizer):
     """Logits are often wider than the tokenizer, and masks have words of 32 bits."""
     for size in range(len(tokenizer), len(tokenizer) + 33):

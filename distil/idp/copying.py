@@ -18,7 +18,9 @@ from typing import Any
 from common import InputError
 from distil.idp.schema import SchemaGrammar, field_schemas
 
-WORD = re.compile(r"[^\W\d_]+|\d+|[^\x00-\x7f\s]")  # letters, digits, or one sign beyond ASCII, which is copied too
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+# Letters, digits, or one sign beyond ASCII, which is copied too, or one letter of a script without blanks (Thai, CJK).
+WORD = re.compile(rf"[^\W\d_{UNSPACED}]+|\d+|[^\x00-\x7f\s]")
 NO_LETTER = re.compile(rb"[ -/:-@\[-`{-~]")  # a sign of ASCII or a blank
 NOT_COPIED = re.compile(rb"[\x00-\x1f\x7f\\]")  # so nothing is escaped in a copied string
 PART = re.compile(rb'"((?:[^"\\]|\\.)*)("|\\?$)|[{}\[\],]', re.DOTALL)  # of JSON: a string, or what begins or ends one
