@@ -68,11 +68,7 @@ def by_schema(
     for number, row in enumerate(rows):
         if not own:
             row.pop("schema", None)
-        schema = row.get("schema", options.schema)
-        numbers[json.dumps(schema)].append(number)
-        row["expected"] = cut_to(schema, row["expected"], dropped)
-    if dropped:
-        print_note(f"not in the schema and not measured: {', '.join(dropped)} ({dropped.total()} values)")
+        numbers[json.dumps(row.get("schema", options.schema))].append(number)
     own_of = {text: f"the schema of row {found[0] + 1}" for text, found in numbers.items()}
     own_of.pop(json.dumps(options.schema), None)
     parts = {text: options.with_schema(json.loads(text), name) for text, name in own_of.items()}
@@ -81,6 +77,10 @@ def by_schema(
         prompts = [part.for_model(ref).prompt for ref in refs]
         for row in (rows[number] for number in found):
             row["document"] = min((prompt.document_of(row["document"]) for prompt in prompts), key=len)
+            row["expected"] = cut_to(part.schema, row["expected"], dropped)
+            row |= {"schema": part.schema} if "schema" in row else {}  # in the form that all else works on
+    if dropped:
+        print_note(f"not in the schema and not measured: {', '.join(dropped)} ({dropped.total()} values)")
     return result
 
 

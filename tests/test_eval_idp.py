@@ -63,13 +63,17 @@ def test_expected_answers_are_cut_to_the_schema_and_lines_may_have_their_own(cap
     assert (first.schema_name, of_first) == ("a.json", [0, 2, 3]) and second.schema == b and of_second == [1]
     assert [row["expected"] for row in rows] == [{"a": 1}, {"b": 2}, {"a": 1}, {"a": 1}]
     notes = capsys.readouterr().err.splitlines()
-    assert notes[0] == "note: not in the schema and not measured: b, a (4 values)"
-    assert notes[1:] == ["note: the schema of row 2: no further keys at / (without additionalProperties)"]
+    assert notes[0] == "note: the schema of row 2: no further keys at / (without additionalProperties)"
+    assert notes[1:] == ["note: not in the schema and not measured: b, a (4 values)"]
     assert measure(rows, [{"json": row["expected"]} for row in rows], a, 2)["exact"] == 1
     ((options, numbers),) = eval_idp.by_schema(lines, [base], ExtractOptions(a, "a.json"), own=False)
     assert options.schema == a and numbers == [0, 1, 2, 3] and all("schema" not in row for row in lines)
-    with pytest.raises(InputError, match="the schema of row 1: invalid at /type"):
-        eval_idp.by_schema([{"expected": 1, "schema": {"type": 5}}], [base], ExtractOptions(a), own=True)
+    for key in ("type", "properties"):
+        with pytest.raises(InputError, match=f"the schema of row 1: invalid at /{key}"):
+            eval_idp.by_schema([{"expected": {}, "schema": {key: 5}}], [base], ExtractOptions(a), own=True)
+    wrapped = {"document": "x", "expected": {"b": 2, "a": 1}, "schema": {"name": "n", "schema": b}}
+    eval_idp.by_schema([wrapped], [base], ExtractOptions(a), own=True)
+    assert wrapped["expected"] == {"b": 2} and wrapped["schema"] == b
 
 
 def test_evaluation_side_by_side_and_by_group(model_dir, schema_file, tmp_path, capsys):
