@@ -77,7 +77,7 @@ class Words:
 
 
 def follows(text: bytes, words: Words, places: Places = None, signs: int = 0) -> bool:
-    """Return whether a copied string may go on with a text, which may end it."""
+    """Return whether a copied string may have this text next, which may end it."""
     head, quote, _ = text.partition(b'"')
     after = words.follow(head, places, signs)
     return after is not None and (not quote or words.may_end(*after)) and not NOT_COPIED.search(head)
