@@ -76,6 +76,7 @@ def test_one_document_with_evidence_and_its_page(model_dir, schema_file, tmp_pat
     page = tmp_path / "page.html"
     document = write_pdf(tmp_path / "a.pdf", [LINES, LINES])
     argv = ["--model_dir", model_dir, "--schema", schema_file, "--document", document, "--max_new_tokens", "200"]
+    argv += ["--show_schema", "off"]  # the context is small
     assert infer_idp.main([*map(str, argv), "--review_below", "1", "--review_page", str(page)]) == 0
     shown = capsys.readouterr()
     answer = json.loads(shown.out)
