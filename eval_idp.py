@@ -61,24 +61,21 @@ def read_documents(path: str, limit: int | None) -> list[dict]:
 def by_schema(
     rows: list[dict], refs: Sequence[ModelRef], options: ExtractOptions, own: bool
 ) -> list[tuple[ExtractOptions, list[int]]]:
-    """Return (options, numbers of rows) for each schema, that of the row if `own`. User turns of the models are cut to
-    their documents and, with a note, expected answers to the fields of the schema: a model cannot write others.
-    Raises InputError for an invalid schema."""
-    numbers, dropped = defaultdict(list), Counter()
+    """Return (options, numbers of rows) for each schema, that of the row if `own`; rows get it as it was checked. User
+    turns of the models are cut to their documents and, with a note, expected answers to the fields of the schema: a
+    model cannot write others. Raises InputError for an invalid schema."""
+    numbers, dropped, result = defaultdict(list), Counter(), []
     for number, row in enumerate(rows):
-        if not own:
-            row.pop("schema", None)
-        numbers[json.dumps(row.get("schema", options.schema))].append(number)
-    own_of = {text: f"the schema of row {found[0] + 1}" for text, found in numbers.items()}
-    own_of.pop(json.dumps(options.schema), None)
-    parts = {text: options.with_schema(json.loads(text), name) for text, name in own_of.items()}
-    result = [(parts.get(text, options), found) for text, found in numbers.items()]
-    for part, found in result:
+        numbers[json.dumps(row.get("schema", options.schema) if own else options.schema)].append(number)
+    for text, found in numbers.items():
+        usual = text == json.dumps(options.schema)
+        part = options if usual else options.with_schema(json.loads(text), f"the schema of row {found[0] + 1}")
         prompts = [part.for_model(ref).prompt for ref in refs]
+        result.append((part, found))
         for row in (rows[number] for number in found):
-            row["document"] = min((prompt.document_of(row["document"]) for prompt in prompts), key=len)
+            row["schema"] = part.schema
             row["expected"] = cut_to(part.schema, row["expected"], dropped)
-            row |= {"schema": part.schema} if "schema" in row else {}  # in the form that all else works on
+            row["document"] = min((prompt.document_of(row["document"]) for prompt in prompts), key=len)
     if dropped:
         print_note(f"not in the schema and not measured: {', '.join(dropped)} ({dropped.total()} values)")
     return result

@@ -54,15 +54,13 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--orders or --subsets is at least 1")
     ref, options = resolve(args.model_dir), extractor.extract_options(vars(args))
     rows = eval_idp.read_documents(args.data, args.limit)
-    for row in rows:
-        row["schema"] = options.schema if args.schema else row.get("schema", options.schema)
 
-    def compiled(rows: list[dict]) -> list[eval_idp.Part]:
-        return eval_idp.compiled(ref, eval_idp.by_schema(rows, [ref], options, own=True))  # cuts the expected answers
+    def compiled(rows: list[dict], own: bool = True) -> list[eval_idp.Part]:
+        return eval_idp.compiled(ref, eval_idp.by_schema(rows, [ref], options, own))  # cuts the expected answers
 
-    parts = compiled(same := copy.deepcopy(rows))
+    parts = compiled(rows, own=not args.schema)
     model = extractor.Extractor.load(ref, *parts[0][:2])
-    metrics, own = eval_idp.evaluate_model(model, ref.name, same, parts, None, args.bootstrap)
+    metrics, own = eval_idp.evaluate_model(model, ref.name, rows, parts, None, args.bootstrap)
     figures = {"own schemas": cli.with_interval(metrics["f1"], metrics["f1_interval_95"], ".3f")}
     names = [f"order {i + 1}" for i in range(args.orders)] + [f"subset {i + 1}" for i in range(args.subsets)]
     for name in names:

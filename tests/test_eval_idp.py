@@ -67,13 +67,26 @@ def test_expected_answers_are_cut_to_the_schema_and_lines_may_have_their_own(cap
     assert notes[1:] == ["note: not in the schema and not measured: b, a (4 values)"]
     assert measure(rows, [{"json": row["expected"]} for row in rows], a, 2)["exact"] == 1
     ((options, numbers),) = eval_idp.by_schema(lines, [base], ExtractOptions(a, "a.json"), own=False)
-    assert options.schema == a and numbers == [0, 1, 2, 3] and all("schema" not in row for row in lines)
-    for key in ("type", "properties"):
-        with pytest.raises(InputError, match=f"the schema of row 1: invalid at /{key}"):
-            eval_idp.by_schema([{"expected": {}, "schema": {key: 5}}], [base], ExtractOptions(a), own=True)
-    wrapped = {"document": "x", "expected": {"b": 2, "a": 1}, "schema": {"name": "n", "schema": b}}
-    eval_idp.by_schema([wrapped], [base], ExtractOptions(a), own=True)
-    assert wrapped["expected"] == {"b": 2} and wrapped["schema"] == b
+    assert options.schema == a and numbers == [0, 1, 2, 3] and all(row["schema"] == a for row in lines)
+    with pytest.raises(InputError, match="the schema of row 1: invalid at /type"):
+        eval_idp.by_schema([{"expected": 1, "schema": {"type": 5}}], [base], ExtractOptions(a), own=True)
+
+
+def test_lines_are_measured_by_their_schemas_as_these_were_checked(model_dir):
+    base, given = resolve(model_dir), {"type": "object", "properties": {"a": {"enum": ["x"]}}}
+    own = {"name": "inv", "schema": {"type": "object", "properties": {"b": {"enum": ["y"], "nullable": True}}}}
+    rows = [{"document": "-", "expected": {"a": "x", "b": "y"}} for _ in range(2)]
+    rows[0]["schema"] = own
+    parts = eval_idp.by_schema(rows, [base], ExtractOptions(given), own=True)
+    assert [numbers for _, numbers in parts] == [[0], [1]] and [row["schema"] for row in rows] == [
+        p.schema for p, _ in parts
+    ]
+    assert [row["expected"] for row in rows] == [{"b": "y"}, {"a": "x"}]
+    answers = [{"json": row["expected"]} for row in rows]
+    assert measure(rows, answers, parts[0][0].schema, 2)["invention_rate"] == 0  # y and x are listed
+    for wrong in ({"$ref": "#"}, {"properties": 5}, 5):
+        with pytest.raises(InputError, match="the schema of row 1"):
+            eval_idp.by_schema([{"expected": {}, "schema": wrong}], [base], ExtractOptions(given), own=True)
 
 
 def test_evaluation_side_by_side_and_by_group(model_dir, schema_file, tmp_path, capsys):
