@@ -63,6 +63,26 @@ def test_variants_have_other_orders_and_fewer_fields_and_answers_fit_them():
         assert all(part[name] == answer[name] for name in {"due_date", "sizes", "kind"} & part.keys())
 
 
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"additionalProperties": True},
+        {"patternProperties": {"": {}}},
+        {"$schema": "http://json-schema.org/draft-04/schema#"},
+    ],
+)
+def test_answers_have_no_fields_that_a_variant_left_out(further):
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "integer"} for name in "abc"},
+        "required": ["b"],
+    } | further
+    for seed in range(20):
+        variant = variant_of(schema, random.Random(seed), fewer=True)
+        checked_validator(variant, "v")
+        assert list(cut_to(variant, {"a": 1, "b": 2, "c": 3}, Counter())) == list(variant["properties"])
+
+
 def test_fields_that_a_schema_does_not_have_are_cut_and_counted():
     value = {"kind": 2, "x": 1, "team": [{"boss": {"y": 1, "name": "B"}, "name": "A"}, {"name": "C", "y": 2}]}
     cut = cut_to(SCHEMA, value, dropped := Counter())

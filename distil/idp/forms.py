@@ -60,14 +60,21 @@ def _inside(field: Field) -> tuple[dict[str, list], list]:
 
 
 def variant_of(schema: Any, draw: random.Random, fewer: bool) -> Any:
-    """Return a copy of the schema with the keys of each object in a random order, `fewer`: a random part of them."""
+    """Return a copy of the schema with the keys of each object in a random order, `fewer`: a random part of them, and
+    no others where some are left out."""
     variant = copy.deepcopy(schema)
     for _, part in list(subschemas(variant)):
         names = sorted(part.get("properties", ()), key=lambda _: draw.random())
         names = [name for name in names if not fewer or draw.random() < KEPT] or names[:1]
+        lost = part.get("properties", {}).keys() - names
         if names:
             part["properties"] = {name: part["properties"][name] for name in names}
-            part["required"] = [name for name in part.get("required", ()) if name in names]
+        if lost:
+            required = [name for name in part.pop("required", ()) if name in names]
+            part |= {"required": required} if required else {}  # draft 4 has no empty list
+            for key in ("additionalProperties", "patternProperties"):  # a key that was left out would be a further one
+                if part.get(key):
+                    del part[key]
     return variant
 
 
