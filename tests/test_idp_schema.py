@@ -32,6 +32,7 @@ CIRCULAR = {  # key "ab" is under both rules, which llguidance cannot join
         ({"properties": {"a": {"type": "string", "pattern": "["}}}, "/properties/a/pattern"),
         ({"properties": {"a": {"patternProperties": {r"^\p{L}": {}}}}}, "/properties/a/patternProperties"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "/minimum"),
+        ({"$schema": "http://json-schema.org/draft-03/schema#", "properties": {"a": {"required": True}}}, "draft 3"),
         ({"properties": {"a": {"$dynamicRef": "#/$defs/b"}}, "$defs": {"b": {}}}, r"/properties/a/\$dynamicRef"),
         (CIRCULAR, r"/\$defs/n \(circular"),
     ],
@@ -136,7 +137,8 @@ def test_a_wrapper_is_taken_off_and_reported(tmp_path, capsys):
         "properties": {"a": {"type": "string", "nullable": True}, "b": {"properties": {"c": {}}}},
     }
     wrapped = {"name": "inv", "strict": True, "schema": schema}
-    for number, value in enumerate([wrapped, {"type": "json_schema", "json_schema": wrapped}]):
+    kind = {"type": "json_schema"}
+    for number, value in enumerate([wrapped, kind | {"json_schema": wrapped}, kind | wrapped]):
         path = tmp_path / f"{number}.json"
         path.write_text(json.dumps(value))
         validator = read_schema(str(path))
@@ -181,6 +183,8 @@ MORE = {"properties": {"b": {"type": "integer"}}, "required": ["c"]}
         ({"anyOf": [BASE, {"type": "null"}]}, "null", '{"x":1}'),
         ({"type": "array", "items": {"$ref": "#/$defs/b"}, "$defs": {"b": BASE}}, '[{"a":1}]', '[{"x":1}]'),
         (BASE | {"if": {"required": ["a"]}, "then": MORE}, '{"a":1,"b":1,"c":1}', '{"x":1}'),
+        (BASE | {"if": {}, "then": {"$ref": "#/$defs/m"}, "$defs": {"m": MORE}}, '{"a":1,"b":1,"c":1}', '{"x":1}'),
+        (BASE | {"dependentRequired": {"a": ["b"]}}, '{"a":1,"b":1}', '{"x":1}'),
         (
             {"$schema": "http://json-schema.org/draft-04/schema#"} | BASE | {"required": ["b"]},
             '{"b":1}',
@@ -193,6 +197,16 @@ def test_closed_objects_have_the_keys_that_the_schema_names(tokens, schema, righ
     as_it_is, inside = (compile_schema(s, tokens, validator=validator) for s in (validator.schema, closed(schema)[0]))
     assert writes(inside, right) and not writes(inside, wrong) and closed(schema)[1]
     assert writes(as_it_is, wrong)
+
+
+def test_an_object_that_is_also_part_of_a_larger_one_is_closed_where_it_stands_alone(tokens):
+    properties = {"more": {"allOf": [{"$ref": "#/$defs/b"}, MORE]}, "alone": {"$ref": "#/$defs/b"}}
+    schema, pointers = closed({"type": "object", "properties": properties, "$defs": {"b": BASE}})
+    assert pointers == ["", "/properties/more", "/properties/alone"]
+    grammar = compile_schema(schema, tokens)
+    assert writes(grammar, '{"more":{"a":1,"b":1,"c":1},"alone":{"a":1}}')
+    assert not writes(grammar, '{"alone":{"a":1,"x":1}}') and not writes(grammar, '{"more":{"c":1,"x":1}}')
+    assert grammar.validator.is_valid({"more": {"a": 1, "b": 1, "c": 1}, "alone": {"a": 1}})
 
 
 @pytest.mark.parametrize(

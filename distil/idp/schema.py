@@ -160,29 +160,44 @@ def closed(schema: Any) -> tuple[Any, list[str]]:
     those that name no key stay as they are. schema: of `checked_validator`."""
     schema = copy.deepcopy(schema)
     resolver = resolver_of(schema)
-    inner: set[int] = set()
+    inner: set[int] = set()  # what is part of a larger object is closed with it
     found = []
     for pointer, part in [*subschemas(schema, skipped=CHECKED_AFTER)]:
         group = [*same_place(part, resolver)]
         ways = [one for key in ("$ref", "allOf", "anyOf", "oneOf") for one in as_list(part.get(key, []))]
         alone = len(ways) == 1 or ("allOf" not in part and len(ways) == len(part.get("anyOf", part.get("oneOf", ()))))
-        if ways and alone and "properties" not in part:
-            continue  # the alternatives are closed one by one
-        conditional = [p[key] for p in group for key in ("then", "else") if isinstance(p.get(key), dict)]
-        conditional += [one for p in group for one in p.get("dependentSchemas", {}).values() if isinstance(one, dict)]
-        names = [name for p in [*group, *conditional] for key in ("properties", "required") for name in p.get(key, ())]
-        if not any("properties" in p for p in group):
-            continue
-        inner |= {id(p) for p in group if p is not part}
+        link = bool(ways) and alone and "properties" not in part
+        if not any("properties" in p for p in group) or (link and "$ref" not in part):
+            continue  # no object, or alternatives, which are closed one by one
+        target = id(resolver.lookup(part["$ref"]).contents) if link else None
+        together = [*_together(part, resolver)]
+        inner |= {id(p) for p in together if p is not part and not link}
         further = any(p.keys() & {"additionalProperties", "patternProperties"} for p in group)
         if not further and not any(p.get("unevaluatedProperties") for p in group):
-            found.append((pointer, part, names))
-    found = [one for one in found if id(one[1]) not in inner]  # what is part of a larger object is closed with it
-    for _, part, names in found:
+            found.append((pointer, part, together, target))
+    # A reference is closed where it stands if the object that it leads to is also part of a larger one.
+    found = [one for one in found if id(one[1]) not in inner and (one[3] is None or one[3] in inner)]
+    for _, part, together, _ in found:
+        names = [name for p in together for key in ("properties", "required") for name in p.get(key, ())]
+        names += [name for p in together for value in _dependent(p) if isinstance(value, list) for name in value]
         own = part.get("properties", {})
         part["properties"] = own | {name: {} for name in names if name not in own}
         part["additionalProperties"] = False
-    return schema, [pointer for pointer, _, _ in found]
+    return schema, [pointer for pointer, *_ in found]
+
+
+def _together(part: Any, resolver: Any) -> Iterator[dict]:
+    """Yield what `same_place` does, and with each schema those that apply to the value under a condition."""
+    for one in same_place(part, resolver):
+        yield one
+        for then in (one.get("then"), one.get("else"), *_dependent(one)):
+            yield from _together(then, resolver)
+
+
+def _dependent(part: dict) -> list:
+    """Return what the keys of an object demand of it: schemas or lists of keys."""
+    keys = ("dependentSchemas", "dependentRequired", "dependencies")
+    return [value for key in keys for value in part.get(key, {}).values()]
 
 
 def compile_schema(schema: Any, tokenizer: Any, name: str = "schema", validator: Any = None) -> SchemaGrammar:

@@ -64,7 +64,7 @@ def checked_validator(schema: Any, name: str, note: Callable[[str], Any] = str) 
     Its `schema` is a copy of this one in the form that all else works on: without a wrapper around it, and with null
     where `nullable` allows it. note: called with each such change. Raises InputError with the schema's name where
     it is invalid or constrains nothing, or a reference in it leads nowhere or in a circle."""
-    from jsonschema import Draft202012Validator
+    from jsonschema import Draft3Validator, Draft202012Validator
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -74,7 +74,10 @@ def checked_validator(schema: Any, name: str, note: Callable[[str], Any] = str) 
     schema = _unwrapped(schema, name, note)
     if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
         raise InputError(f"{name}: invalid at /$schema: string expected, found {json.dumps(schema['$schema'])[:40]}")
-    kind = _exact(validator_for(schema, default=Draft202012Validator))
+    kind = validator_for(schema, default=Draft202012Validator)
+    if kind is Draft3Validator:
+        raise InputError(f"{name}: /$schema: draft 3 has other rules; write draft 4 or later (`required` is a list)")
+    kind = _exact(kind)
     try:
         kind.check_schema(schema, kind.FORMAT_CHECKER)
         schema = copy.deepcopy(schema)
@@ -102,8 +105,10 @@ def checked_validator(schema: Any, name: str, note: Callable[[str], Any] = str) 
 
 
 def _unwrapped(schema: Any, name: str, note: Callable[[str], Any]) -> Any:
-    """Return the schema inside the wrapper of OpenAI's API. Raises InputError where that is not clear."""
-    wrapper = schema.get("json_schema") if isinstance(schema, dict) and schema.get("type") == "json_schema" else schema
+    """Return the schema inside the wrapper of one of OpenAI's APIs. Raises InputError where that is not clear."""
+    wrapper = schema
+    if isinstance(schema, dict) and schema.get("type") == "json_schema":
+        wrapper = schema.get("json_schema", {key: value for key, value in schema.items() if key != "type"})
     if not isinstance(wrapper, dict) or not isinstance(wrapper.get("schema"), dict | bool):
         return schema
     if others := sorted(wrapper.keys() - _WRAPPER):
