@@ -6,10 +6,9 @@ import copy
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
-from distil.idp.schema import Field, resolver_of, same_place
+from distil.idp.schema import field_of, resolver_of
 from distil.idp.validation import subschemas
 
 KEPT = 2 / 3  # share of the fields that a variant with fewer fields has, on average
@@ -21,19 +20,15 @@ def schema_form(schema: Any) -> str:
     return _form([schema], resolver_of(schema), frozenset())
 
 
-def _field(inner: Iterable[Any], resolver: Any) -> Field:
-    return Field("", tuple({id(part): part for one in inner for part in same_place(one, resolver)}.values()))
-
-
-def _form(inner: Iterable[Any], resolver: Any, above: frozenset[int]) -> str:
-    field = _field(inner, resolver)
+def _form(inner: list, resolver: Any, above: frozenset[int]) -> str:
+    field = field_of(inner, resolver)
     if above & (own := {id(part) for part in field.parts}):
         return "..."
-    properties, items = _inside(field)
+    properties, items = field.inside()
     required = {name for part in field.parts for name in part.get("required", ())}
 
     def described(inner: list) -> str:
-        about = next((part["description"] for part in _field(inner, resolver).parts if part.get("description")), "")
+        about = next((part["description"] for part in field_of(inner, resolver).parts if part.get("description")), "")
         return _form(inner, resolver, above | own) + (f" ({' '.join(about.split())})" if about else "")
 
     names = ((json.dumps(name, ensure_ascii=False) + "?" * (name not in required), name) for name in properties)
@@ -47,16 +42,6 @@ def _form(inner: Iterable[Any], resolver: Any, above: frozenset[int]) -> str:
     types = [kind for kind in types if kind == "null"] if field.choices else types
     shown = [*(json.dumps(value, ensure_ascii=False) for value in field.choices), *(forms.get(t, t) for t in types)]
     return "|".join(dict.fromkeys(shown))
-
-
-def _inside(field: Field) -> tuple[dict[str, list], list]:
-    """Return ({key: schemas of its value}, schemas of list items)."""
-    properties: dict[str, list] = {}
-    for part in field.parts:
-        for name, value in part.get("properties", {}).items():
-            properties.setdefault(name, []).append(value)
-    values = (part[key] for part in field.parts for key in ("prefixItems", "items") if key in part)
-    return properties, [one for value in values for one in (value if isinstance(value, list) else [value])]
 
 
 def variant_of(schema: Any, draw: random.Random, fewer: bool) -> Any:
@@ -84,8 +69,8 @@ def cut_to(schema: Any, value: Any, dropped: Counter) -> Any:
     resolver = resolver_of(schema)
 
     def cut(inner: list, value: Any, path: str) -> Any:
-        field = _field(inner, resolver)
-        properties, items = _inside(field)
+        field = field_of(inner, resolver)
+        properties, items = field.inside()
         if isinstance(value, list):
             return [cut(items, item, f"{path}[]") for item in value]
         if not isinstance(value, dict) or not properties:

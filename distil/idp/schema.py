@@ -67,12 +67,11 @@ def resolver_of(schema: Any) -> Any:
 
 @dataclass(frozen=True)
 class Field:
-    """A place in the documents of a schema. path: "line_items[].qty", as `leaves` has it, "" for the document; parts:
-    all schemas that apply there, alternatives too; required: whether the object around it must have it."""
+    """A place in the documents of a schema. parts: all schemas that apply there, alternatives too; path:
+    "line_items[].qty", as `leaves` has it, "" for the document."""
 
-    path: str
     parts: tuple[dict, ...]
-    required: bool = True
+    path: str = ""
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -85,11 +84,19 @@ class Field:
         """The values that the schema lists, none where it lists none."""
         return tuple(v for p in self.parts for v in [*p.get("enum", ()), *([p["const"]] if "const" in p else ())])
 
-    @property
-    def description(self) -> str:
-        """The description nearest to the field, else the title, '' without."""
-        texts = (part[key] for key in ("description", "title") for part in self.parts if part.get(key))
-        return str(next(texts, ""))
+    def inside(self) -> tuple[dict[str, list], list]:
+        """Return ({key: schemas of its value}, schemas of list items)."""
+        properties: dict[str, list] = {}
+        for part in self.parts:
+            for name, value in part.get("properties", {}).items():
+                properties.setdefault(name, []).append(value)
+        values = [part[key] for part in self.parts for key in ("prefixItems", "items") if key in part]
+        return properties, [one for value in values for one in as_list(value)]
+
+
+def field_of(schemas: list, resolver: Any, path: str = "") -> Field:
+    """Return the field to whose value all of these schemas apply. resolver: of `resolver_of` the complete schema."""
+    return Field(tuple({id(part): part for one in schemas for part in same_place(one, resolver)}.values()), path)
 
 
 def field_schemas(schema: Any) -> Iterator[Field]:
@@ -97,23 +104,16 @@ def field_schemas(schema: Any) -> Iterator[Field]:
     in them, the document first. A schema inside itself is yielded once and not entered again."""
     resolver = resolver_of(schema)
 
-    def walk(inner: list, path: str, required: bool, above: frozenset[int]) -> Iterator[Field]:
-        parts = tuple({id(part): part for one in inner for part in same_place(one, resolver)}.values())
-        yield Field(path, parts, required)
-        parts = tuple(part for part in parts if id(part) not in above)
-        above |= {id(part) for part in parts}
-        needed = {name for part in parts for name in part.get("required", ())}
-        names: dict[str, list] = {}
-        for part in parts:
-            for name, value in part.get("properties", {}).items():
-                names.setdefault(name, []).append(value)
-        for name, values in names.items():
-            yield from walk(values, f"{path}.{name}".lstrip("."), name in needed, above)
-        items = [one for part in parts for key in ("prefixItems", "items") for one in as_list(part.get(key, []))]
+    def walk(schemas: list, path: str, above: frozenset[int]) -> Iterator[Field]:
+        yield (field := field_of(schemas, resolver, path))
+        new = {id(part): part for part in field.parts if id(part) not in above}
+        properties, items = Field(tuple(new.values())).inside()
+        for name, values in properties.items():
+            yield from walk(values, f"{path}.{name}".lstrip("."), above | new.keys())
         if items:
-            yield from walk(items, f"{path}[]", True, above)
+            yield from walk(items, f"{path}[]", above | new.keys())
 
-    yield from walk([schema], "", True, frozenset())
+    yield from walk([schema], "", frozenset())
 
 
 def as_list(value: Any) -> list:
