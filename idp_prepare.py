@@ -18,6 +18,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from decimal import Decimal
 from itertools import chain
@@ -170,12 +171,14 @@ def checked_rows(src: str, default: str | None) -> Iterator[tuple[dict, Any, Any
 
 
 def variants_of(schema: Any, answer: Any, count: int, choose: random.Random) -> Iterator[tuple[Any, Any]]:
-    """Yield variants of a schema with their part of the answer, without those whose other rules that would break."""
+    """Yield variants of a schema with their part of the answer, without those whose other rules or references that
+    would break."""
     for _ in range(count):
         variant = variant_of(schema, choose, fewer=choose.random() < 0.5)
-        part = cut_to(variant, answer, Counter())
-        if checked_validator(variant, "a variant").is_valid(part):
-            yield variant, part
+        with suppress(InputError):
+            validator = checked_validator(variant, "a variant")
+            if validator.is_valid(part := cut_to(variant, answer, Counter())):
+                yield variant, part
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,7 +188,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.schema_variants < 0 or (args.schema_variants and args.show_schema == "off"):
         raise InputError("--schema_variants is at least 0, and only 0 with --show_schema off")
     rows = list(checked_rows(args.src, args.schema))
-    several = args.schema_variants > 0 or len({json.dumps(schema) for _, schema, _ in rows}) > 1
+    mixed = len({json.dumps(schema) for _, schema, _ in rows}) > 1
+    several = args.schema_variants > 0 or mixed
     task = DocumentTask(args.instruction, several if args.show_schema == "auto" else args.show_schema == "on")
     names = ("sft", *(["val"] if args.dev_share else []), "validation")
     parts: dict[str, list[dict]] = {name: [] for name in names}
@@ -201,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         part = part_of(group, args.split_seed, args.val_share, args.dev_share)
         groups[part].add(group)
         if part == "validation":
-            parts[part].append(row | {"expected": answer})
+            parts[part].append(row | {"expected": answer} | ({"schema": schema} if mixed else {}))
             continue
         pairs = [(text, schema, answer) for text in (document, *(sorted(copies) if part == "sft" else ()))]
         variants = variants_of(schema, answer, args.schema_variants if part == "sft" else 0, choose)

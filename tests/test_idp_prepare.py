@@ -172,7 +172,7 @@ def test_lines_may_have_their_own_schemas_and_variants_are_of_training_alone(tmp
     assert forms == {("age",), ("total",), ("name",), ("total", "name"), ("name", "total")}
     assert all(row["input"].startswith("Extract the CV") == ("age" in row["output"]) for row in sft)
     assert {tuple(json.loads(row["output"])) for row in val} == {("age",), ("total", "name")}
-    assert {"schema" in row for row in validation} == {True, False}
+    assert all(row["schema"] == (age if "age" in row["expected"] else total) for row in validation)
     note = preparation(str(tmp_path / "a/idp_sft.jsonl"))
     assert note["documents"] == {"instruction": None, "show_schema": True} and note["schema_variants"] == 3
     assert idp_prepare.main([*argv, "--schema_variants", "3", "--outdir", str(tmp_path / "b")]) == 0
@@ -182,6 +182,12 @@ def test_lines_may_have_their_own_schemas_and_variants_are_of_training_alone(tmp
     with pytest.raises(InputError, match="only 0 with --show_schema off"):
         idp_prepare.main([*argv, "--schema_variants", "1", "--show_schema", "off", "--outdir", str(tmp_path / "c")])
     assert not (tmp_path / "c").exists()
+
+
+def test_variants_whose_references_lead_nowhere_are_left_out():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"$ref": "#/properties/a"}}}
+    variants = idp_prepare.variants_of(schema, {"a": 1, "b": 2}, 30, random.Random(0))
+    assert {tuple(part) for _, part in variants} == {("a", "b"), ("b", "a"), ("a",)}
 
 
 def test_wrong_input_ends_with_status_2_and_one_line(tmp_path):
