@@ -9,7 +9,7 @@ from llguidance import LLMatcher
 
 from common import InputError
 from distil.idp.documents import compact_json
-from distil.idp.schema import closed, compile_schema, field_schemas, grammar_tokenizer, read_schema
+from distil.idp.schema import closed, compile_schema, field_schemas, grammar_tokenizer, noted_validator, read_schema
 from distil.idp.validation import checked_validator, subschemas
 
 
@@ -280,6 +280,13 @@ def test_wrong_references_are_refused_without_network(schema, message, monkeypat
 def test_right_references_are_followed(schema, right, wrong):
     validator = checked_validator(schema, "s.json")
     assert validator.is_valid(right) and not validator.is_valid(wrong)
+
+
+def test_types_that_contain_one_another_without_end_are_refused():
+    names = [f"t{i}" for i in range(12)]
+    types = {one: {"properties": {name: {"$ref": f"#/$defs/{name}"} for name in names}} for one in names}
+    with pytest.raises(InputError, match="more than 10000 fields"):
+        noted_validator({"$ref": "#/$defs/t0", "$defs": types}, "s.json")
 
 
 def test_a_property_named_like_a_keyword_is_not_a_keyword():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from common import InputError
@@ -32,6 +33,7 @@ _RULES += ("minLength", "maxLength")
 # Numbers without a limit get this one in the grammar, which also rules out exponents: 1e999 is read as infinity.
 LARGEST = 1e15
 FINEST = 1e-10  # numbers without a step get this one: models write 0.000... until the budget ends
+MOST_FIELDS = 10_000  # of a schema, counted at each place where they occur
 
 
 def same_place(part: Any, resolver: Any, choose: Callable[[list], list] = list) -> Iterator[dict]:
@@ -145,9 +147,12 @@ def read_schema(path: str) -> Any:
 
 
 def noted_validator(schema: Any, name: str) -> Any:
-    """Return the validator of a schema, as `checked_validator`, with a note on how the schema is read."""
+    """Return the validator of a schema, as `checked_validator`, with a note on how the schema is read. Raises
+    InputError also for more than MOST_FIELDS fields: ten types that contain one another have ten million."""
     notes: list[str] = []
     validator = checked_validator(schema, name, notes.append)
+    if any(True for _ in islice(field_schemas(validator.schema), MOST_FIELDS, None)):
+        raise InputError(f"{name}: more than {MOST_FIELDS} fields: its types contain one another; leave some out")
     if pointers := closed(validator.schema)[1]:
         notes.append(f"no further keys at {some(pointers)} (without additionalProperties)")
     print_note(f"{name}: {'; '.join(notes)}" if notes else None)
