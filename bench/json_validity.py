@@ -138,20 +138,17 @@ def main(argv: list[str] | None = None) -> int:
             decoder = JsonDecoder(*load_named(random_model(folder) if name == "random" else name))
             schemas = compiled(rows, decoder)
             grammars, (seconds, slowest) = schemas.grammars, schemas.slowest
-            print(
-                f"{name}: {len(grammars)} of {len(rows)} schemas accepted, slowest {seconds:.1f} s of CPU ({slowest})"
-            )
-            print(
-                f"  valid instances: {schemas.written} of {schemas.instances} can be written, {schemas.written_closed}"
-            )
-            print("    without keys that their schema does not name")
+            accepted = f"{len(grammars)} of {len(rows)} schemas accepted"
+            print(f"{name}: {accepted}, slowest {seconds:.1f} s of CPU ({slowest})")
+            print(f"  of {schemas.instances} valid instances {schemas.written} can be written,")
+            print(f"  {schemas.written_closed} without keys that their schema does not name")
             for kind in ("refused", "unwritable") if args.refusals else ():
                 for line in getattr(schemas, kind):
                     print(f"  {kind} {line}")
             for budget in args.budgets:
                 start = time.perf_counter()
                 kinds = count_kinds(decoder, grammars, budget, args.batch_size)
-                share = kinds["document"] / len(grammars)
+                share = kinds["document"] / max(len(grammars), 1)
                 print(f"  {budget} tokens: {share:.3f} documents, {dict(kinds)}, {time.perf_counter() - start:.0f} s")
     return 0
 
