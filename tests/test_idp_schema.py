@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from llguidance import LLMatcher
 
 from common import InputError
 from distil.idp.documents import compact_json
-from distil.idp.schema import closed, compile_schema, field_schemas, grammar_tokenizer, noted_validator, read_schema
+from distil.idp.schema import closed, compile_schema, field_schemas, grammar_tokenizer, noted_validator
 from distil.idp.validation import checked_validator, subschemas
 
 
@@ -131,7 +129,7 @@ def test_keys_under_a_pattern_that_no_grammar_takes_can_still_be_written(tokens)
     assert not grammar.validator.is_valid({"x": 1})
 
 
-def test_a_wrapper_is_taken_off_and_reported(tmp_path, capsys):
+def test_a_wrapper_is_taken_off_and_reported(capsys):
     schema = {
         "type": "object",
         "properties": {"a": {"type": "string", "nullable": True}, "b": {"properties": {"c": {}}}},
@@ -139,9 +137,8 @@ def test_a_wrapper_is_taken_off_and_reported(tmp_path, capsys):
     wrapped = {"name": "inv", "strict": True, "schema": schema}
     kind = {"type": "json_schema"}
     for number, value in enumerate([wrapped, kind | {"json_schema": wrapped}, kind | wrapped]):
-        path = tmp_path / f"{number}.json"
-        path.write_text(json.dumps(value))
-        validator = read_schema(str(path))
+        path = f"{number}.json"
+        validator = noted_validator(value, path)
         assert validator.schema["properties"]["a"] == {
             "anyOf": [{"type": "string"}, {"type": "null"}]
         } and not validator.is_valid("free text")

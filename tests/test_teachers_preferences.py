@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from common import InputError
+from distil.idp.validation import checked_validator
 from distil.teachers import preferences
 from distil.teachers.preferences import PairOptions, best_and_worst, json_judge, label_pairs
 from distil.testing import ROOT
@@ -17,7 +18,7 @@ INVOICE = json.loads(json.loads((ROOT / "data/idp_validation.jsonl").read_text()
 
 def test_json_is_judged_by_schema_and_fields():
     schema = json.loads((ROOT / "data/idp_schema.json").read_text())
-    judge = json_judge([{"output": json.dumps(INVOICE)}], "in.jsonl", schema, "schema")
+    judge = json_judge([{"output": json.dumps(INVOICE)}], "in.jsonl", checked_validator(schema, "schema"))
     right = judge(0, json.dumps(INVOICE))
     wrong_total = judge(0, json.dumps(INVOICE | {"total": INVOICE["total"] + 1}))
     assert right == 1.0 and 0 < wrong_total < 1

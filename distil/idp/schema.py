@@ -16,7 +16,6 @@ from itertools import islice
 from typing import Any
 
 from common import InputError
-from distil.files import read_json
 from distil.idp.validation import checked_validator, some, subschemas
 from distil.processes import print_note
 
@@ -139,11 +138,6 @@ class SchemaGrammar:
         from llguidance import LLMatcher
 
         return LLMatcher(self.tokenizer, self.grammar)
-
-
-def read_schema(path: str) -> Any:
-    """Return the validator of a schema file, as `noted_validator`."""
-    return noted_validator(read_json(path), path)
 
 
 def noted_validator(schema: Any, name: str) -> Any:

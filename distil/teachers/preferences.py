@@ -11,10 +11,10 @@ from common import InputError
 from distil.batch import AnswerFile
 from distil.codegen.judge import code_scores
 from distil.codegen.tasks import codegen_prompt, task_of
-from distil.files import parse_json
+from distil.files import parse_json, read_json
 from distil.idp.documents import expected_of
-from distil.idp.schema import read_schema
-from distil.idp.validation import broken_rule, checked_validator
+from distil.idp.schema import noted_validator
+from distil.idp.validation import broken_rule
 from distil.idp.values import count_fields, f1_of_all
 from distil.models import ModelRef
 from distil.tasks import MOST_LABELS
@@ -50,10 +50,9 @@ def label_pairs(
     return [(row["output"], labels[best]) for row, best in zip(rows, scores.argmax(axis=1), strict=True)]
 
 
-def json_judge(rows: Sequence[dict], source: str, schema: Any, name: str) -> Callable[[int, str], float]:
+def json_judge(rows: Sequence[dict], source: str, validator: Any) -> Callable[[int, str], float]:
     """Return judge(row index, answer): the F1 of the answer's fields, -1 where it is not JSON or breaks the schema.
-    source: file of the rows; name: of the schema. Raises InputError where a row's "output" is not JSON."""
-    validator = checked_validator(schema, name)
+    source: file of the rows; validator: of the schema. Raises InputError where a row's "output" is not JSON."""
     expected = [expected_of({"output": row["output"]}, f"{source}: row {i}") for i, row in enumerate(rows, 1)]
 
     def judge(index: int, answer: str) -> float:
@@ -86,7 +85,8 @@ def judged_pairs(
         tasks = [task_of(row, f"{options.input}: row {number}") for number, row in enumerate(rows, 1)]
         prompts, gold = [codegen_prompt(task.prompt) for task in tasks], [task.reference for task in tasks]
     else:
-        judge = json_judge(rows, options.input, read_schema(options.schema).schema, options.schema)
+        validator = noted_validator(read_json(options.schema), options.schema)
+        judge = json_judge(rows, options.input, validator)
         prompts, gold = [row["input"] for row in rows], [row["output"] for row in rows]
     file = answer_file(ref, options, task=options.task, n=n)
     turns = [prompt for prompt in prompts for _ in range(n)]
