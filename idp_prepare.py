@@ -28,7 +28,16 @@ from distil.cli import InputError, new_parser, run_script
 from distil.files import read_json, read_jsonl
 from distil.idp.documents import DocumentTask, add_prompt_flags, compact_json, expected_of, instruction_of
 from distil.idp.forms import cut_to, variant_of
-from distil.idp.schema import as_list, closed, noted_validator, resolver_of, same_place
+from distil.idp.schema import (
+    SchemaGrammar,
+    as_list,
+    byte_tokenizer,
+    closed,
+    compile_schema,
+    noted_validator,
+    resolver_of,
+    same_place,
+)
 from distil.idp.validation import checked_validator, pointer_of
 from distil.idp.values import leaves
 from distil.splits import part_of, write_parts
@@ -103,6 +112,8 @@ def in_schema_form(value: Any, schema: Any, validator: Any = None) -> Any:
     if isinstance(value, list):
         return [_formed(v, [one for p in parts for one in _of_item(p, i)], validator) for i, v in enumerate(value)]
     types = {name for part in parts for name in as_list(part.get("type", ()))}
+    if isinstance(value, float) and value.is_integer() and "integer" in types:
+        return int(value)
     if not isinstance(value, str) or "string" in types:
         return value
     if not value.strip() and "null" in types:
@@ -145,10 +156,11 @@ def broken_copy(document: str, answer: Any, choose: random.Random) -> str:
     return document
 
 
-def validators_of(schema: Any, name: str) -> tuple[Any, Any]:
-    """Return validators of a schema and of what decoding can write of it, where objects are closed."""
+def validators_of(schema: Any, name: str) -> tuple[Any, Any, SchemaGrammar]:
+    """Return validators of a schema and of it with its objects closed, and the grammar of what decoding can write."""
     validator = noted_validator(schema, name)
-    return validator, checked_validator(closed(validator.schema)[0], name)
+    writable = type(validator)(closed(validator.schema)[0], format_checker=validator.format_checker)
+    return validator, writable, compile_schema(writable.schema, byte_tokenizer(), name, validator)
 
 
 def checked_rows(src: str, default: str | None) -> Iterator[tuple[dict, Any, Any]]:
@@ -162,12 +174,14 @@ def checked_rows(src: str, default: str | None) -> Iterator[tuple[dict, Any, Any
             raise InputError(f'{where} has no "schema"; give --schema')
         if key not in validators:
             validators[key] = validators_of(row["schema"], f"{where}: its schema")
-        validator, writable = validators[key]
+        validator, writable, grammar = validators[key]
         answer = in_schema_form(expected_of(row, where), writable.schema, writable)
         if flaw := next(chain(validator.iter_errors(answer), writable.iter_errors(answer)), None):
             raise InputError(f'{where}: "expected" breaks the schema at {pointer_of(flaw)}: {flaw.message[:150]}')
-        schema = validator.schema
-        yield row, schema, answer
+        if not grammar.writes(text := compact_json(answer)):
+            limits = "numbers have no exponent and at most 15 digits before the point, texts no sign U+007F"
+            raise InputError(f'{where}: "expected" cannot be written by decoding ({limits}): {text[:150]}')
+        yield row, validator.schema, answer
 
 
 def variants_of(schema: Any, answer: Any, count: int, choose: random.Random) -> Iterator[tuple[Any, Any]]:

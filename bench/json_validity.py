@@ -98,12 +98,8 @@ def compiled(rows: list[dict], decoder: JsonDecoder) -> Schemas:
 
 def writes(grammar: SchemaGrammar, value: Any) -> bool:
     """Return whether a grammar allows the value in the layout and key order of all outputs."""
-    from llguidance import LLMatcher
-
     validator = checked_validator(grammar.schema, "schema")
-    tokens = grammar.tokenizer.tokenize_str(compact_json(in_schema_form(value, validator.schema, validator)))
-    matcher = LLMatcher(grammar.tokenizer, grammar.grammar)
-    return matcher.validate_tokens(tokens) == len(tokens) and matcher.consume_tokens(tokens) and matcher.is_accepting()
+    return grammar.writes(compact_json(in_schema_form(value, validator.schema, validator)))
 
 
 def count_kinds(

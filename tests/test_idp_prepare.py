@@ -118,6 +118,8 @@ def test_answers_take_the_order_and_types_of_what_a_schema_refers_to(schema, ans
         ),
         ({"properties": {"total": {"type": "number"}}}, {"total": 5, "vat": 1}, "at /: Additional properties .*'vat'"),
         ({"type": "array"}, ["a list"], "no 'vendor' in the line or its answer"),
+        ({"properties": {"total": {"type": "number"}}}, {"total": 1e-7}, r'cannot be written .*: {"total":1e-07}'),
+        ({"properties": {"total": {"type": "number"}}}, {"total": 10**17}, "at most 15 digits"),
     ],
 )
 def test_answers_that_decoding_could_not_produce_are_refused(schema, answer, message, tmp_path):
@@ -137,6 +139,7 @@ def test_amounts_with_a_step_are_accepted_and_a_list_can_have_a_group(tmp_path):
     argv = ["--src", source, "--schema", tmp_path / "s.json", "--group", "vendor", "--outdir", tmp_path]
     assert idp_prepare.main([*map(str, argv)]) == 0
     assert {row["output"] for row in read_lines(tmp_path / "idp_sft.jsonl")} == {"[19.99,0.07,1.15]"}
+    assert compact_json(idp_prepare.in_schema_form([5.0], {"items": {"type": "integer"}})) == "[5]"
 
 
 def test_broken_copies_break_values_and_nothing_else():

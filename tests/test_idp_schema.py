@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from llguidance import LLMatcher
 
 from common import InputError
 from distil.idp.documents import compact_json
@@ -38,11 +37,6 @@ CIRCULAR = {  # key "ab" is under both rules, which llguidance cannot join
 def test_invalid_or_unenforceable_keywords_are_reported_by_pointer(tokens, schema, pointer):
     with pytest.raises(InputError, match=pointer):
         compile_schema(schema, tokens)
-
-
-def writes(grammar, text: str) -> bool:
-    matcher, ids = LLMatcher(grammar.tokenizer, grammar.grammar), grammar.tokenizer.tokenize_str(text)
-    return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
 
 
 def field(**rules) -> dict:
@@ -86,7 +80,7 @@ def referred(**rules) -> dict:
 def test_what_is_valid_can_be_written_and_what_is_not_is_found(tokens, schema, right, wrong):
     grammar = compile_schema(schema, tokens)
     for value in right:
-        assert grammar.validator.is_valid({"a": value}) and writes(grammar, compact_json({"a": value})), value
+        assert grammar.validator.is_valid({"a": value}) and grammar.writes(compact_json({"a": value})), value
     for value in wrong:
         assert not grammar.validator.is_valid({"a": value}), value
 
@@ -125,7 +119,7 @@ def test_what_only_validation_can_check_is_listed_by_pointer(tokens, schema, lef
 def test_keys_under_a_pattern_that_no_grammar_takes_can_still_be_written(tokens):
     schema = {"type": "object", "patternProperties": {"^(?!x)": {"type": "integer"}}, "additionalProperties": False}
     grammar = compile_schema(schema, tokens)
-    assert writes(grammar, '{"a":1}') and not writes(grammar, '{"a":"b"}')
+    assert grammar.writes('{"a":1}') and not grammar.writes('{"a":"b"}')
     assert not grammar.validator.is_valid({"x": 1})
 
 
@@ -192,8 +186,8 @@ MORE = {"properties": {"b": {"type": "integer"}}, "required": ["c"]}
 def test_closed_objects_have_the_keys_that_the_schema_names(tokens, schema, right, wrong):
     validator = checked_validator(schema, "s.json")
     as_it_is, inside = (compile_schema(s, tokens, validator=validator) for s in (validator.schema, closed(schema)[0]))
-    assert writes(inside, right) and not writes(inside, wrong) and closed(schema)[1]
-    assert writes(as_it_is, wrong)
+    assert inside.writes(right) and not inside.writes(wrong) and closed(schema)[1]
+    assert as_it_is.writes(wrong)
 
 
 def test_an_object_that_is_also_part_of_a_larger_one_is_closed_where_it_stands_alone(tokens):
@@ -201,8 +195,8 @@ def test_an_object_that_is_also_part_of_a_larger_one_is_closed_where_it_stands_a
     schema, pointers = closed({"type": "object", "properties": properties, "$defs": {"b": BASE}})
     assert pointers == ["", "/properties/more", "/properties/alone"]
     grammar = compile_schema(schema, tokens)
-    assert writes(grammar, '{"more":{"a":1,"b":1,"c":1},"alone":{"a":1}}')
-    assert not writes(grammar, '{"alone":{"a":1,"x":1}}') and not writes(grammar, '{"more":{"c":1,"x":1}}')
+    assert grammar.writes('{"more":{"a":1,"b":1,"c":1},"alone":{"a":1}}')
+    assert not grammar.writes('{"alone":{"a":1,"x":1}}') and not grammar.writes('{"more":{"c":1,"x":1}}')
     assert grammar.validator.is_valid({"more": {"a": 1, "b": 1, "c": 1}, "alone": {"a": 1}})
 
 
@@ -226,9 +220,9 @@ def test_drafts_that_ignore_what_stands_next_to_a_reference_are_enforced_so(toke
     schema = {"properties": {"a": place}, "required": ["a"], "definitions": {"x": {"type": "integer"}}}
     schema["$schema"] = "http://json-schema.org/draft-07/schema#"
     grammar = compile_schema(schema, tokens)
-    assert writes(grammar, '{"a":1}') and grammar.validator.is_valid({"a": 1})
+    assert grammar.writes('{"a":1}') and grammar.validator.is_valid({"a": 1})
     del schema["$schema"]
-    assert not writes(compile_schema(schema, tokens), '{"a":1}')
+    assert not compile_schema(schema, tokens).writes('{"a":1}')
 
 
 CIRCLE = {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}}

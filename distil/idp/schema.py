@@ -139,6 +139,11 @@ class SchemaGrammar:
 
         return LLMatcher(self.tokenizer, self.grammar)
 
+    def writes(self, text: str) -> bool:
+        """Return whether a text is a document of the grammar."""
+        matcher, ids = self.matcher(), self.tokenizer.tokenize_str(text)
+        return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
+
 
 def noted_validator(schema: Any, name: str) -> Any:
     """Return the validator of a schema, as `checked_validator`, with a note on how the schema is read. Raises
@@ -252,14 +257,15 @@ def _impossible(part: dict) -> list[str]:
 
 @cache
 def _problem(schema: str) -> str:
-    return _grammar(json.loads(schema), _bytes())[1]
+    return _grammar(json.loads(schema), byte_tokenizer())[1]
 
 
 @cache
-def _bytes() -> Any:
+def byte_tokenizer() -> Any:
+    """Return a tokenizer of single bytes: what a grammar can enforce and write does not depend on tokens."""
     from llguidance import LLTokenizer
 
-    return LLTokenizer("byte")  # what a grammar can enforce does not depend on tokens
+    return LLTokenizer("byte")
 
 
 def _limited(schema: Any) -> Any:
