@@ -1,9 +1,9 @@
 """Prepare documents with answers for training and evaluation: SFT rows and a validation file, split by a group.
 
 Answers are brought into the schema's form first: keys in its order, numbers as numbers ("RM 1,007.50" -> 1007.5), an
-empty text as null where the schema allows null. Documents of one group (a vendor, a company) stay on one side.
-`--broken_copies` adds training documents whose values run over two lines, as on narrow paper: where few groups have
-such values, a small model learns to read one line only.
+empty text as null where the schema allows null and no text. Documents of one group (a vendor, a company) stay on one
+side. `--broken_copies` adds training documents whose values run over two lines, as on narrow paper: where few groups
+have such values, a small model learns to read one line only.
 
     python idp_prepare.py --src receipts.jsonl --schema data/receipt_schema.json --group company --outdir data/receipts
 """
