@@ -137,10 +137,9 @@ def _of_name(part: dict, name: str) -> list:
 
 def _of_item(part: dict, number: int) -> list:
     """Return the schemas that a part of a schema has for an item of a list."""
-    items = part.get("items", True)
-    first, rest = (
-        (items, part.get("additionalItems", True)) if isinstance(items, list) else (part.get("prefixItems", []), items)
-    )
+    first, rest = part.get("prefixItems", []), part.get("items", True)
+    if isinstance(rest, list):  # of older drafts
+        first, rest = rest, part.get("additionalItems", True)
     return [first[number] if number < len(first) else rest]
 
 

@@ -77,8 +77,7 @@ class Field:
     @property
     def types(self) -> tuple[str, ...]:
         """Names of types that a value may have, "null" among them; none where the schema names none."""
-        named = [name for part in self.parts for name in as_list(part.get("type", ()))]
-        return tuple(dict.fromkeys(named))
+        return tuple(dict.fromkeys(name for part in self.parts for name in as_list(part.get("type", ()))))
 
     @property
     def choices(self) -> tuple:
@@ -107,12 +106,12 @@ def field_schemas(schema: Any) -> Iterator[Field]:
 
     def walk(schemas: list, path: str, above: frozenset[int]) -> Iterator[Field]:
         yield (field := field_of(schemas, resolver, path))
-        new = {id(part): part for part in field.parts if id(part) not in above}
-        properties, items = Field(tuple(new.values())).inside()
+        properties, items = Field(tuple(part for part in field.parts if id(part) not in above)).inside()
+        above |= {id(part) for part in field.parts}
         for name, values in properties.items():
-            yield from walk(values, f"{path}.{name}".lstrip("."), above | new.keys())
+            yield from walk(values, f"{path}.{name}".lstrip("."), above)
         if items:
-            yield from walk(items, f"{path}[]", above | new.keys())
+            yield from walk(items, f"{path}[]", above)
 
     yield from walk([schema], "", frozenset())
 
