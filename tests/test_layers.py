@@ -106,8 +106,8 @@ def test_modules_and_functions_keep_their_caps(name):
             assert node.end_lineno - node.lineno + 1 <= 80, node.name
 
 
-def test_python_outside_tests_bench_and_data_is_at_most_15950_lines():
-    assert sum(len(NAMES[name].read_text().splitlines()) for name in PRODUCT) <= 15950
+def test_python_outside_tests_bench_and_data_is_at_most_15990_lines():
+    assert sum(len(NAMES[name].read_text().splitlines()) for name in PRODUCT) <= 15990
 
 
 @pytest.mark.parametrize("name", sorted(name for name in NAMES if name.startswith("distil.")))
