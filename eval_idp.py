@@ -160,8 +160,9 @@ def main(argv: list[str] | None = None) -> int:
     with cli.report_folder(args.report_dir):
         evidence = {"evidence": args.evidence or bool(args.fit_confidence)}
         rows, sha256 = hashed(args.data, lambda: read_documents(args.data, args.limit))
-        refs, options = [resolve(name) for name in args.model_dir], extractor.extract_options(vars(args) | evidence)
+        refs = [resolve(name) for name in args.model_dir]
         check_split(args.model_dir, args.data, sha256)
+        options = extractor.extract_options(vars(args) | evidence)
         known, note = [], {}
         if args.fit_confidence:
             known, digest = hashed(args.fit_confidence, lambda: read_documents(args.fit_confidence, None))

@@ -138,7 +138,7 @@ def test_the_fit_learns_how_often_such_values_are_right():
         right = [True] * 4 + [*(random.random(3) < 0.6), False]
         answers.append(answer_of(*values))
         rows.append({"expected": [value if good else 100 for (value, *_), good in zip(values, right, strict=True)]})
-    weights = fit(rows, answers, frozenset())
+    weights = fit(rows, answers, {})
     before = measure_evidence(rows, answers, {})
     for answer in answers:
         apply(weights, answer, frozenset())
@@ -148,7 +148,7 @@ def test_the_fit_learns_how_often_such_values_are_right():
     after = measure_evidence(rows, answers, {})
     assert before["ece"] > 0.2 and after["ece"] < 0.03 and after["located"] == 1
     with pytest.raises(InputError, match="--fit_confidence: 8 values with probabilities, of which 8 are right"):
-        fit([{"expected": [*range(8)]}], answers[:1], frozenset())
+        fit([{"expected": [*range(8)]}], answers[:1], {})
 
 
 def test_measures_by_hand():
