@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import InputError
+from data import idp_invoice
 from distil.cli import new_parser, run_script
 from distil.files import write_json, write_jsonl
 
@@ -112,19 +112,8 @@ FOOTERS = (
 # ---- draws and pages
 
 
-class Draw:
-    """Draws with one seeded generator."""
-
-    def __init__(self, seed: str) -> None:
-        self._random = random.Random(seed).random
-
-    def chance(self, p: float) -> bool:
-        """Draw True with probability p."""
-        return self._random() < p
-
-    def whole(self, low: int, high: int) -> int:
-        """Draw a whole number from low to high, both included."""
-        return low + int(self._random() * (high - low + 1))
+class Draw(idp_invoice.Draw):
+    """Draws with one seeded generator, also from texts between bars."""
 
     def pick(self, items: Any) -> Any:
         """Draw one of the items, or of the texts between bars."""
