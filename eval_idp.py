@@ -30,7 +30,7 @@ from distil.models import ModelRef, resolve
 from distil.processes import only_one, print_note
 from distil.splits import check_split
 
-Part = tuple[ExtractOptions, SchemaGrammar, list[int]]  # of one schema: numbers of rows
+Part = tuple[ExtractOptions, SchemaGrammar, list[int]]  # of one schema: options of the model, grammar, numbers of rows
 
 
 def build_parser() -> argparse.ArgumentParser:
